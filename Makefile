@@ -1,0 +1,26 @@
+# make train   sets up .venv and trains the default (digits, a few minutes on a CPU); ARGS="model=... attention=..." changes it
+# make test    sets up .venv, then lint and the whole CPU test suite
+PYTHON ?= python3
+VENV   ?= .venv
+READY  := $(VENV)/.ready
+
+.PHONY: train test lint format
+
+train: $(READY)
+	$(VENV)/bin/python train.py $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""Attention mechanisms, backbones, tasks, checkpoints and probes."""

@@ -1,0 +1,154 @@
+"""The attention contract: what a mechanism is given, what it returns, and the check of every place before a run.
+
+A backbone describes each place where tokens are mixed with a `Site` and hands all of them to `build`, together with the
+factory (or one factory per stage) that the configuration chose. A mixer is an `nn.Module` called as `mixer(x, grid)`.
+
+Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M = heads, D = channels per head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+KINDS = frozenset({"vit", "hierarchical", "convnet", "hybrid"})
+
+
+class Grid(NamedTuple):
+    """Size of a token map, and the number of class or register tokens in front of it."""
+
+    height: int
+    width: int
+    prefix: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Tokens of the map, prefix excluded."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """All tokens: N = prefix + H·W."""
+        return self.prefix + self.cells
+
+
+class Site(NamedTuple):
+    """One place in a backbone where a mixer goes; the backbone fills it in."""
+
+    dim: int  # C
+    num_heads: int  # M
+    grid: Grid  # at the training resolution; a forward pass may bring another one
+    stage: int  # 0-based
+    block: int  # 0-based within the stage
+    depth: int  # blocks in the stage
+    kind: str  # one of KINDS
+
+
+class Mixed(NamedTuple):
+    """What a mixer returns."""
+
+    x: Tensor  # (B, N, C), as the input
+    losses: dict[str, Tensor]  # scalar auxiliary losses with gradient, by name; {} when there are none
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a mixer can take.
+
+    prefix: whether class tokens in front of the map take part ("attended") or cannot be handled ("refused").
+    kinds: the kinds of backbone it makes sense in.
+    gates: whether `forward(x, grid, gates)` multiplies its heads by per-token gates (B, N, M), as MoH needs.
+    """
+
+    prefix: str = "attended"
+    kinds: frozenset[str] = KINDS
+    gates: bool = True
+
+
+class Refused(ValueError):
+    """Raised by a mechanism for a site that it cannot serve: the reason, and the setting that mends it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(f"{reason}; {fix}")
+        self.reason, self.fix = reason, fix
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """A mixer of tokens: output and input have the same shape, for any grid and batch size."""
+
+    accepts: Accepts
+
+    def __call__(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed: ...
+
+
+AttentionFactory = Callable[[Site], nn.Module]
+
+
+def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Sequence[Site]) -> list[nn.Module]:
+    """One mixer per site, or one error that lists every site where the mechanism does not fit.
+
+    Args:
+        attention: a factory for all stages, or a sequence with one factory per stage.
+        sites: every place of the backbone, in order.
+
+    Raises:
+        ValueError: one line per misfit: stage, block, dim, heads, grid, the reason, and what mends it.
+    """
+    factories = _per_stage(attention, stages=max(site.stage for site in sites) + 1) if sites else []
+    mixers, problems = [], []
+    for site in sites:
+        try:
+            mixer = factories[site.stage](site)
+            check(mixer, site)
+            mixers.append(mixer)
+        except Refused as refusal:
+            problems.append((site, refusal))
+    if problems:
+        raise ValueError(_report(problems, len(sites)))
+    return mixers
+
+
+def check(mixer: nn.Module, site: Site) -> None:
+    """Raises `Refused` when what the mixer accepts does not cover the site."""
+    who = type(mixer).__name__
+    if not isinstance(mixer, Attention):
+        raise Refused(
+            f"{who} has no `accepts`, so it is not an attention mechanism", "see models/attention/__init__.py"
+        )
+    if site.grid.prefix and mixer.accepts.prefix == "refused":
+        raise Refused(
+            f"it works on the map alone and cannot take the {site.grid.prefix} class token(s) in front of it",
+            "set model.class_token=false",
+        )
+    if site.kind not in mixer.accepts.kinds:
+        raise Refused(
+            f"it does not work in a backbone of kind {site.kind}",
+            f"choose a model of kind {' or '.join(sorted(mixer.accepts.kinds))}",
+        )
+
+
+def _per_stage(attention: AttentionFactory | Sequence[AttentionFactory], stages: int) -> list[AttentionFactory]:
+    if not isinstance(attention, Sequence):
+        return [attention] * stages
+    if len(attention) != stages:
+        raise ValueError(
+            f"attention: the list has {len(attention)} entries, the backbone has {stages} stages; give one per stage"
+        )
+    return list(attention)
+
+
+def _report(problems: list[tuple[Site, Refused]], total: int) -> str:
+    """One line per run of neighbouring blocks with the same shape and reason."""
+    lines = [f"attention: {len(problems)} of {total} places cannot take the chosen mechanism:"]
+    for (site, text), group in groupby(problems, key=lambda p: (p[0]._replace(block=0), str(p[1]))):
+        blocks = [problem[0].block for problem in group]
+        where = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+        height, width, prefix = site.grid
+        grid = f"{height}x{width}" + (f"+{prefix}" if prefix else "")
+        lines.append(
+            f"  stage {site.stage} {where} (dim {site.dim}, heads {site.num_heads}, grid {grid}, {site.kind}): {text}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""Multi-head token mixing: projection → layout → core → head gate → projection.
+
+The layout decides who may see whom (the whole map, windows, or keys from a reduced map); the core computes the heads;
+gates, when given, weight every head of every token before the output projection.
+
+Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head; W = B·windows and T = tokens in a window
+take the places of B and N inside a windowed layout.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Accepts, Grid, Mixed, Refused, Site
+from models.layers import window as windows
+
+
+class Core(Protocol):
+    """Computes the heads of one sequence of tokens.
+
+    `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
+    keys). `mask` is bool (R, T, T), True where a pair may attend; a core only receives one in shifted windows.
+    """
+
+    def __call__(
+        self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class MultiHead(nn.Module):
+    """Projection → layout → core → gate → projection.
+
+    Args:
+        site: the place in the backbone.
+        core: computes the heads; see `Core`.
+        window: height and width of the windows that tokens see; None for the whole map.
+        shift: how far the windows are rolled, (0, 0) for not at all.
+        reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that shortens the sequence of keys and values; None for none.
+        qkv_bias: whether queries, keys and values have a bias.
+        head_dim: channels per head D; None for C / M.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        core: nn.Module,
+        *,
+        window: tuple[int, int] | None = None,
+        shift: tuple[int, int] = (0, 0),
+        reduce: nn.Module | None = None,
+        qkv_bias: bool = True,
+        head_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
+        inner = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
+        self.proj = nn.Linear(inner, site.dim)
+        self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
+        self.accepts = Accepts(prefix="attended" if window is None and reduce is None else "refused")
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        x, local = self._split(x_BNC, grid)
+        q, k, v, kv_grid = self._project(x, local)
+        mask = self._mask(grid, x.device)
+        o_BMND = self.core(q, k, v, local, kv_grid) if mask is None else self.core(q, k, v, local, kv_grid, mask)
+        if gates_BNM is not None:
+            gates, _ = self._split(gates_BNM, grid)
+            o_BMND = o_BMND * gates.transpose(1, 2).unsqueeze(-1)
+        o = self.proj(o_BMND.transpose(1, 2).flatten(2))
+        return Mixed(
+            o if self.window is None else windows.merge(o, grid.height, grid.width, self.window, self.shift), {}
+        )
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, S) of every query on every key; of each window, (B·R, M, T, T), in a windowed layout.
+
+        Raises:
+            TypeError: the core has no matrix.
+        """
+        if not hasattr(self.core, "matrix"):
+            raise TypeError(f"attention_matrix: {type(self.core).__name__} has no attention matrix")
+        x, local = self._split(x_BNC, grid)
+        q, k, _, kv_grid = self._project(x, local)
+        mask = self._mask(grid, x.device)
+        return self.core.matrix(q, k, local, kv_grid) if mask is None else self.core.matrix(q, k, local, kv_grid, mask)
+
+    def _split(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.window is None:
+            return x, grid
+        return windows.split(x, grid.height, grid.width, self.window, self.shift), Grid(*self.window)
+
+    def _mask(self, grid: Grid, device: torch.device) -> Tensor | None:
+        if self.window is None:
+            return None
+        return windows.shift_mask(grid.height, grid.width, self.window, self.shift, device)
+
+    def _project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
+        """Queries (B, M, N, D), keys and values (B, M, S, D), and the map of the keys."""
+        if self.reduce is None:
+            q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+            return q, k, v, grid
+        inner = self.num_heads * self.head_dim
+        weights = self.qkv.weight.split([inner, 2 * inner])
+        biases = self.qkv.bias.split([inner, 2 * inner]) if self.qkv.bias is not None else (None, None)
+        reduced, kv_grid = self.reduce(x, grid)
+        (q,) = split_heads(F.linear(x, weights[0], biases[0]), 1, self.num_heads)
+        k, v = split_heads(F.linear(reduced, weights[1], biases[1]), 2, self.num_heads)
+        return q, k, v, kv_grid
+
+
+def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
+    B, N, _ = x_BNC.shape
+    return x_BNC.view(B, N, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+
+
+def head_channels(site: Site) -> int:
+    """D = C / M, refused when it is not whole."""
+    if site.dim % site.num_heads:
+        raise Refused(
+            f"{site.dim} channels do not divide into {site.num_heads} heads", "change model.num_heads or model.dim"
+        )
+    return site.dim // site.num_heads
+
+
+def window_of(window: int | tuple[int, int] | None, grid: Grid) -> tuple[int, int] | None:
+    """The window as (height, width), no larger than the map it is built for; None stays None (the whole map)."""
+    if window is None:
+        return None
+    height, width = (window, window) if isinstance(window, int) else tuple(window)
+    if min(height, width) < 1:
+        raise ValueError(
+            f"window: sides must be at least 1, got {window}; give a number of tokens or null for no windows"
+        )
+    return min(height, grid.height), min(width, grid.width)

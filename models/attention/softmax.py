@@ -1,0 +1,94 @@
+"""Softmax attention: over the whole map, in windows, or in shifted windows with relative position bias.
+
+Source: Attention Is All You Need, Vaswani et al., 2017, arXiv:1706.03762, equation 1; windows, shift and bias: Swin
+Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, equation 4.
+Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels per head, R = windows, T = their tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Grid, Refused, Site
+from models.attention.multihead import MultiHead, head_channels, window_of
+
+
+def softmax_attention(
+    site: Site,
+    *,
+    window: int | tuple[int, int] | None = None,
+    shift: bool = False,
+    relative_position_bias: bool = False,
+    qkv_bias: bool = True,
+    qk_norm: bool = False,
+    head_dim: int | None = None,
+) -> MultiHead:
+    """Scaled dot-product attention, `softmax(q kᵀ / √D) v`, with whichever backend PyTorch finds fastest.
+
+    Args:
+        site: the place in the backbone.
+        window: side of the windows in tokens, cut to the map; None attends over the whole map. Papers: 7, 12 at 384 px.
+        shift: roll the windows of every second block by half a window, masking pairs that were not neighbours.
+        relative_position_bias: a learned bias per head and offset inside the window.
+        qkv_bias, qk_norm: bias of the projection, LayerNorm on queries and keys.
+        head_dim: channels per head D; C / M by default.
+    """
+    size = window_of(window, site.grid)
+    if size is None and (shift or relative_position_bias):
+        raise Refused("shift and relative_position_bias need windows", "set attention.window, or both to false")
+    rolled = (0, 0)
+    if shift and site.block % 2:
+        # a window as large as the map has nothing to be shifted against
+        rolled = tuple(w // 2 if w < side else 0 for w, side in zip(size, site.grid[:2], strict=True))
+    dim = head_dim or head_channels(site)
+    core = SoftmaxCore(site.num_heads, dim, size if relative_position_bias else None, qk_norm)
+    return MultiHead(site, core, window=size, shift=rolled, qkv_bias=qkv_bias, head_dim=dim)
+
+
+class SoftmaxCore(nn.Module):
+    """`softmax(q kᵀ / √D + bias) v` per head."""
+
+    def __init__(self, num_heads: int, head_dim: int, window: tuple[int, int] | None = None, qk_norm: bool = False):
+        super().__init__()
+        self.scale = head_dim**-0.5
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.bias = RelativePositionBias(num_heads, window) if window else None
+
+    def forward(
+        self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
+    ) -> Tensor:
+        bias = self._bias(q_BMND, mask)
+        return F.scaled_dot_product_attention(self.q_norm(q_BMND), self.k_norm(k_BMND), v_BMND, bias, scale=self.scale)
+
+    def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
+        """The attention weights (B, M, N, S)."""
+        logits = self.q_norm(q_BMND) @ self.k_norm(k_BMND).mT * self.scale
+        bias = self._bias(q_BMND, mask)
+        return (logits if bias is None else logits + bias).softmax(-1)
+
+    def _bias(self, q_BMND: Tensor, mask_RTT: Tensor | None) -> Tensor | None:
+        """What is added to the logits: (1, M, T, T) without a mask, (B·R, M, T, T) with one, None for nothing."""
+        bias = None if self.bias is None else self.bias().to(q_BMND.dtype).unsqueeze(0)
+        if mask_RTT is None:
+            return bias
+        closed = torch.zeros_like(mask_RTT, dtype=q_BMND.dtype).masked_fill_(~mask_RTT, float("-inf"))[:, None]
+        total = closed if bias is None else closed + bias
+        return total.repeat(q_BMND.shape[0] // mask_RTT.shape[0], 1, 1, 1)
+
+
+class RelativePositionBias(nn.Module):
+    """One learned number per head and offset (dy, dx) inside a window; called, it gives (M, T, T)."""
+
+    def __init__(self, num_heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        height, width = window
+        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
+        nn.init.trunc_normal_(self.table, std=0.02)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        y, x = y.flatten(), x.flatten()
+        offset = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1) + x[:, None] - x[None, :] + width - 1
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.table[self.offset].permute(2, 0, 1).contiguous()

@@ -1,0 +1,1 @@
+"""Backbones: one file per family; the token mixer is injected."""

@@ -1,0 +1,107 @@
+"""What every backbone shares: images in, logits, features, pyramids and auxiliary losses out.
+
+Shapes: B = batch, N = tokens, C = channels, H W = map.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import Grid
+from models.layers.tokens import to_map
+
+
+class Backbone(nn.Module):
+    """Stem, stages, norm, pooling, head. A family fills in the parts; see `models/backbones/vit.py` for the shortest.
+
+    Attributes that a family sets in its constructor:
+        stem: `images -> (x_BNC, grid)`.
+        stages: ModuleList of `models.layers.block.Stage`.
+        norm: on the tokens of the last stage, before pooling.
+        head: Linear to `num_classes`, or Identity when that is 0.
+        channels, strides: of each map of the pyramid.
+    """
+
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+    channels: list[int]
+    strides: list[int]
+
+    def forward(self, images: Tensor, return_losses: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,)."""
+        maps, losses = self._forward_stages(images)
+        logits = self.head(self.pool(self.norm(maps[-1][0]), maps[-1][1]))
+        return (logits, _stack(losses)) if return_losses else logits
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised tokens (B, N, C) of the last stage, prefix tokens first."""
+        maps, _ = self._forward_stages(images)
+        return self.norm(maps[-1][0])
+
+    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
+        """One map (B, C, H, W) per stage, channels and strides as in `channels` and `strides`."""
+        maps, _ = self._forward_stages(images)
+        return [to_map(x, grid) for x, grid in maps]
+
+    def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) → (B, C): the mean over the map."""
+        return x_BNC[:, grid.prefix :].mean(1)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block in the backward pass: less memory, about a third more time."""
+        for stage in self.stages:
+            stage.gradient_checkpointing = enabled
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that never decay besides biases and norms: position tables and class tokens."""
+        pattern = re.compile(r"(^|\.)(position\.table|bias\.table|class_token)$")
+        return {name for name, _ in self.named_parameters() if pattern.search(name)}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for timm's layer decay: the stem, then block after block (or stage after stage)."""
+        stem = r"^stem"
+        if coarse:
+            return {"stem": stem, "blocks": r"^stages\.(\d+)"}
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": stem, "blocks": [*blocks, (r"^(?:norm|head)", (99999,))]}
+
+    def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
+        x, grid = self.stem(images)
+        maps, losses = [], []
+        for stage in self.stages:
+            x, grid, of_stage = stage(x, grid)
+            maps.append((x, grid))
+            losses += of_stage
+        return maps, losses
+
+
+def _stack(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = sorted({name for loss in losses for name in loss})
+    return {name: torch.stack([loss[name] for loss in losses if name in loss]) for name in names}
+
+
+def pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width in pixels, from one number or two."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise ValueError(f"image_size: must be positive, got {image_size}; give pixels, e.g. image_size=224")
+    return int(height), int(width)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear layers: truncated normal with standard deviation 0.02 and zero bias, as in DeiT and Swin."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def classifier(dim: int, num_classes: int) -> nn.Module:
+    """The last layer: Linear, or Identity for 0 classes."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -1,0 +1,1 @@
+"""Mechanism-free modules: one idea per file."""

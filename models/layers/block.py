@@ -1,0 +1,86 @@
+"""The residual block of every transformer here: token mixing, then an MLP, both pre-normalised.
+
+Shapes: B = batch, N = tokens, C = channels.
+"""
+
+from timm.layers import DropPath, LayerScale, Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
+
+    Args:
+        dim: channels C.
+        mixer: `(x, grid) -> Mixed`; an attention mechanism.
+        mlp_ratio: hidden channels of the MLP over C; 0 leaves the MLP out.
+        drop_path: probability that a sample skips a branch in training.
+        layer_scale: initial value of the learned scale of each branch; None for no scale.
+        norm_eps: of both LayerNorms.
+        position, mlp_position: modules `(x, grid) -> x` in front of the two branches, e.g. `ConvPosition`, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        position: nn.Module | None = None,
+        mlp_position: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module:
+            return LayerScale(dim, init_values=layer_scale) if layer_scale else nn.Identity()
+
+        self.position, self.mlp_position = position, mlp_position
+        self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale()
+        self.mlp = None
+        if mlp_ratio:
+            self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale()
+            self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        x = x_BNC if self.position is None else self.position(x_BNC, grid)
+        mixed, losses = self.attn(self.norm1(x), grid)
+        x = x + self.drop_path(self.scale1(mixed))
+        if self.mlp_position is not None:
+            x = self.mlp_position(x, grid)
+        if self.mlp is not None:
+            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        return x, losses
+
+
+class Stage(nn.Module):
+    """Blocks in a row, after an optional module `(x, grid) -> (x, grid)` that changes resolution and channels.
+
+    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
+        self.gradient_checkpointing = False
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
+        x, losses = x_BNC, []
+        if self.downsample is not None:
+            x, grid = self.downsample(x, grid)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x, loss = checkpoint(block, x, grid, use_reentrant=False)
+            else:
+                x, loss = block(x, grid)
+            losses.append(loss)
+        return x, grid, losses
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """From 0 at the first block to `rate` at the last, linearly."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]

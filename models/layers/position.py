@@ -1,0 +1,48 @@
+"""Position encodings: learned tables resized to any map, and a depth-wise convolution on the map.
+
+Shapes: B = batch, N = tokens, C = channels, H W = map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.tokens import to_map, to_tokens
+
+
+class LearnedPosition(nn.Module):
+    """Adds a learned vector per token; on another map size the table is resized bicubically.
+
+    Args:
+        dim: channels C.
+        grid: height, width and prefix tokens that the table is made for.
+    """
+
+    def __init__(self, dim: int, grid: tuple) -> None:
+        super().__init__()
+        height, width, prefix = self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.empty(1, prefix + height * width, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
+        if tuple(grid) == self.grid:
+            return x_BNC + self.table
+        prefix = self.grid[2]
+        resized = F.interpolate(to_map(self.table, self.grid), size=grid[:2], mode="bicubic", antialias=True)
+        return x_BNC + to_tokens(resized, self.table[:, :prefix])
+
+
+class ConvPosition(nn.Module):
+    """x + depth-wise convolution of the map; prefix tokens pass unchanged.
+
+    Source: conditional position encoding, Chu et al., arXiv:2102.10882; used by DaViT and BiFormer with a 3×3 kernel.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
+        prefix = grid[2]
+        encoded = to_tokens(self.proj(to_map(x_BNC, grid)))
+        return x_BNC + (F.pad(encoded, (0, 0, prefix, 0)) if prefix else encoded)

@@ -1,0 +1,55 @@
+"""Windows of a token map: split, merge, and the mask of shifted windows.
+
+Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.2.
+Shapes: B = batch, N = H·W tokens, C = channels, R = windows per image, T = tokens in a window.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def padded(size: int, window: int) -> int:
+    """The smallest multiple of `window` that is at least `size`."""
+    return -(-size // window) * window
+
+
+def split(x_BNC: Tensor, height: int, width: int, window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Tensor:
+    """(B, H·W, C) → (B·R, T, C): the map is zero-padded at bottom and right to whole windows, then rolled by -shift."""
+    B, _, C = x_BNC.shape
+    (h, w), (H, W) = window, (padded(height, window[0]), padded(width, window[1]))
+    x = x_BNC.view(B, height, width, C)
+    if (height, width) != (H, W):
+        x = F.pad(x, (0, 0, 0, W - width, 0, H - height))
+    if any(shift):
+        x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+    return x.view(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h * w, C)
+
+
+def merge(x_WTC: Tensor, height: int, width: int, window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Tensor:
+    """(B·R, T, C) → (B, H·W, C): the inverse of `split`, padding dropped."""
+    (h, w), (H, W) = window, (padded(height, window[0]), padded(width, window[1]))
+    C = x_WTC.shape[-1]
+    x = x_WTC.reshape(-1, H // h, W // w, h, w, C).transpose(2, 3).reshape(-1, H, W, C)
+    if any(shift):
+        x = x.roll(shift, dims=(1, 2))
+    return x[:, :height, :width].reshape(-1, height * width, C)
+
+
+@lru_cache(maxsize=64)
+def shift_mask(
+    height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Which pairs of a shifted window were neighbours before the roll: bool (R, T, T), or None without a shift."""
+    if not any(shift):
+        return None
+    sizes = [padded(height, window[0]), padded(width, window[1])]
+    rows, columns = (
+        torch.bucketize(torch.arange(size), torch.tensor([size - w, size - s]), right=True)
+        for size, w, s in zip(sizes, window, shift, strict=True)
+    )
+    region = (rows[:, None] * 3 + columns[None, :]).to(device).view(1, -1, 1).float()
+    region_RT = split(region, *sizes, window).squeeze(-1)
+    return region_RT[:, :, None] == region_RT[:, None, :]
