@@ -1,1 +1,37 @@
-"""Attention mechanisms, backbones, tasks, checkpoints and probes."""
+"""Attention mechanisms, backbones, tasks, checkpoints and probes; and the three functions that a library user needs."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def create_model(name: str, attention: str | None = None, **settings: Any) -> "nn.Module":
+    """A model by name, with random weights: `create_model("swin_tiny", attention="agent", image_size=256)`.
+
+    Args:
+        name: a file of conf/model, see `list_models()`.
+        attention: a file of conf/attention, see `list_attentions()`; None for the model's own.
+        settings: other values for the keys of conf/model/<name>.yaml, e.g. `num_classes=10, drop_path=0.1`;
+            `image_size` in pixels, one number or (height, width). `num_classes` is 1000 unless given.
+
+    Raises:
+        ValueError: an unknown name or key (the message has the nearest ones), or a mechanism that does not fit.
+    """
+    from models.factory import create
+
+    return create(name, attention, settings)
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` and `model=` take."""
+    from conf.cli import options
+
+    return options("model")
+
+
+def list_attentions() -> list[str]:
+    """The names that `attention=` takes."""
+    from conf.cli import options
+
+    return options("attention")

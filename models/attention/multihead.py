@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.attention import Accepts, Grid, Mixed, Refused, Site
 from models.layers import window as windows
+from models.layers.tokens import to_map, to_tokens
 
 
 class Core(Protocol):
@@ -115,6 +116,17 @@ def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]
     """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
     B, N, _ = x_BNC.shape
     return x_BNC.view(B, N, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+
+
+def heads_to_map(x_BMND: Tensor, grid: Grid) -> Tensor:
+    """(B, M, N, D) → the map (B, M·D, H, W) without prefix tokens, in channels_last memory."""
+    return to_map(x_BMND.transpose(1, 2).flatten(2), grid)
+
+
+def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
+    """(B, M·D, H, W) → (B, M, N, D), with zeros for `prefix` tokens in front."""
+    x_BMND = to_tokens(x_BCHW).unflatten(2, (num_heads, -1)).transpose(1, 2)
+    return F.pad(x_BMND, (0, 0, prefix, 0)) if prefix else x_BMND
 
 
 def head_channels(site: Site) -> int:

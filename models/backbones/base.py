@@ -79,6 +79,18 @@ class Backbone(nn.Module):
         return maps, losses
 
 
+class PatchStem(nn.Module):
+    """A patch embedding as the whole stem: images → (x_BNC, grid) without prefix tokens."""
+
+    def __init__(self, patch_embed: nn.Module) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
+        x_BNC, (height, width) = self.patch_embed(images)
+        return x_BNC, Grid(height, width)
+
+
 def _stack(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = sorted({name for loss in losses for name in loss})
     return {name: torch.stack([loss[name] for loss in losses if name in loss]) for name in names}
@@ -98,6 +110,43 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def same_length(who: str, **options: Sequence) -> None:
+    """Refuses lists with one entry per stage that disagree about the number of stages."""
+    lengths = {name: len(values) for name, values in options.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"{who}: options with one entry per stage differ in length, got {lengths}; give as many of each")
+
+
+def heads_of(who: str, dim: int, head_dim: int) -> int:
+    """How many heads of `head_dim` channels make up `dim`."""
+    if dim % head_dim:
+        raise ValueError(
+            f"{who}: {dim} channels are not a multiple of head_dim, got {head_dim}; change model.dims or model.head_dim"
+        )
+    return dim // head_dim
+
+
+def chosen_stages(who: str, chosen: Sequence[int], stages: int, attention: object) -> list[int]:
+    """The stages that get the injected attention, in order; what could go unnoticed is refused.
+
+    Raises:
+        ValueError: no stage or one that does not exist, or a list of mechanisms with one for a stage without attention.
+    """
+    if not chosen or not set(chosen) <= set(range(stages)):
+        raise ValueError(
+            f"{who}: attention_stages must name at least one of the stages 0 to {stages - 1}, got {list(chosen)}; "
+            "set model.attention_stages"
+        )
+    if isinstance(attention, Sequence):
+        unused = [s for s, factory in enumerate(attention) if factory is not None and s not in chosen]
+        if unused:
+            raise ValueError(
+                f"{who}: a mechanism is given for stages that have no attention, got stages {unused}; "
+                "write null there or add them to model.attention_stages"
+            )
+    return sorted(set(chosen))
 
 
 def classifier(dim: int, num_classes: int) -> nn.Module:

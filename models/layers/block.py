@@ -1,10 +1,14 @@
-"""The residual block of every transformer here: token mixing, then an MLP, both pre-normalised.
+"""The residual block of every transformer here, and the stage that runs blocks in a row.
 
 Shapes: B = batch, N = tokens, C = channels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -34,15 +38,11 @@ class Block(nn.Module):
         mlp_position: nn.Module | None = None,
     ) -> None:
         super().__init__()
-
-        def scale() -> nn.Module:
-            return LayerScale(dim, init_values=layer_scale) if layer_scale else nn.Identity()
-
         self.position, self.mlp_position = position, mlp_position
-        self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale()
+        self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale(dim, layer_scale)
         self.mlp = None
         if mlp_ratio:
-            self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale()
+            self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)
             self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks in a row, after an optional module `(x, grid) -> (x, grid)` that changes resolution and channels.
 
-    `gradient_checkpointing` recomputes each block in the backward pass instead of keeping its activations.
+    `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
@@ -71,14 +71,41 @@ class Stage(nn.Module):
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
         x, losses = x_BNC, []
         if self.downsample is not None:
-            x, grid = self.downsample(x, grid)
+            x, grid = self._run(self.downsample, x, grid)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x, loss = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x, loss = block(x, grid)
+            x, loss = self._run(block, x, grid)
             losses.append(loss)
         return x, grid, losses
+
+    def _run(self, module: nn.Module, x: Tensor, grid: tuple) -> tuple:
+        return recomputed(module, x, grid) if self.gradient_checkpointing and self.training else module(x, grid)
+
+
+def recomputed(module: nn.Module, x: Tensor, grid: tuple) -> tuple:
+    """`module(x, grid)`, whose activations are computed again in the backward pass rather than kept."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        return checkpoint(module, x, grid, use_reentrant=False)
+    contexts = lambda: (nullcontext(), frozen_statistics(norms))  # noqa: E731 (an argument with a long name)
+    return checkpoint(module, x, grid, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Running averages of batch norms stand still inside: a second forward of the same batch must not count twice."""
+    tracked = [norm.track_running_stats for norm in norms]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm, flag in zip(norms, tracked, strict=True):
+            norm.track_running_stats = flag
+
+
+def scale(dim: int, initial: float | None) -> nn.Module:
+    """A learned scale per channel that starts at `initial`, or nothing for None."""
+    return nn.Identity() if initial is None else LayerScale(dim, init_values=initial)
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

@@ -1,0 +1,175 @@
+"""The command line of train.py and eval.py: Hydra, with errors that name the fix and exit with status 2.
+
+Torch is imported only inside a job, so `--help`, `--cfg job` and a mistyped name answer at once.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import recipes
+from conf import resolvers
+
+CONF = Path(__file__).parent
+
+
+class UserError(Exception):
+    """Something that the user can mend: printed as it is, without a traceback; the process ends with status 2."""
+
+
+def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[[], None] | None = None) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line, call `job(cfg)`, and end the process on an error.
+
+    `before` is called first; what it raises is reported in the same way.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
+    resolvers.register()
+    recipes.register()
+    failed: list[str] = []
+
+    @wraps(job)
+    def guarded(cfg: DictConfig) -> object:
+        """In a sweep, a job with a wrong configuration is reported and the others go on."""
+        try:
+            return job(cfg)
+        except UserError as error:
+            failed.append(str(error))
+            _print(str(error))
+            return None
+
+    try:
+        if before is not None:
+            before()
+        hydra.main(config_path=str(CONF), config_name=config_name, **version_base())(guarded)()
+    except UserError as error:
+        _quit(str(error))
+    except MissingConfigException as error:
+        _quit(_missing(error))
+    except OverrideParseException as error:
+        _quit(f"{error}\nquote lists for your shell, e.g. 'model.depths=[2,2,6,2]'")
+    except (ConfigCompositionException, OmegaConfBaseException) as error:
+        _quit(_composition(error, config_name))
+    except HydraException as error:
+        _quit(str(error))
+    if failed:
+        sys.exit(2)
+
+
+def take_config_from_checkpoint() -> None:
+    """Offers what the checkpoint of `ckpt=` says of its model and data to Hydra, as the config `from_checkpoint`.
+
+    `data` is left out when the command line chooses other data.
+    """
+    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    node: dict = {"defaults": [{"data": arguments["data"]}, "_self_"]} if "data" in arguments else {}
+    if "ckpt" in arguments:
+        from models.checkpoints import check_config, read_config
+
+        try:
+            saved = read_config(arguments["ckpt"])
+            kept = {"seed", "image_size", "attention", "model", "augment"} | ({"data"} - set(arguments))
+            node |= {key: value for key, value in saved.items() if key in kept}
+            check_config({key: value for key, value in node.items() if key != "defaults"})
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+    ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ ", did you mean 'agent'?" or "" when nothing is close."""
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def options(group: str) -> list[str]:
+    """The names that a group offers, sorted."""
+    return sorted(
+        path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")
+    )
+
+
+def groups() -> list[str]:
+    """The groups of conf/."""
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def version_base() -> dict[str, str]:
+    """What Hydra has to be told: Hydra 1.4 deprecates the argument that 1.3 asks for."""
+    return {} if tuple(map(int, version("hydra-core").split(".")[:2])) >= (1, 4) else {"version_base": "1.3"}
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    choices = sorted(error.options or [])
+    if not group or not choices:
+        return str(error).splitlines()[0]
+    return f"{group}: there is no {name!r}{nearest(name, choices)}\navailable: {', '.join(choices)}"
+
+
+def _composition(error: Exception, config_name: str) -> str:
+    """One message from the chain of causes, with the nearest keys or groups for a name that does not exist."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = str(error).splitlines()[0]
+    if match := re.search(r"Could not override '([^']+)'", str(error)):
+        key = match.group(1).lstrip("+~")
+        if "No match in the defaults list" in str(error):
+            return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
+        return f"there is no setting {key!r}{_near_keys(key, config_name)}"
+    cause = chain[-1]
+    if cause is not error and str(cause) not in text:
+        text = f"{text}\n{str(cause).splitlines()[0]}"
+    return text
+
+
+def _near_keys(key: str, config_name: str) -> str:
+    """Suggestions and the valid neighbours of a key that does not exist, from the composed configuration."""
+    known = [
+        argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(("-", key, f"+{key}"))
+    ]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
+            cfg = hydra.compose(config_name, overrides=[a for a in known if "," not in a])
+    except Exception:  # a second wrong override: its own message comes when this one is mended
+        return ""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig):
+        return nearest(key, _leaves(cfg))
+    close = nearest(leaf, list(node)) or nearest(key, _leaves(cfg))
+    return f"{close}\nvalid keys{f' of {parent}' if parent else ''}: {', '.join(sorted(map(str, node)))}"
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in node:
+        value = node._get_node(key)
+        keys += (
+            _leaves(value, f"{prefix}{key}.")
+            if isinstance(value, DictConfig) and not value._is_none()
+            else [f"{prefix}{key}"]
+        )
+    return keys
+
+
+def _quit(message: str) -> None:
+    _print(message)
+    sys.exit(2)
+
+
+def _print(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

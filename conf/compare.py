@@ -1,0 +1,55 @@
+"""The table that ends a sweep (`-m`): one line per run, best first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+COLUMNS = {
+    "val/top1": "top-1",
+    "val/top1_ema": "top-1 EMA",
+    "val/top5": "top-5",
+    "val/loss": "loss",
+    "parameters": "parameters",
+    "images_per_second": "images/s",
+    "seconds": "seconds",
+}
+
+
+class CompareRuns(Callback):
+    """Collects the metrics.json of every job and prints them side by side."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, Path]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        hydra = job_return.hydra_cfg.hydra
+        self.runs.append(
+            (hydra.job.override_dirname.replace(",", " ") or "(no change)", Path(hydra.runtime.output_dir))
+        )
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from models.tasks.report import shown
+
+        runs = [
+            (name, json.loads((path / "metrics.json").read_text()))
+            for name, path in self.runs
+            if (path / "metrics.json").exists()
+        ]
+        missing = [name for name, path in self.runs if not (path / "metrics.json").exists()]
+        present = [key for key in COLUMNS if any(key in figures for _, figures in runs)]
+        table = Table(title=f"{len(runs)} runs", title_justify="left")
+        table.add_column("run", overflow="fold")
+        for key in present:
+            table.add_column(COLUMNS[key], justify="right")
+        for name, figures in sorted(runs, key=lambda run: -(run[1].get("val/top1") or 0)):
+            table.add_row(name, *(shown(key, figures.get(key)) for key in present))
+        console = Console()
+        console.print(table)
+        for name in missing:
+            console.print(f"no result: {name}")

@@ -1,0 +1,31 @@
+"""Values that the configuration computes when it is composed. Torch-free: `--help` must be instant."""
+
+import os
+import re
+from datetime import datetime
+
+from omegaconf import OmegaConf
+
+from data.folders import count_class_folders
+
+
+def run_name() -> str:
+    """Date and time of the start, or the SLURM job id: one value for all processes of a run, and for a whole sweep."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm-{job}"
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["TORCHELASTIC_RUN_ID"] != "none":
+        return f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}"
+    # child processes of a multi-device run inherit the variable, and so agree with their parent
+    return os.environ.setdefault("VISION_ZOO_RUN_NAME", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def slug(number: int, overrides: str) -> str:
+    """A folder name for one job of a sweep, such as `0_attention=agent`."""
+    return re.sub(r"[^\w=.,+-]+", "-", f"{number}_{overrides}")[:120].rstrip("_-")
+
+
+def register() -> None:
+    """Make the resolvers known to OmegaConf; calling it again changes nothing."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("class_folders", count_class_folders, replace=True)

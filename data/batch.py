@@ -1,0 +1,63 @@
+"""The batch that data modules hand to tasks, the draw that asks for a sample, and how samples become a batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+
+class Batch(NamedTuple):
+    """What a task receives. Shapes: ``B`` images of ``H × W`` pixels.
+
+    ``images`` are uint8 (B, 3, H, W) from the loader; float32, normalised, channels_last in memory after the device
+    stage. ``labels`` are int64 (B,); after mixup or cutmix float32 (B, num_classes), rows summing to 1.
+    ``indices`` int64 (B,) are positions in the source. ``epoch`` is the epoch that the batch belongs to, 0 in
+    evaluation. ``number`` is the batch's number in its epoch, 0-based and the same on all ranks.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    epoch: int
+    number: int
+
+
+class Draw(NamedTuple):
+    """One sample to read: image ``index`` in ``epoch``, for the ``repeat``-th time, in batch ``number``."""
+
+    epoch: int
+    index: int
+    repeat: int = 0
+    number: int = 0
+
+
+class Sample(NamedTuple):
+    """One sample that was read: a uint8 image (3, H, W), its label and the draw that asked for it."""
+
+    image: Tensor
+    label: int
+    draw: Draw
+
+
+def collate(samples: Sequence[Sample | None]) -> Batch:
+    """Stacks samples into a uint8 batch; ``None`` stands for an unreadable image that ``on_error: skip`` left out.
+
+    Raises:
+        ValueError: all images of the batch were left out: training on nothing is an error, not a smaller batch.
+    """
+    present = [sample for sample in samples if sample is not None]
+    if not present:
+        raise ValueError(
+            f"ImageData: no image of this batch is readable, got {len(samples)} unreadable files; "
+            "see the paths reported above and mend or remove the files"
+        )
+    draw = present[0].draw
+    return Batch(
+        images=default_collate([sample.image for sample in present]),
+        labels=torch.tensor([sample.label for sample in present], dtype=torch.int64),
+        indices=torch.tensor([sample.draw.index for sample in present], dtype=torch.int64),
+        epoch=draw.epoch,
+        number=draw.number,
+    )

@@ -1,0 +1,99 @@
+"""The pre-flight: what can be wrong with settings and data, found before training and without decoding images."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from data.module import ImageData
+    from data.sources import Split
+
+SHOWN = 5  # names listed in a message before it says how many more there are
+
+
+def setting_problems(data: "ImageData") -> list[str]:
+    """Wrong types and ranges of the module's own arguments."""
+    found = []
+    for name in ("num_classes", "image_size", "batch_size"):
+        if not _whole(getattr(data, name), 1):
+            found.append(f"data.{name}: got {getattr(data, name)!r}; give a whole number from 1")
+    if not _whole(data.seed, 0):
+        found.append(f"seed: got {data.seed!r}; give a whole number from 0")
+    if data.workers != "auto" and not _whole(data.workers, 0):
+        found.append(f"data.workers: got {data.workers!r}; give a whole number from 0, or auto")
+    if data.on_error not in ("raise", "skip"):
+        found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
+    if not isinstance(data.drop_last, bool):
+        found.append(f"data.drop_last: got {data.drop_last!r}; give true or false")
+    if not isinstance(data.timeout, int | float) or data.timeout < 0:
+        found.append(f"data.timeout: got {data.timeout!r}; give seconds, 0 to wait for ever")
+    for name, positive in (("mean", False), ("std", True)):
+        values = getattr(data, name)
+        numbers = (
+            isinstance(values, tuple) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
+        )
+        if not numbers or (positive and min(values) <= 0):
+            wanted = "three positive numbers" if positive else "three numbers"
+            found.append(f"data.{name}: got {values!r}; give {wanted}, one per channel of images scaled to 0 … 1")
+    return found
+
+
+def trainer_problems(trainer: "pl.Trainer | None") -> list[str]:
+    """Lightning would replace our samplers by padded ones, and fail at it without saying why."""
+    if trainer is None or trainer.world_size == 1 or not trainer._accelerator_connector.use_distributed_sampler:
+        return []
+    return ["trainer.use_distributed_sampler: got true on several processes; set it to false: batches are split here"]
+
+
+def data_problems(data: "ImageData", world: int) -> list[str]:
+    """What the source lacks for these settings, with ``world`` processes."""
+    try:
+        splits, classes = {"train": data.source.train, "val": data.source.val}, list(data.source.classes)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    found = []
+    if len(classes) > data.num_classes:
+        found.append(
+            f"data.num_classes: got {data.num_classes}, but the source has {len(classes)} classes "
+            f"({some(classes)}); set data.num_classes={len(classes)}"
+        )
+    for name, split in splits.items():
+        found += _label_problems(name, split, data.num_classes, classes)
+    images = len(splits["train"])
+    if images > 0 and data.steps_per_epoch(world) == 0:
+        found.append(
+            f"data.batch_size: got {data.batch_size} on {world} process(es), {data.batch_size * world} images in all, "
+            f"but the train split has {images}; set data.batch_size={max(1, images // world)} or less"
+        )
+    return found
+
+
+def _label_problems(name: str, split: "Split", num_classes: int, classes: list[str]) -> list[str]:
+    if len(split) == 0:
+        return [f"the {name} split has no images"]
+    labels = np.asarray(split.labels)
+    found = []
+    if labels.min() < 0 or labels.max() >= max(num_classes, len(classes)):
+        found.append(
+            f"the {name} split has labels from {labels.min()} to {labels.max()}, but data.num_classes={num_classes} "
+            f"allows 0 to {num_classes - 1}; set data.num_classes or mend the labels"
+        )
+    elif name == "train":
+        empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
+        if empty:
+            found.append(
+                f"the train split has no image of {len(empty)} class(es): {some(empty)}; add images or remove them"
+            )
+    return found
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -1,0 +1,76 @@
+"""One draw of the sampler becomes one sample: read, transformed, its randomness named by the draw alone."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.batch import Draw, Sample
+from data.decode import UnreadableImage
+from data.randomness import AUGMENT, preserved, seed_all
+from data.sources import Split
+
+log = logging.getLogger(__name__)
+
+
+class Skips:
+    """Images that were left out, shared by all workers: each is reported once, with its path."""
+
+    def __init__(self, length: int) -> None:
+        self._seen = torch.zeros(length, dtype=torch.uint8).share_memory_()
+
+    def report(self, index: int, error: UnreadableImage) -> None:
+        if not self._seen[index]:
+            self._seen[index] = 1
+            log.warning("left out, on_error=skip: %s", error)
+
+    @property
+    def count(self) -> int:
+        """Different images left out so far."""
+        return int(self._seen.sum())
+
+
+class Samples(Dataset[Sample | None]):
+    """A split seen through a transform.
+
+    Args:
+        split: map-style source of (PIL image, label).
+        transform: PIL image to uint8 (3, H, W).
+        seed: names the augmentation together with the draw; ``None`` for a transform without randomness.
+        skips: where unreadable images are reported; ``None`` raises instead.
+    """
+
+    def __init__(
+        self, split: Split, transform: Callable[[Image.Image], Tensor], seed: int | None, skips: Skips | None = None
+    ) -> None:
+        self.split, self.transform, self.seed, self.skips = split, transform, seed, skips
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: Draw) -> Sample | None:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample | None]:
+        """All samples of a batch; the loader prefers this, and the global random state is put aside only once."""
+        if self.seed is None:
+            return [self._read(draw) for draw in draws]
+        with preserved():
+            return [self._read_seeded(draw) for draw in draws]
+
+    def _read_seeded(self, draw: Draw) -> Sample | None:
+        seed_all(self.seed, AUGMENT, draw.epoch, draw.index, draw.repeat)
+        return self._read(draw)
+
+    def _read(self, draw: Draw) -> Sample | None:
+        try:
+            image, label = self.split[draw.index]
+        except UnreadableImage as error:
+            if self.skips is None:
+                raise
+            self.skips.report(draw.index, error)
+            return None
+        return Sample(self.transform(image), label, draw)

@@ -1,0 +1,95 @@
+"""The device stage: uint8 batches become normalised float32, mixed and erased where they already lie.
+
+Bytes travel to the device, a quarter of what floats would take. Randomness is named by (seed, epoch, batch number,
+rank), so a batch is the same whatever came before it.
+
+Source: mixup, Zhang et al., ICLR 2018 (arXiv 1710.09412); CutMix, Yun et al., ICCV 2019 (arXiv 1905.04899); random
+erasing, Zhong et al., AAAI 2020 (arXiv 1708.04896). Mixing and erasing are timm's; only the check for even batches
+is gone, because one choice per batch pairs each image with its mirror position and the middle one with itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from data.augment import Augment
+from data.batch import Batch
+from data.randomness import MIX, preserved, seed_all
+
+
+class BatchMixup(Mixup):
+    """timm's mixup and cutmix with one choice per batch, for batches of any size."""
+
+    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        share = self._mix_batch(x)
+        return x, mixup_target(target, self.num_classes, share, self.label_smoothing)
+
+
+class DeviceStage:
+    """Turns the loader's batches into what the model sees.
+
+    Args:
+        mean, std: per channel, of images scaled to 0 … 1.
+        augment: mixing and erasing of training batches.
+        num_classes: length of soft targets.
+        seed: names the randomness together with epoch, batch number and rank.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], augment: Augment, num_classes: int, seed: int
+    ) -> None:
+        self.mean, self.std, self.augment, self.seed = tuple(mean), tuple(std), augment, seed
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._mixup = None
+        if augment.mixes:
+            self._mixup = BatchMixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_probability,
+                switch_prob=augment.switch_probability,
+                label_smoothing=0.0,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: Batch, training: bool, rank: int = 0) -> Batch:
+        """Normalises; in training also mixes and erases.
+
+        Raises:
+            ValueError: the images are not uint8 (B, 3, H, W): normalised twice, nothing would fail but the result.
+        """
+        images = batch.images
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                "DeviceStage: images must be uint8 (B, 3, H, W), "
+                f"got {images.dtype} {tuple(images.shape)}; leave scaling and normalisation to this stage"
+            )
+        batch = batch._replace(images=self._normalise(images))
+        if not training or not (self._mixup or self.augment.erasing > 0):
+            return batch
+        with preserved(images.device):
+            seed_all(self.seed, MIX, batch.epoch, batch.number, rank, device=images.device)
+            return self._change(batch)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if images.device not in self._constants:
+            scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float64))
+            offset = 255 * torch.tensor(self.mean, dtype=torch.float64)
+            shape = (1, 3, 1, 1)
+            self._constants[images.device] = (
+                offset.float().reshape(shape).to(images.device),
+                scale.float().reshape(shape).to(images.device),
+            )
+        offset, scale = self._constants[images.device]
+        return images.to(torch.float32, memory_format=torch.channels_last).sub_(offset).mul_(scale)
+
+    def _change(self, batch: Batch) -> Batch:
+        images, labels = batch.images, batch.labels
+        if self.augment.erasing > 0:
+            erase = RandomErasing(self.augment.erasing, mode="pixel", device=images.device)
+            images = erase(images)
+        if self._mixup is not None:
+            images, labels = self._mixup(images, labels)
+        return batch._replace(images=images, labels=labels)

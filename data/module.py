@@ -1,0 +1,232 @@
+"""``ImageData``: a source, an augmentation and a sampler as a Lightning data module, built from ``conf/data/*.yaml``.
+
+Resuming: the state is the position (epoch, batch) of the next batch to be processed. Lightning restores it before
+loaders exist, the sampler starts there, and the images that follow are those that an uninterrupted run would have
+seen, bit for bit, whatever the number of workers. Use ``use_distributed_sampler=False`` in the trainer.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from data.augment import Augment
+from data.batch import Batch, collate
+from data.checks import data_problems, setting_problems, trainer_problems
+from data.dataset import Samples, Skips
+from data.device import DeviceStage
+from data.sampler import EpochBatchSampler, EvaluationBatchSampler
+from data.sources import Source
+from data.transforms import Evaluation, EvaluationTransform, TrainTransform
+
+MAX_AUTO_WORKERS = 8
+
+
+class EpochLoader(DataLoader):
+    """A loader that can start in the middle of an epoch.
+
+    Its position is kept by the data module, not here: the empty state tells Lightning that resuming is exact.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: the sampler was given its position when the loader was made."""
+
+
+class ImageData(pl.LightningDataModule):
+    """Images with labels.
+
+    Args:
+        source: where images come from (``data.sources``).
+        num_classes: known before data is read, because the model needs it.
+        image_size: height and width of training images in pixels.
+        batch_size: images per process and batch, in training and evaluation.
+        seed: names order and augmentation.
+        augment: values of ``data.augment.Augment``.
+        eval: values of ``data.transforms.Evaluation``.
+        mean, std: per channel, of images scaled to 0 … 1.
+        workers: loader processes per training process, or ``auto``: none for an embedded source, else one per CPU
+            core that this process may count on, at most 8.
+        drop_last: leave out the last training batch of an epoch when it is not full.
+        on_error: ``raise`` names the unreadable image and stops; ``skip`` reports it once and trains without it
+            (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
+        timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
+        root: the folder of a source that has one, for messages and for counting classes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        num_classes: int,
+        image_size: int,
+        batch_size: int,
+        seed: int = 0,
+        augment: Mapping[str, Any] | None = None,
+        eval: Mapping[str, Any] | None = None,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        workers: int | str = "auto",
+        drop_last: bool = True,
+        on_error: str = "raise",
+        timeout: float = 300,
+        root: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.source, self.num_classes, self.image_size, self.batch_size = source, num_classes, image_size, batch_size
+        self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
+        self.mean, self.std = (tuple(v) if hasattr(v, "__iter__") else v for v in (mean, std))
+        self.timeout, self.root = timeout, root
+        self.augment = Augment.build(augment)
+        self.evaluation = Evaluation.build(eval)
+        self.start_epoch: int | None = None  # None: the epoch that Lightning counts
+        self.start_batch = 0
+        self._delivered: tuple[int, int] | None = None  # epoch and number of the last training batch handed out
+        self._skips: Skips | None = None
+
+    # What others may ask before the trainer exists
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.source.classes)
+
+    def steps_per_epoch(self, world_size: int = 1) -> int:
+        """Training batches of an epoch per process."""
+        return len(self._train_sampler(0, world_size))
+
+    @property
+    def skipped(self) -> int:
+        """Different training images that ``on_error=skip`` has left out so far, over all workers of this process."""
+        return self._skips.count if self._skips is not None else 0
+
+    def check(self) -> None:
+        """Everything that can be known before training is checked, without decoding images.
+
+        Raises:
+            ValueError: all problems, one per line.
+        """
+        problems = setting_problems(self) or [*trainer_problems(self.trainer), *data_problems(self, self._place()[1])]
+        if problems:
+            raise ValueError("\n  - ".join([f"ImageData: {len(problems)} problem(s) with the data", *problems]))
+
+    # Loaders
+
+    def setup(self, stage: str) -> None:
+        """Checks; a new fit begins at the first batch unless a checkpoint, restored after this, says otherwise."""
+        self.check()
+        if stage == "fit":
+            self.start_epoch, self.start_batch, self._delivered = None, 0, None
+
+    def train_dataloader(self) -> DataLoader:
+        split = self.source.train
+        self._skips = Skips(len(split)) if self.on_error == "skip" else None
+        samples = Samples(split, TrainTransform(self.augment, self.image_size, self.mean), self.seed, self._skips)
+        sampler = self._train_sampler(*self._place())
+        sampler.start_epoch, sampler.start_batch = self.start_epoch, self.start_batch
+        return self._loader(samples, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        split = self.source.val
+        samples = Samples(split, EvaluationTransform(self.evaluation, self.image_size), seed=None)
+        return self._loader(samples, EvaluationBatchSampler(len(split), self.batch_size, *self._place()))
+
+    test_dataloader = val_dataloader
+
+    def _train_sampler(self, rank: int, world: int) -> EpochBatchSampler:
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        return EpochBatchSampler(
+            len(self.source.train),
+            self.batch_size,
+            self.seed,
+            rank,
+            world,
+            repeats=self.augment.repeated,
+            drop_last=self.drop_last,
+            shuffle=not overfit,
+        )
+
+    def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:
+        workers = self._worker_count
+        return EpochLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            timeout=self.timeout if workers > 0 else 0,
+            generator=torch.Generator().manual_seed(self.seed),  # or each epoch would draw from the model's randomness
+        )
+
+    @cached_property
+    def _worker_count(self) -> int:
+        if self.workers != "auto":
+            return int(self.workers)
+        if self.source.embedded:
+            return 0
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(MAX_AUTO_WORKERS, cores // processes))
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    # The device stage
+
+    @cached_property
+    def _stage(self) -> DeviceStage:
+        return DeviceStage(self.mean, self.std, self.augment, self.num_classes, self.seed)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """uint8 to normalised float on the device; training batches are mixed and erased, and counted."""
+        training = self.trainer is not None and self.trainer.training
+        if training:
+            self._delivered = (batch.epoch, batch.number)
+        return self._stage(batch, training, self._place()[0])
+
+    # Resuming
+
+    def state_dict(self) -> dict[str, int]:
+        """The position of the next training batch to be processed, and what it was counted with."""
+        epoch, batch = self._position()
+        return {"epoch": epoch, "batch": batch, **self._counted_with()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Training starts at the stored position; evaluating a checkpoint has no use for it.
+
+        Raises:
+            ValueError: with another global batch, seed or number of images the batches that follow do not exist.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, value in self._counted_with().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"ImageData: the checkpoint is at batch {state['batch']} of epoch {state['epoch']}, counted with "
+                    f"{name}={state[name]}, got {name}={value}; resume with the same data, seed and batch_size × "
+                    "processes, or start a new run from the checkpoint's weights"
+                )
+        self.start_epoch, self.start_batch = int(state["epoch"]), int(state["batch"])
+
+    def _counted_with(self) -> dict[str, int]:
+        world = self._place()[1]
+        return {"global_batch": self.batch_size * world, "seed": self.seed, "images": len(self.source.train)}
+
+    def _position(self) -> tuple[int, int]:
+        if self._delivered is None:
+            current = self.trainer.current_epoch if self.trainer is not None else 0
+            return (current if self.start_epoch is None else self.start_epoch), self.start_batch
+        epoch, number = self._delivered
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.processed < progress.current.ready:
+            return epoch, number  # handed out, but its step has not been taken
+        if number + 1 >= self.trainer.num_training_batches or progress.is_last_batch:
+            return epoch + 1, 0
+        return epoch, number + 1

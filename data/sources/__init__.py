@@ -1,0 +1,39 @@
+"""Where images come from: one file per kind of source.
+
+A source is built from configuration alone and reads nothing until a split is asked for, because the model needs the
+number of classes before any data exists.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+
+class Split(Protocol):
+    """One part of a source, map-style: readable in any order, by any worker."""
+
+    labels: np.ndarray  # int64 (len,), known without decoding an image
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """An RGB image and its label. Raises ``UnreadableImage``, naming the file."""
+        ...
+
+
+class Source(Protocol):
+    """What ``ImageData`` reads from. ``embedded`` sources are small and in memory: workers would only cost time."""
+
+    embedded: bool
+
+    @property
+    def train(self) -> Split: ...
+
+    @property
+    def val(self) -> Split: ...
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; a label is a position in this list."""
+        ...

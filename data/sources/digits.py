@@ -1,0 +1,53 @@
+"""scikit-learn's handwritten digits: 1,797 real 8 × 8 grey images in 10 classes, embedded in the package.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+The split is fixed: 1,437 for training and 360 for validation, the same share of every class in both.
+"""
+
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+VALIDATION = 360  # images, one fifth
+
+
+class DigitsSplit:
+    """8 × 8 RGB images, kept in memory as uint8 (n, 8, 8); the transform scales them to the image size."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+
+class Digits:
+    """The embedded data set; scikit-learn is imported when it is first read."""
+
+    embedded = True
+
+    def __init__(self) -> None:
+        self.classes = [str(digit) for digit in range(10)]
+
+    @cached_property
+    def _splits(self) -> tuple[DigitsSplit, DigitsSplit]:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the file counts from 0 to 16
+        labels = digits.target.astype(np.int64)
+        parts = train_test_split(pixels, labels, test_size=VALIDATION, stratify=labels, random_state=0)
+        return DigitsSplit(parts[0], parts[2]), DigitsSplit(parts[1], parts[3])
+
+    @property
+    def train(self) -> DigitsSplit:
+        return self._splits[0]
+
+    @property
+    def val(self) -> DigitsSplit:
+        return self._splits[1]

@@ -1,0 +1,35 @@
+"""ImageNet-1k (ILSVRC 2012) in class folders named by WordNet id, e.g. ``n01440764``.
+
+Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015 (arXiv 1409.0575).
+The alphabetical order of the ids is the class order of all published checkpoints, so a folder with other names, or
+with one class missing, would evaluate to noise: it is refused.
+"""
+
+import re
+from functools import cached_property
+
+from data.sources.imagefolder import ImageFolder
+
+CLASSES = 1000
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+class ImageNet1k(ImageFolder):
+    """``root/{train,val}/n01440764/….JPEG``, 1000 classes."""
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Raises ``ValueError`` unless there are exactly 1000 folders named by WordNet id."""
+        names = super().classes
+        wrong = [name for name in names if not WORDNET_ID.fullmatch(name)]
+        if wrong:
+            raise ValueError(
+                f"ImageNet1k: folders that are no WordNet id (n and 8 digits), got {', '.join(wrong[:5])} in "
+                f"{self._folder('train')}; remove them, or use data=imagefolder for other images"
+            )
+        if len(names) != CLASSES:
+            raise ValueError(
+                f"ImageNet1k: {CLASSES} class folders expected, got {len(names)} in {self._folder('train')}; "
+                "add the missing ones, or use data=imagefolder for a subset"
+            )
+        return names

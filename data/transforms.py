@@ -1,0 +1,138 @@
+"""From a PIL image to a uint8 tensor (3, H, W), on the CPU: the training and the evaluation transform.
+
+torchvision's functions act on PIL images here, so results equal those of the usual PIL pipelines. RandAugment is
+timm's. Randomness comes from the global generators, which ``dataset.py`` seeds for each sample.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data.auto_augment as timm_augment
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from data.augment import INTERPOLATIONS, Augment, checked
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an image is prepared for evaluation.
+
+    ``size``: height and width in pixels; the training size when ``None``. ``resize``: the shorter side before the
+    centre crop, in pixels; ``size / crop_fraction``, rounded down, when ``None``. ``squash``: resize to a square and
+    crop nothing.
+    """
+
+    size: int | None = None
+    resize: int | None = None
+    crop_fraction: float = 0.875
+    interpolation: str = "bicubic"
+    squash: bool = False
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any] | None) -> "Evaluation":
+        """From a mapping of plain values.
+
+        Raises:
+            ValueError: all unknown keys, wrong types and values out of range, in one message.
+        """
+        return checked(cls, "eval", "conf/data/*.yaml", dict(values or {}))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one entry each."""
+        found = []
+        for name in ("size", "resize"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                found.append(f"eval.{name}={value!r}, expected pixels (a whole number from 1) or null")
+        if not isinstance(self.crop_fraction, int | float) or not 0 < self.crop_fraction <= 1:
+            found.append(f"eval.crop_fraction={self.crop_fraction!r}, expected a share above 0 and at most 1")
+        if self.interpolation not in INTERPOLATIONS:
+            found.append(f"eval.interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+        if not isinstance(self.squash, bool):
+            found.append(f"eval.squash={self.squash!r}, expected true or false")
+        return found
+
+
+class EvaluationTransform:
+    """Resizes the shorter side, takes the centre; or squashes the whole image into the square."""
+
+    def __init__(self, evaluation: Evaluation, image_size: int) -> None:
+        self.size = evaluation.size or image_size
+        self.mode = InterpolationMode(evaluation.interpolation)
+        # Rounded down as in the evaluation code of the papers (DeiT, Swin, timm); the small term is for 0.9 and kin.
+        shorter = evaluation.resize or int(self.size / evaluation.crop_fraction + 1e-6)
+        self.target = [self.size, self.size] if evaluation.squash else [shorter]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = F.resize(image, self.target, self.mode)
+        if image.size != (self.size, self.size):
+            image = F.center_crop(image, [self.size, self.size])
+        return F.pil_to_tensor(image)
+
+
+class TrainTransform:
+    """Crop or resize, shift, mirror, jitter, RandAugment: those that are on, in this order."""
+
+    def __init__(self, augment: Augment, image_size: int, mean: Sequence[float]) -> None:
+        mode = InterpolationMode(augment.interpolation)
+        steps: list[Callable[[Image.Image], Image.Image]] = []
+        if augment.scale is not None:
+            steps.append(v2.RandomResizedCrop(image_size, augment.scale, augment.ratio, mode))
+        else:
+            steps.append(functools.partial(resize_and_crop, size=image_size, mode=mode))
+        if augment.shift > 0:
+            steps.append(functools.partial(shift, pixels=round(augment.shift * image_size)))
+        if augment.hflip > 0:
+            steps.append(v2.RandomHorizontalFlip(augment.hflip))
+        if augment.color_jitter > 0:
+            steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+        if augment.rand_augment is not None:
+            steps.append(rand_augment(augment.rand_augment, image_size, mean, augment.interpolation))
+        self.steps = steps
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        for step in self.steps:
+            image = step(image)
+        return F.pil_to_tensor(image)
+
+
+def resize_and_crop(image: Image.Image, size: int, mode: InterpolationMode) -> Image.Image:
+    """The shorter side resized to ``size`` pixels, then the centre square."""
+    image = F.resize(image, [size], mode)
+    return image if image.size == (size, size) else F.center_crop(image, [size, size])
+
+
+def shift(image: Image.Image, pixels: int) -> Image.Image:
+    """Moves the image by up to ``pixels`` in each direction, black where nothing was."""
+    left, top = random.randint(0, 2 * pixels), random.randint(0, 2 * pixels)
+    width, height = image.size
+    return ImageOps.expand(image, pixels).crop((left, top, left + width, top + height))
+
+
+def rand_augment(policy: str, image_size: int, mean: Sequence[float], interpolation: str) -> Callable:
+    """timm's RandAugment with the constants of its ImageNet training: translation and the fill colour.
+
+    Its increasing posterize can ask for 0 bits, a black image in old Pillow and an error from Pillow 13 on: here at
+    least one bit is kept.
+    """
+    constants: Mapping[str, Any] = {
+        "translate_const": int(image_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+        "interpolation": Image.Resampling[interpolation.upper()],
+    }
+    transform = timm_augment.rand_augment_transform(policy, dict(constants))
+    for op in transform.ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = functools.partial(_at_least_one_bit, op.level_fn)
+    return transform
+
+
+def _at_least_one_bit(bits_for: Callable, level: float, constants: Mapping[str, Any]) -> tuple[int]:
+    (bits,) = bits_for(level, constants)
+    return (max(1, bits),)

@@ -1,0 +1,20 @@
+"""Evaluate a checkpoint: top-1, top-5, loss, parameters, FLOPs, images per second.
+
+$ python eval.py ckpt=outputs/mine/checkpoints/best
+$ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the/images data.batch_size=256
+"""
+
+from omegaconf import DictConfig
+
+from conf import cli
+
+
+def main(cfg: DictConfig) -> float:
+    """Returns top-1, for sweeps."""
+    from models.tasks.evaluating import evaluate
+
+    return evaluate(cfg)
+
+
+if __name__ == "__main__":
+    cli.run("eval", main, before=cli.take_config_from_checkpoint)

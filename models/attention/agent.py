@@ -1,0 +1,208 @@
+"""Agent attention: a few pooled agent tokens gather from all tokens, and all tokens read from the agents.
+
+Source: Agent Attention: On the Integration of Softmax and Linear Attention, Han et al., ECCV 2024, arXiv:2312.08874,
+equations 4 to 6 and the agent bias of section 3.3.
+    A = pool(Q),  V_A = softmax(A Kᵀ / √D + B1) V,  O = softmax(Q Aᵀ / √D + B2) V_A + DWC(V)
+Shapes: B = batch, N = tokens, S = keys, M = heads, D = channels per head, A = agents, P = prefix tokens, H W = map.
+Where the authors' code is followed beyond the paper: class tokens are no agents, take no part in the convolution and
+have biases of their own; on another map or agent grid than trained (their detection code) the biases are interpolated
+bilinearly over both; with fewer keys than queries the convolution sees V enlarged bilinearly.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Grid, Site
+from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
+from models.layers.reduction import SpatialReduction
+
+
+def agent_attention(
+    site: Site,
+    *,
+    agent_tokens: int | Sequence[int] = 49,
+    trained_agent_tokens: int | Sequence[int] | None = None,
+    window: int | tuple[int, int] | None = None,
+    sr_ratio: int = 1,
+    kernel_size: int = 3,
+    bias: bool = True,
+    bias_size: int = 7,
+    qkv_bias: bool = True,
+) -> MultiHead:
+    """Attention through agents pooled from the queries: linear in tokens for a fixed number of agents.
+
+    Args:
+        site: the place in the backbone.
+        agent_tokens: agents, a square number or (height, width) of their grid; no side is longer than the map (or
+            window) that the mixer is built for. Papers: 9, 16, 49, 49 from the first stage to the last.
+        trained_agent_tokens: the agent grid of the bias tables where it is another one, as in detection with more
+            agents than in pre-training; None for `agent_tokens`.
+        window: side of the windows in tokens, cut to the map; None for the whole map.
+        sr_ratio: keys and values come from a map with sides this many times shorter.
+        kernel_size: of the depth-wise convolution of V; odd.
+        bias: learned agent biases B1 and B2, or none.
+        bias_size: side of their coarse tables, interpolated to the map.
+        qkv_bias: bias of the projection.
+
+    Raises:
+        ValueError: a number of agents that is no square, an even kernel, or a size below 1.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"agent_attention: kernel_size must be odd, got {kernel_size}; the paper uses 3")
+    if bias_size < 1:
+        raise ValueError(f"agent_attention: bias_size must be at least 1, got {bias_size}; set bias=false for none")
+    size, dim = window_of(window, site.grid), head_channels(site)
+    grid = site.grid if size is None else Grid(*size)
+    reduce = SpatialReduction(site.dim, sr_ratio) if sr_ratio != 1 else None
+    height, width = agent_grid(agent_tokens)
+    agents = (min(height, grid.height), min(width, grid.width))
+    gather = scatter = None
+    if bias:
+        trained = agents if trained_agent_tokens is None else agent_grid(trained_agent_tokens)
+        gather = AgentBias(site.num_heads, trained, reduce.reduced(grid) if reduce else grid, bias_size)
+        scatter = AgentBias(site.num_heads, trained, grid, bias_size)
+    core = AgentCore(site.num_heads, dim, agents, kernel_size=kernel_size, gather_bias=gather, scatter_bias=scatter)
+    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias)
+
+
+def agent_grid(agent_tokens: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of the grid of agents, from a square number or from both sides."""
+    if isinstance(agent_tokens, int):
+        side = math.isqrt(max(agent_tokens, 0))
+        height, width = side, side
+    else:
+        height, width = agent_tokens
+    if min(height, width) < 1 or (isinstance(agent_tokens, int) and height * width != agent_tokens):
+        raise ValueError(
+            f"agent_attention: agent_tokens must be a square number or [height, width], got {agent_tokens}; "
+            "use e.g. 9, 16, 49 or [3, 5]"
+        )
+    return int(height), int(width)
+
+
+def attend(
+    q_BMND: Tensor,
+    k_BMSD: Tensor,
+    v_BMSD: Tensor,
+    agents_BMAD: Tensor,
+    gather_bias: Tensor | None = None,
+    scatter_bias: Tensor | None = None,
+    scatter_scale: float | None = None,
+) -> Tensor:
+    """`softmax(Q Aᵀ + B2) (softmax(A Kᵀ + B1) V)`, (B, M, N, D), for any agents.
+
+    Args:
+        gather_bias, scatter_bias: B1 and B2, broadcast to (B, M, A, S) and (B, M, N, A); None for none.
+        scatter_scale: of Q Aᵀ, where it is not 1 / √D (AgentSD: D^-0.15).
+    """
+    gathered = F.scaled_dot_product_attention(agents_BMAD, k_BMSD, v_BMSD, gather_bias)
+    return F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered, scatter_bias, scale=scatter_scale)
+
+
+class AgentCore(nn.Module):
+    """Pools the agents from the queries, attends through them, and adds a depth-wise convolution of the values.
+
+    Args:
+        num_heads, head_dim: M and D.
+        agents: height and width of the grid of agents.
+        kernel_size: of the convolution.
+        gather_bias, scatter_bias: `AgentBias` of the keys (B1) and of the queries (B2), or None.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        agents: tuple[int, int],
+        *,
+        kernel_size: int = 3,
+        gather_bias: nn.Module | None = None,
+        scatter_bias: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads, self.agents, self.scale = num_heads, agents, head_dim**-0.5
+        self.gather_bias, self.scatter_bias = gather_bias, scatter_bias
+        self.dwc = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        agents_BMAD = self.pool(q_BMND, grid)
+        x_BMND = attend(q_BMND, k_BMSD, v_BMSD, agents_BMAD, *self.biases(grid, kv_grid, q_BMND.dtype))
+        return x_BMND + self.local(v_BMSD, grid, kv_grid)
+
+    def pool(self, q_BMND: Tensor, grid: Grid) -> Tensor:
+        """The agents (B, M, A, D): averages of the queries of the map, over bins that overlap where sides do not fit."""
+        pooled = F.adaptive_avg_pool2d(heads_to_map(q_BMND, grid), self.agents)
+        return map_to_heads(pooled, self.num_heads).to(q_BMND.dtype)
+
+    def biases(self, grid: Grid, kv_grid: Grid, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """B1 (1, M, A, S) and B2 (1, M, N, A), or None twice."""
+        if self.gather_bias is None:
+            return None, None
+        gather, scatter = self.gather_bias(kv_grid, self.agents), self.scatter_bias(grid, self.agents)
+        return gather.to(dtype)[None], scatter.to(dtype).mT[None]
+
+    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The depth-wise convolution of the values, (B, M, N, D); zero for prefix tokens."""
+        v_BCHW = heads_to_map(v_BMSD, kv_grid)
+        if kv_grid[:2] != grid[:2]:
+            v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
+        return map_to_heads(self.dwc(v_BCHW), self.num_heads, grid.prefix)
+
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The weights (B, M, N, S) on the values, without the convolution; every row sums to one."""
+        agents = self.pool(q_BMND, grid)
+        gather, scatter = (0 if b is None else b for b in self.biases(grid, kv_grid, q_BMND.dtype))
+        to_agents = (agents @ k_BMSD.mT * self.scale + gather).softmax(-1)
+        return (q_BMND @ agents.mT * self.scale + scatter).softmax(-1) @ to_agents
+
+
+class AgentBias(nn.Module):
+    """A learned number per head, agent and token: coarse table + row + column; a number of its own per prefix token.
+
+    The tables are kept for the map and the agents of training and interpolated to those of the forward pass. In the
+    authors' code: `an_bias`, `ah_bias`, `aw_bias`, `ac_bias` for B1, `na_bias`, `ha_bias`, `wa_bias`, `ca_bias` for B2.
+
+    Args:
+        num_heads: M.
+        agents: height and width of the agent grid in training.
+        grid: the map in training.
+        size: side of the coarse table.
+    """
+
+    def __init__(self, num_heads: int, agents: tuple[int, int], grid: Grid, size: int = 7) -> None:
+        super().__init__()
+        self.agents = agents
+        shape = num_heads, agents[0] * agents[1]
+        self.block = nn.Parameter(torch.empty(*shape, size, size))
+        self.row = nn.Parameter(torch.empty(*shape, grid.height))
+        self.column = nn.Parameter(torch.empty(*shape, grid.width))
+        self.prefix = nn.Parameter(torch.empty(*shape, grid.prefix)) if grid.prefix else None
+        for table in self.parameters():
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, grid: Grid, agents: tuple[int, int]) -> Tensor:
+        """(M, A, N) for this map and these agents, prefix tokens first."""
+        block_MAHW = F.interpolate(self._to_agents(self.block, agents), size=grid[:2], mode="bilinear")
+        row_MAH = _resized(self._to_agents(self.row, agents), grid.height)
+        column_MAW = _resized(self._to_agents(self.column, agents), grid.width)
+        bias_MAN = (block_MAHW + row_MAH[..., None] + column_MAW[..., None, :]).flatten(2)
+        if self.prefix is None:
+            return bias_MAN
+        return torch.cat([self._to_agents(self.prefix, agents), bias_MAN], dim=2)
+
+    def _to_agents(self, table: Tensor, agents: tuple[int, int]) -> Tensor:
+        """(M, agents of training, …) → (M, A, …)."""
+        if agents == self.agents:
+            return table
+        flat = table.flatten(2).transpose(1, 2).unflatten(2, self.agents)
+        resized = F.interpolate(flat, size=agents, mode="bilinear").flatten(2).transpose(1, 2)
+        return resized.unflatten(2, table.shape[2:])
+
+
+def _resized(table_MAL: Tensor, length: int) -> Tensor:
+    return table_MAL if table_MAL.shape[-1] == length else F.interpolate(table_MAL, size=length, mode="linear")

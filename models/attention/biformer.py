@@ -1,0 +1,305 @@
+"""Bi-level routing attention: every region of the map attends to the few regions that are most alike to it.
+
+Source: BiFormer, Zhu et al., CVPR 2023, arXiv:2303.08810, equations 3-8. With q, k, v = split(x W + b):
+    A = mean_region(q) mean_region(k)ᵀ;  I = topk(A);  o = softmax(q gather(k, I)ᵀ / √C) gather(v, I) + LePE(v).
+The scale is that of the authors' code: the channels of all heads together, not of one head. Two codes of the authors
+differ on maps that do not divide into regions; see `padding`. In both, padded keys take part in the softmax.
+
+Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per head, R = regions, T = tokens in a region,
+S = keys in a region, K = regions attended to, W = B·R.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Accepts, Grid, Mixed, Refused, Site
+from models.attention.multihead import head_channels, split_heads
+from models.layers import window as windows
+from models.layers.tokens import to_map, to_tokens
+
+ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")
+PADDINGS = ("input", "qkv")
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Attention to the `topk` regions whose mean key best matches a region's mean query.
+
+    Args:
+        site: the place in the backbone.
+        num_regions: regions per side of the map (the authors' `n_win`), cut to the side of a smaller map.
+        topk: regions that each region attends to; "all" (or -1) attends to the whole map, without regions or padding.
+            A map that a forward pass brings may have fewer regions than `topk`: then all of them are attended to.
+        lepe_kernel: side of the depth-wise convolution of the values that is added (LePE); 0 for none.
+        qk_dim: channels of queries and keys together; C by default.
+        padding: "input" pads the map with zeros up to whole regions before the projection, so that padded keys equal its
+            bias and enter the means; "qkv" pads queries, keys and values, leaves padding out of the means, and makes
+            regions of the rounded-down size, hence more of them.
+        routing: "hard" selects only. The authors' experiments also weight the selected keys and values by the softmax
+            of their affinities: "soft_detached" without gradient through it, "soft" with, "soft_learned" with a learned
+            embedding of the means as well.
+        kv_pool: module (W, C, height, width) → (W, C, height', width') that thins the keys and values of each region out,
+            e.g. `nn.AdaptiveAvgPool2d(2)`; None for none.
+        output_projection: False leaves the last projection out.
+
+    Raises:
+        Refused: the heads do not divide the channels, or the map has fewer than `topk` regions.
+        ValueError: an option has no meaning.
+    """
+
+    accepts = Accepts(prefix="refused")
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        num_regions: int = 7,
+        topk: int | str = 4,
+        lepe_kernel: int = 5,
+        qk_dim: int | None = None,
+        padding: str = "input",
+        routing: str = "hard",
+        kv_pool: nn.Module | None = None,
+        output_projection: bool = True,
+    ) -> None:
+        super().__init__()
+        self.topk = _topk(topk)
+        _check_options(num_regions, lepe_kernel, padding, routing, self.topk)
+        self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
+        head_channels(site)
+        self.qk_dim = qk_dim or site.dim
+        head_channels(site._replace(dim=self.qk_dim))
+        self._check_regions(site.grid)
+        self.scale = self.qk_dim**-0.5
+        self.qkv = nn.Linear(site.dim, 2 * self.qk_dim + site.dim)
+        self.router = None if self.topk is None else Router(self.qk_dim, self.topk, routing)
+        self.kv_pool = kv_pool
+        self.lepe = _depthwise(site.dim, lepe_kernel) if lepe_kernel else None
+        self.proj = nn.Linear(site.dim, site.dim) if output_projection else nn.Identity()
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        x, tiled, size = self._tile(x_BNC, grid)
+        q_BNC, kv_BNC = self.qkv(x).split([self.qk_dim, self.qk_dim + self.dim], dim=-1)
+        q_WTC, kv_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, kv_BNC))
+        kv_WSC = self._pool(kv_WTC, size)
+        if self.router is not None:
+            kv_WSC = gather(kv_WSC, *self.router(*self._means(x, tiled, size), self.scale))
+        o_WTC = self._attend(q_WTC, kv_WSC)
+        o = windows.merge(o_WTC, tiled.height, tiled.width, size)
+        if self.lepe is not None:
+            o = o + _enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled)
+        return Mixed(self.proj(_gate(_crop(o, tiled, grid), gates_BNM)), {})
+
+    @torch.no_grad()
+    def routes(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """The regions (B, R, K) that each region attends to, best first; regions are numbered row by row.
+
+        Raises:
+            TypeError: with topk="all" there are no regions.
+        """
+        if self.router is None:
+            raise TypeError('BiLevelRoutingAttention: topk is "all", so there are no routes; set attention.topk')
+        return self.router(*self._means(*self._tile(x_BNC, grid)), self.scale)[0]
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, N) of every query on every key, 0 outside the routes; mass on padded keys is left out.
+
+        Raises:
+            TypeError: with pooled keys or soft routing there is no weight per token.
+        """
+        if self.kv_pool is not None or (self.router is not None and self.router.kind != "hard"):
+            raise TypeError("BiLevelRoutingAttention: no attention matrix with kv_pool or soft routing")
+        x, tiled, size = self._tile(x_BNC, grid)
+        q_BNC, k_BNC, _ = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
+        height, width = (windows.padded(side, s) for side, s in zip(tiled[:2], size, strict=True))
+        q, k = (_extend(t, tiled, Grid(height, width)) for t in (q_BNC, k_BNC))
+        (q_BMND,), (k_BMND,) = (split_heads(t, 1, self.num_heads) for t in (q, k))
+        logits = (q_BMND @ k_BMND.mT).float() * self.scale
+        if self.router is not None:
+            open_BRR = _routed(self.routes(x_BNC, grid))
+            region = _region_of_token(height, width, size, x.device)
+            logits = logits.masked_fill(~open_BRR[:, region][:, :, region].unsqueeze(1), float("-inf"))
+        weights = logits.softmax(-1).unflatten(-1, (height, width)).unflatten(2, (height, width))
+        return weights[:, :, : grid.height, : grid.width, : grid.height, : grid.width].flatten(4).flatten(2, 3)
+
+    def _tile(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid, tuple[int, int]]:
+        """Tokens and map to cut into regions, zero-padded under "input", and the height and width of a region."""
+        if self.topk is None:
+            return x_BNC, grid, grid[:2]
+        sides = self._sides(grid)
+        if self.padding == "qkv":
+            return x_BNC, grid, tuple(side // n for side, n in zip(grid[:2], sides, strict=True))
+        size = tuple(-(-side // n) for side, n in zip(grid[:2], sides, strict=True))
+        tiled = Grid(*(n * s for n, s in zip(sides, size, strict=True)))
+        return _extend(x_BNC, grid, tiled), tiled, size
+
+    def _sides(self, grid: Grid) -> list[int]:
+        return [min(self.num_regions, side) for side in grid[:2]]
+
+    def _means(self, x_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Mean query and key of each region, (B, R, qk_dim) in float32.
+
+        The mean of a linear map is the linear map of the mean: projecting R means keeps the routing in full precision
+        whatever precision q and k are computed in, so that half precision does not choose other regions.
+        """
+        with torch.autocast(x_BNC.device.type, enabled=False):
+            x_BCHW = to_map(x_BNC.float(), tiled)
+            mean_BRC = to_tokens(F.avg_pool2d(x_BCHW, size, ceil_mode=True, count_include_pad=False))
+            weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
+            return F.linear(mean_BRC, weight, bias).chunk(2, dim=-1)
+
+    def _pool(self, kv_WTC: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.kv_pool is None:
+            return kv_WTC
+        return to_tokens(self.kv_pool(to_map(kv_WTC, Grid(*size))))
+
+    def _attend(self, q_WTC: Tensor, kv_WSC: Tensor) -> Tensor:
+        k_WSC, v_WSC = kv_WSC.split([self.qk_dim, self.dim], dim=-1)
+        (q,), (k,), (v,) = (split_heads(t, 1, self.num_heads) for t in (q_WTC, k_WSC, v_WSC))
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+
+    def _check_regions(self, grid: Grid) -> None:
+        if self.topk is None:
+            return
+        rows, columns = self._sides(grid)
+        if self.topk > rows * columns:
+            raise Refused(
+                f"topk={self.topk} is more than the {rows}x{columns} regions of a {grid.height}x{grid.width} map",
+                f"set attention.topk to at most {rows * columns}, or to all",
+            )
+
+
+class Router(nn.Module):
+    """The `topk` regions of highest affinity, ties to the lowest index, and the weights of soft routing.
+
+    Called with mean queries and keys (B, R, C) it gives the indices (B, R, K), best first, and weights (B, R, K) or None.
+    """
+
+    def __init__(self, dim: int, topk: int, kind: str) -> None:
+        super().__init__()
+        self.topk, self.kind = topk, kind
+        self.embed = nn.Linear(dim, dim) if kind == "soft_learned" else None
+
+    def forward(self, q_BRC: Tensor, k_BRC: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        if self.kind in ("hard", "soft_detached"):
+            q_BRC, k_BRC = q_BRC.detach(), k_BRC.detach()
+        with torch.autocast(q_BRC.device.type, enabled=False):
+            if self.embed is not None:
+                q_BRC, k_BRC = (F.linear(t, self.embed.weight.float(), self.embed.bias.float()) for t in (q_BRC, k_BRC))
+            affinity_BRR = (q_BRC * scale) @ k_BRC.mT
+        # a stable sort, because the order of ties in torch.topk is unspecified and differs between devices
+        best = affinity_BRR.sort(dim=-1, descending=True, stable=True)
+        routes_BRK = best.indices[..., : self.topk]
+        return routes_BRK, None if self.kind == "hard" else best.values[..., : self.topk].softmax(-1)
+
+
+def gather(kv_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Tensor:
+    """(B·R, S, C) → (B·R, K·S, C): the keys and values of the regions that each region is routed to.
+
+    Whole rows are selected: the backward pass of `torch.gather` on an expanded tensor would allocate R times the map.
+    """
+    B, R, K = routes_BRK.shape
+    rows = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
+    picked = kv_WSC.index_select(0, rows.flatten())
+    if weights_BRK is not None:
+        picked = picked * weights_BRK.to(picked.dtype).reshape(-1, 1, 1)
+    return picked.view(B * R, K * kv_WSC.shape[1], kv_WSC.shape[2])
+
+
+class LePEAttention(nn.Module):
+    """Softmax attention over the whole map plus a depth-wise convolution: what BiFormer has in its last stage.
+
+    Args:
+        site: the place in the backbone.
+        lepe_kernel: side of the convolution.
+        lepe_input: what it convolves: "x", the input (the released BiFormer-T, S, B), or "v", the values.
+        qkv_bias: bias of the projection.
+    """
+
+    accepts = Accepts()
+
+    def __init__(self, site: Site, *, lepe_kernel: int = 5, lepe_input: str = "x", qkv_bias: bool = False) -> None:
+        super().__init__()
+        if lepe_input not in ("x", "v"):
+            raise ValueError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
+        self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site) ** -0.5, lepe_input
+        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
+        self.lepe = _depthwise(site.dim, lepe_kernel)
+        self.proj = nn.Linear(site.dim, site.dim)
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        qkv_BNC = self.qkv(x_BNC)
+        q, k, v = split_heads(qkv_BNC, 3, self.num_heads)
+        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        source = x_BNC if self.lepe_input == "x" else qkv_BNC.chunk(3, dim=-1)[2]
+        return Mixed(self.proj(_gate(o + _enhance(self.lepe, source, grid), gates_BNM)), {})
+
+
+def _topk(topk: int | str) -> int | None:
+    """None for all regions."""
+    if topk == "all" or topk == -1:
+        return None
+    if not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"BiLevelRoutingAttention: topk must be a positive number or all, got {topk}; change it")
+    return topk
+
+
+def _check_options(num_regions: int, lepe_kernel: int, padding: str, routing: str, topk: int | None) -> None:
+    who = "BiLevelRoutingAttention"
+    if num_regions < 1:
+        raise ValueError(f"{who}: num_regions must be at least 1, got {num_regions}; give the regions per side")
+    _check_kernel(lepe_kernel, least=0)
+    if padding not in PADDINGS:
+        raise ValueError(f"{who}: padding must be {' or '.join(PADDINGS)}, got {padding}; choose one of them")
+    if routing not in ROUTINGS:
+        raise ValueError(f"{who}: routing must be one of {', '.join(ROUTINGS)}, got {routing}; choose one of them")
+    if routing != "hard" and topk is None:
+        raise ValueError(f'{who}: soft routing needs regions, got routing={routing} with topk "all"; give a number')
+
+
+def _check_kernel(kernel: int, least: int) -> None:
+    if kernel < least or (kernel and kernel % 2 == 0):
+        raise ValueError(f"lepe_kernel: must be odd, got {kernel}; give 3 or 5")
+
+
+def _depthwise(dim: int, kernel: int) -> nn.Conv2d:
+    _check_kernel(kernel, least=1)
+    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+
+def _enhance(conv: nn.Module, x_BNC: Tensor, grid: Grid) -> Tensor:
+    """The convolution of the map; zero for class tokens in front of it."""
+    return F.pad(to_tokens(conv(to_map(x_BNC, grid))), (0, 0, grid.prefix, 0))
+
+
+def _gate(o_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
+    if gates_BNM is None:
+        return o_BNC
+    return (o_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(2)
+
+
+def _extend(x_BNC: Tensor, grid: Grid, larger: Grid) -> Tensor:
+    """Zero tokens at the bottom and the right, up to the larger map."""
+    bottom, right = larger.height - grid.height, larger.width - grid.width
+    if not bottom and not right:
+        return x_BNC
+    return F.pad(x_BNC.unflatten(1, grid[:2]), (0, 0, 0, right, 0, bottom)).flatten(1, 2)
+
+
+def _crop(x_BNC: Tensor, larger: Grid, grid: Grid) -> Tensor:
+    """The inverse of `_extend`."""
+    if larger[:2] == grid[:2]:
+        return x_BNC
+    return x_BNC.unflatten(1, larger[:2])[:, : grid.height, : grid.width].flatten(1, 2)
+
+
+def _routed(routes_BRK: Tensor) -> Tensor:
+    """Bool (B, R, R): whether a region attends to another."""
+    B, R, _ = routes_BRK.shape
+    return torch.zeros(B, R, R, dtype=torch.bool, device=routes_BRK.device).scatter(-1, routes_BRK, True)
+
+
+def _region_of_token(height: int, width: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """The region of each token of a map that divides into regions, (N,)."""
+    row, column = torch.arange(height, device=device) // size[0], torch.arange(width, device=device) // size[1]
+    return (row[:, None] * (width // size[1]) + column).flatten()

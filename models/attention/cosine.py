@@ -1,0 +1,113 @@
+"""Length-scaled cosine attention with a continuous relative position bias over the whole map.
+
+Source: TransNeXt, Shi, CVPR 2024, arXiv:2311.17132, equations 4-6 and section 3.3 (its last stage); the bias by an MLP of
+log-spaced coordinates: Swin Transformer V2, Liu et al., CVPR 2022, arXiv:2111.09883, equation 4. With S keys,
+    o = softmax(τ log(S) (q/‖q‖ + e) (k/‖k‖)ᵀ + bias(Δy, Δx)) v.
+
+Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head, H W = map.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Accepts, Grid, Site
+from models.attention.multihead import MultiHead, head_channels
+
+# Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
+EPSILON = 1e-6
+
+
+def cosine_attention(
+    site: Site,
+    *,
+    pretrain_size: int | tuple[int, int] | None = None,
+    hidden: int = 512,
+    qkv_bias: bool = True,
+    head_dim: int | None = None,
+) -> MultiHead:
+    """Cosine attention over the map; prefix tokens are refused, since they have no position.
+
+    Args:
+        site: the place in the backbone.
+        pretrain_size: height and width of the map that distances are measured in: that of the weights' training, so
+            that the same offset keeps its coordinate on a larger map. None for the map of the site.
+        hidden: hidden channels of the MLP of the bias.
+        qkv_bias: bias of the projection.
+        head_dim: channels per head D; C / M by default.
+    """
+    if hidden < 1:
+        raise ValueError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
+    size = site.grid[:2] if pretrain_size is None else _pair(pretrain_size)
+    dim = head_dim or head_channels(site)
+    mixer = MultiHead(site, CosineCore(site.num_heads, dim, size, hidden), qkv_bias=qkv_bias, head_dim=dim)
+    mixer.accepts = Accepts(prefix="refused")
+    return mixer
+
+
+class CosineCore(nn.Module):
+    """`softmax(τ log(S) (q̂ + e) k̂ᵀ + bias) v`; normalisation and scale in float32.
+
+    τ = softplus(temperature) starts at 1 / 0.24 (section 3.3); e, the query embedding, is one vector per head.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, pretrain_size: tuple[int, int], hidden: int = 512) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
+        self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+        self.bias = ContinuousPositionBias(num_heads, pretrain_size, hidden)
+
+    def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        q, k, bias = (t.to(v_BMND.dtype) for t in self._logit_terms(q_BMND, k_BMND, grid))
+        return F.scaled_dot_product_attention(q, k, v_BMND, bias.unsqueeze(0), scale=1.0)
+
+    def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The attention weights (B, M, N, N)."""
+        q, k, bias = self._logit_terms(q_BMND, k_BMND, grid)
+        return (q @ k.mT + bias).softmax(-1)
+
+    def _logit_terms(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, unit keys and bias (M, N, N), in float32: the logits are q kᵀ + bias."""
+        q, k = (F.normalize(t.float(), dim=-1, eps=EPSILON) for t in (q_BMND, k_BMND))
+        scale = F.softplus(self.temperature.float()) * math.log(k.shape[2])
+        return (q + self.query_embedding.float()) * scale, k, self.bias(grid).float()
+
+
+class ContinuousPositionBias(nn.Module):
+    """An MLP from the offset of two tokens to one number per head; called with a map, it gives (M, N, N).
+
+    Offsets are measured in units of `pretrain_size`, 8 from one end to the other, and log-spaced.
+    """
+
+    def __init__(self, num_heads: int, pretrain_size: tuple[int, int], hidden: int) -> None:
+        super().__init__()
+        self.pretrain_size = tuple(pretrain_size)
+        self.cpb_fc1 = nn.Linear(2, hidden)
+        self.cpb_fc2 = nn.Linear(hidden, num_heads)
+
+    def forward(self, grid: Grid) -> Tensor:
+        height, width = grid[:2]
+        coordinates = self.coordinates(height, width, self.cpb_fc1.weight.device).to(self.cpb_fc1.weight.dtype)
+        table_YXM = self.cpb_fc2(F.relu(self.cpb_fc1(coordinates)))
+        # sliding windows over the table of offsets y - y', x - x': no index of N² entries, and a cheap backward pass
+        bias_HWMHW = table_YXM.unfold(0, height, 1).unfold(1, width, 1).flip(3, 4)
+        return bias_HWMHW.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
+
+    def coordinates(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Log-spaced offsets (2·height - 1, 2·width - 1, 2), from the most negative to the most positive."""
+        axes = [
+            torch.arange(1 - side, side, dtype=torch.float32, device=device) * (8 / max(trained - 1, 1))
+            for side, trained in zip((height, width), self.pretrain_size, strict=True)
+        ]
+        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+        return offsets.sign() * (offsets.abs() + 1).log2() / 3
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"cosine: pretrain_size must be at least 1, got {size}; give the height and width of a map")
+    return height, width

@@ -1,0 +1,84 @@
+"""Dual attention: blocks alternate between attention in windows of tokens and attention among groups of channels.
+
+Source: DaViT, Ding et al., ECCV 2022, arXiv:2204.03645, equations 3-6. Of a channel group, with the code's names,
+    o = (softmax((k s)ᵀ v) qᵀ)ᵀ,  s = D^-1/2:
+the code's q, k, v are the paper's values, queries and keys; the code's names are kept so that its weights load. Windows
+are not shifted and have no position bias; maps are zero-padded to whole windows, and padded tokens take part as in the
+authors' code, also where the map is smaller than one window.
+
+Shapes: B = batch, N = tokens, C = channels, M = heads or groups, D = channels per group.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import Accepts, Grid, Mixed, Site
+from models.attention.multihead import MultiHead, head_channels
+from models.attention.softmax import SoftmaxCore
+from models.layers.position import ConvPosition
+
+SCALES = ("head_dim", "tokens")
+
+
+def dual_attention(
+    site: Site, *, window: int = 7, cpe_kernel: int = 3, qkv_bias: bool = True, scale: str = "head_dim"
+) -> nn.Module:
+    """Window attention in even blocks, channel attention in odd ones; a stage of one block has windows only.
+
+    Args:
+        site: the place in the backbone; `site.block` decides which of the two it is.
+        window: side of the windows in tokens.
+        cpe_kernel: side of the depth-wise convolution that is added to the input as position encoding; 0 for none, as
+            in DaViT itself, where it stands before the norm.
+        qkv_bias: bias of the projection.
+        scale: of the channel logits, which are sums over all tokens: "head_dim" (the paper), whose logits grow with the
+            map, or "tokens" (N^-1/2), which keeps their spread on every resolution.
+    """
+    if window < 1:
+        raise ValueError(f"dual: window must be at least 1, got {window}; give the side of the windows in tokens")
+    if cpe_kernel < 0 or (cpe_kernel and cpe_kernel % 2 == 0):
+        raise ValueError(f"dual: cpe_kernel must be odd, got {cpe_kernel}; give 3, or 0 for no position encoding")
+    if scale not in SCALES:
+        raise ValueError(f"dual: scale must be {' or '.join(SCALES)}, got {scale}; choose one of them")
+    dim = head_channels(site)
+    if site.block % 2:
+        mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias)
+    else:
+        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=(window, window), qkv_bias=qkv_bias)
+    # channel attention alone could take class tokens, but the windows that it alternates with cannot
+    mixer.accepts = Accepts(prefix="refused")
+    return Positioned(ConvPosition(site.dim, cpe_kernel), mixer) if cpe_kernel else mixer
+
+
+class ChannelCore(nn.Module):
+    """Attention of the D channels of each group on one another; the sum over tokens is taken in float32."""
+
+    def __init__(self, head_dim: int, scale: str = "head_dim") -> None:
+        super().__init__()
+        self.head_dim, self.scale = head_dim, scale
+
+    def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        return q_BMND @ self.channel_matrix(k_BMND, v_BMND).to(q_BMND.dtype).mT
+
+    def channel_matrix(self, k_BMND: Tensor, v_BMND: Tensor) -> Tensor:
+        """Weights (B, M, D, D) of every channel on every channel, in float32."""
+        scale = (self.head_dim if self.scale == "head_dim" else k_BMND.shape[2]) ** -0.5
+        with torch.autocast(k_BMND.device.type, enabled=False):
+            # sums over thousands of tokens leave the range of float16
+            return ((k_BMND.float() * scale).mT @ v_BMND.float()).softmax(-1)
+
+
+class Positioned(nn.Module):
+    """A mixer with a position encoding `(x, grid) -> x` in front of it."""
+
+    def __init__(self, position: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        self.position, self.mixer = position, mixer
+        self.accepts = mixer.accepts
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        return self.mixer(self.position(x_BNC, grid), grid, gates_BNM)
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `MultiHead.attention_matrix`."""
+        return self.mixer.attention_matrix(self.position(x_BNC, grid), grid)

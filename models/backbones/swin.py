@@ -1,0 +1,67 @@
+"""Swin Transformer: four stages with patch merging between them; windows or any other injected token mixing.
+
+Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, sections 3.1 and 3.3.
+Shapes: B = batch, N = H·W tokens, C = channels.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.attention import AttentionFactory, Grid, Site, build
+from models.backbones.base import Backbone, PatchStem, classifier, init_weights, pair, same_length
+from models.layers.block import Block, Stage, drop_path_rates
+from models.layers.downsample import PatchMerging
+from models.layers.patch_embed import PatchEmbed, cells
+
+
+class Swin(Backbone):
+    """Patches, then stages that double the channels and halve the map; norm, mean pooling, head.
+
+    Args:
+        attention: factory of the token mixers, or a list with one per stage.
+        image_size: pixels, one number or (height, width); a forward pass may bring any other size.
+        num_classes: outputs of the head; 0 for none.
+        patch_size: side of a patch in pixels.
+        dims, depths, num_heads: channels, blocks and heads of each stage.
+        drop_path, layer_scale, mlp_ratio: see `Block`; drop path grows linearly over the blocks.
+
+    Raises:
+        ValueError: lists of unequal length.
+    """
+
+    def __init__(
+        self,
+        attention: AttentionFactory | Sequence[AttentionFactory],
+        image_size: int | Sequence[int],
+        num_classes: int,
+        *,
+        patch_size: int = 4,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        same_length("Swin", dims=dims, depths=depths, num_heads=num_heads)
+        self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
+        shapes = zip(dims, num_heads, self.strides, depths, strict=True)
+        sites = [
+            Site(dim, heads, Grid(*cells(pair(image_size), stride)), stage, block, depth, "hierarchical")
+            for stage, (dim, heads, stride, depth) in enumerate(shapes)
+            for block in range(depth)
+        ]
+        mixers, rates = iter(build(attention, sites)), iter(drop_path_rates(drop_path, len(sites)))
+        options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "norm_eps": 1e-5}
+        stages = []
+        for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            blocks = [Block(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)]
+            stages.append(Stage(blocks, PatchMerging(dims[s - 1], dim) if s else None))
+        self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=True, norm_eps=1e-5))
+        self.stages = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
+        self.head = classifier(dims[-1], num_classes)
+        self.apply(init_weights)

@@ -1,0 +1,7 @@
+"""Checkpoints on disk: the directory format, weights out of any supported file, and checks on what a file brings."""
+
+from models.checkpoints.config import check_config
+from models.checkpoints.directory import latest, read_config, read_manifest, resolve, verify
+from models.checkpoints.weights import load_weights
+
+__all__ = ["check_config", "latest", "load_weights", "read_config", "read_manifest", "resolve", "verify"]

@@ -1,0 +1,68 @@
+"""Models from conf/model and conf/attention by name, outside of a run."""
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from conf import cli, resolvers
+
+
+def create(name: str, attention: str | None, settings: dict[str, Any]) -> nn.Module:
+    """See `models.create_model`."""
+    cfg = compose_model(name, attention)
+    settings = {"num_classes": 1000, **settings}
+    if "image_size" in settings:
+        cfg.image_size = settings.pop("image_size")
+    for key, value in settings.items():
+        if key not in cfg.model:
+            raise ValueError(
+                f"create_model: {name} has no setting {key!r}{cli.nearest(key, cfg.model)} "
+                f"It has {', '.join(sorted(set(cfg.model) - {'_target_', '_convert_'}))}"
+            )
+        cfg.model[key] = value
+    return build(cfg)
+
+
+def compose_model(name: str, attention: str | None = None) -> DictConfig:
+    """The part of the training configuration that makes a model: `model`, `attention`, `image_size`."""
+    for kind, chosen in [("model", name), ("attention", attention)]:
+        if chosen is not None and chosen not in cli.options(kind):
+            raise ValueError(
+                f"create_model: there is no {kind} {chosen!r}{cli.nearest(chosen, cli.options(kind))} "
+                f"available: {', '.join(cli.options(kind))}"
+            )
+    resolvers.register()
+    overrides = [f"model={name}", *([f"attention={attention}"] if attention else [])]
+    with initialize_config_dir(config_dir=str(cli.CONF), **cli.version_base()):
+        cfg = compose("train", overrides)
+    with open_dict(cfg):
+        for key in set(cfg) - {"model", "attention", "image_size", "data"}:
+            del cfg[key]
+    return cfg
+
+
+def build(cfg: DictConfig) -> nn.Module:
+    """The module of a composed configuration; a misfit is the plain `ValueError` of the part that found it."""
+    try:
+        return instantiate(cfg.model)
+    except InstantiationException as error:
+        cause = cause_of(error)
+        if isinstance(cause, ValueError | TypeError):
+            raise cause from None
+        raise
+
+
+def from_config(config: dict[str, Any]) -> nn.Module:
+    """The module of a resolved configuration, such as a checkpoint holds; check it first (`check_config`)."""
+    return build(OmegaConf.create({"model": config["model"]}))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong in a target, without Hydra's wrappers around it."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

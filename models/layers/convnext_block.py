@@ -1,0 +1,40 @@
+"""The residual block of ConvNeXt: mixing, norm and MLP in one branch.
+
+Source: A ConvNet for the 2020s, Liu et al., CVPR 2022, arXiv:2201.03545, figure 4.
+Shapes: B = batch, N = H·W tokens, C = channels.
+"""
+
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from models.layers.block import scale
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + scale(mlp(norm(mix(x)))): the mixer, a depth-wise convolution, sees tokens that are not normalised.
+
+    Args:
+        dim: channels C.
+        mixer: `(x, grid) -> Mixed`.
+        mlp_ratio: hidden channels of the MLP over C.
+        drop_path: probability that a sample skips the branch in training.
+        layer_scale: initial value of the learned scale per channel; None for no scale.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.attn, self.norm = mixer, nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.scale, self.drop_path = scale(dim, layer_scale), DropPath(drop_path)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        mixed, losses = self.attn(x_BNC, grid)
+        return x_BNC + self.drop_path(self.scale(self.mlp(self.norm(mixed)))), losses

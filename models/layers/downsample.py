@@ -1,0 +1,63 @@
+"""Between two stages: half the resolution, other channels. Odd maps are rounded up, so that no pixel is dropped.
+
+Every module is called as `(x_BNC, grid) -> (x_BNC, grid)`; prefix tokens are not expected.
+Shapes: B = batch, N = H·W tokens, C = channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.tokens import to_map, to_tokens
+
+
+def reduced(grid: tuple, stride: int = 2) -> tuple:
+    """The named tuple `grid` with height and width divided by `stride`, rounded up."""
+    return grid._replace(height=-(-grid.height // stride), width=-(-grid.width // stride))
+
+
+class PatchMerging(nn.Module):
+    """2×2 neighbours side by side in the channels, LayerNorm, Linear without bias; zero padding of odd maps.
+
+    Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.1. The order of the four neighbours is
+    that of the authors' code: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        B, _, C = x_BNC.shape
+        small = reduced(grid)
+        x = F.pad(x_BNC.view(B, *grid[:2], C), (0, 0, 0, grid.width % 2, 0, grid.height % 2))
+        x = x.view(B, small.height, 2, small.width, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, -1, 4 * C)
+        return self.reduction(self.norm(x)), small
+
+
+class ConvDownsample(nn.Module):
+    """LayerNorm, then a 2×2 convolution with stride 2 (ConvNeXt, arXiv:2201.03545); zero padding of odd maps."""
+
+    def __init__(self, dim: int, out_dim: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.conv = nn.Conv2d(dim, out_dim, 2, stride=2)
+        nn.init.trunc_normal_(self.conv.weight, std=0.02)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        x_BCHW = F.pad(to_map(self.norm(x_BNC), grid), (0, grid.width % 2, 0, grid.height % 2))
+        return to_tokens(self.conv(x_BCHW)), reduced(grid)
+
+
+class PoolDownsample(nn.Module):
+    """Max pooling over stride × stride cells, then Linear: the shortcut of CoAtNet's attention (arXiv:2106.04803)."""
+
+    def __init__(self, dim: int, out_dim: int, stride: int = 2) -> None:
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Linear(dim, out_dim)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        x_BCHW = F.max_pool2d(to_map(x_BNC, grid), self.stride, ceil_mode=True)
+        return self.proj(to_tokens(x_BCHW)), reduced(grid, self.stride)

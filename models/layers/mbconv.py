@@ -1,0 +1,78 @@
+"""MBConv: the inverted bottleneck with squeeze-and-excitation, pre-normalised as in CoAtNet.
+
+Source: MobileNetV2, Sandler et al., CVPR 2018, arXiv:1801.04381; the pre-activation form: CoAtNet, Dai et al.,
+NeurIPS 2021, arXiv:2106.04803, appendix A.1.
+Shapes: B = batch, N = H·W tokens, C = channels.
+"""
+
+import torch.nn.functional as F
+from timm.layers import DropPath, SqueezeExcite
+from torch import Tensor, nn
+
+from models.layers.downsample import reduced
+from models.layers.tokens import to_map, to_tokens
+
+
+class MBConv(nn.Module):
+    """shortcut(x) + project(SE(depth-wise(expand(BN(x))))), on maps (B, C, H, W); GELU after both inner norms.
+
+    The bottleneck has `expansion` times the output channels, the squeeze a quarter of the output channels. With
+    `stride` 2 the depth-wise convolution halves the map and the shortcut is max pooling, then a 1×1 convolution.
+    The paper puts the stride on the first 1×1 convolution, which would drop three pixels of four unseen.
+    """
+
+    def __init__(self, dim: int, out_dim: int, *, stride: int = 1, expansion: int = 4, drop_path: float = 0.0) -> None:
+        super().__init__()
+        hidden = expansion * out_dim
+        self.stride = stride
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(dim),
+            nn.Conv2d(dim, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.GELU(),
+            SqueezeExcite(hidden, rd_channels=max(out_dim // 4, 1), act_layer=nn.GELU),
+            nn.Conv2d(hidden, out_dim, 1),
+        )
+        self.shortcut = nn.Identity() if dim == out_dim else nn.Conv2d(dim, out_dim, 1)
+        self.drop_path = DropPath(drop_path)
+        init_convolutions(self)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        kept = F.max_pool2d(x_BCHW, self.stride, ceil_mode=True) if self.stride > 1 else x_BCHW
+        return self.shortcut(kept) + self.drop_path(self.body(x_BCHW))
+
+
+class MBConvBlock(nn.Module):
+    """An `MBConv` as a block of a stage: `(x_BNC, grid) -> (x_BNC, {})`."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.conv = MBConv(dim, dim, drop_path=drop_path)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        return to_tokens(self.conv(to_map(x_BNC, grid))), {}
+
+
+class MBConvDownsample(nn.Module):
+    """The first `MBConv` of a stage: `(x_BNC, grid) -> (x_BNC, grid)` with other channels and a smaller map."""
+
+    def __init__(self, dim: int, out_dim: int, *, stride: int = 2, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.conv = MBConv(dim, out_dim, stride=stride, drop_path=drop_path)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        x = to_tokens(self.conv(to_map(x_BNC, grid)))
+        return x, reduced(grid, self.conv.stride)
+
+
+def init_convolutions(module: nn.Module) -> None:
+    """Normal weights with variance 2 / (fan out / groups), as in EfficientNet, and zero biases."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=(2.0 / fan_out) ** 0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)

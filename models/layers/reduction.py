@@ -1,0 +1,75 @@
+"""Fewer keys and values: the map is shortened by a strided convolution or by pooling to a fixed size.
+
+Every module is called as `(x_BNC, grid) -> (x_BSC, kv_grid)`; prefix tokens are not expected.
+Source: spatial reduction, PVT, Wang et al., ICCV 2021, arXiv:2102.12122, equation 2; pooling, PVT v2 (linear SRA), Wang
+et al., CVMJ 2022, arXiv:2106.13797, equation 2.
+Shapes: B = batch, N = H·W tokens, S = tokens of the shortened map, C = channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.tokens import to_map, to_tokens
+
+
+class SpatialReduction(nn.Module):
+    """s×s convolution with stride s, then LayerNorm: s² times fewer tokens.
+
+    Maps that s does not divide are zero-padded at the bottom and right, so that every token is seen; the authors' code
+    drops the rest there.
+
+    Args:
+        dim: channels C.
+        ratio: side s of the squares that become one token.
+        norm_eps: of the LayerNorm.
+
+    Raises:
+        ValueError: a ratio below 1.
+    """
+
+    def __init__(self, dim: int, ratio: int, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        if ratio < 1:
+            raise ValueError(f"SpatialReduction: ratio must be at least 1, got {ratio}; 1 keeps every token")
+        self.ratio = ratio
+        self.conv = nn.Conv2d(dim, dim, ratio, stride=ratio)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def reduced(self, grid: tuple) -> tuple:
+        """The map of keys and values for a map of queries; the same type as `grid`."""
+        return grid._replace(height=-(-grid.height // self.ratio), width=-(-grid.width // self.ratio))
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        x_BCHW = F.pad(to_map(x_BNC, grid), (0, -grid.width % self.ratio, 0, -grid.height % self.ratio))
+        return self.norm(to_tokens(self.conv(x_BCHW))), self.reduced(grid)
+
+
+class PooledReduction(nn.Module):
+    """Average pooling to `size`×`size` tokens whatever the map, 1×1 convolution, LayerNorm, GELU.
+
+    Maps smaller than `size` are repeated up to it, as in the authors' code.
+
+    Args:
+        dim: channels C.
+        size: side of the pooled map.
+        norm_eps: of the LayerNorm.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, dim: int, size: int = 7, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"PooledReduction: size must be at least 1, got {size}; the paper uses 7")
+        self.size = size
+        self.conv = nn.Conv2d(dim, dim, 1)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def reduced(self, grid: tuple) -> tuple:
+        """The map of keys and values for a map of queries; the same type as `grid`."""
+        return grid._replace(height=self.size, width=self.size)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        pooled = F.adaptive_avg_pool2d(to_map(x_BNC, grid), (self.size, self.size))
+        return F.gelu(self.norm(to_tokens(self.conv(pooled)))), self.reduced(grid)

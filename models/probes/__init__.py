@@ -1,0 +1,1 @@
+"""What eval.py measures or draws on a finished model."""

@@ -1,0 +1,1 @@
+"""LightningModules and the callbacks of a run."""

@@ -1,0 +1,180 @@
+"""Image classification: what is minimised, what is measured, and how the weights are updated.
+
+Shapes: B = batch, K = classes, L = layers that return an auxiliary loss.
+"""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+SCHEDULES = ("cosine", "constant", "tanh", "step", "multistep", "poly")
+REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
+
+
+class Classification(pl.LightningModule):
+    """Cross entropy on hard (B,) or soft (B, K) targets; top-1, top-5 and loss on the validation data.
+
+    Args:
+        model: `model(images, return_losses=True) -> (logits (B, K), {name: (L,)})`.
+        optimizer: keywords of `timm.optim.create_optimizer_v2`, and `reference_batch`: the global batch that `lr` is
+            meant for (the rate is scaled linearly with the real one), or None.
+        schedule: keywords of `timm.scheduler.create_scheduler_v2`, in epochs; stepped after every optimizer step.
+        num_classes: K.
+        label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
+        auxiliary: for each auxiliary loss that the model returns, its weight and its reduction over layers.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        compile: run the model through torch.compile; keys of the state dict stay the same.
+
+    The EMA callback sets `ema_model`; it is then evaluated beside the raw weights under names ending in `_ema`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any],
+        num_classes: int,
+        *,
+        label_smoothing: float = 0.0,
+        auxiliary: dict[str, dict[str, Any]] | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing"
+            )
+        _check_settings(model, optimizer, schedule)
+        for name, how in (auxiliary or {}).items():
+            if how["reduction"] not in REDUCTIONS:
+                raise ValueError(
+                    f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
+                )
+        self.model = model
+        self.optimizer, self.schedule = dict(optimizer), dict(schedule)
+        self.label_smoothing, self.auxiliary = label_smoothing, auxiliary or {}
+        self.metrics = nn.ModuleDict({"raw": _metrics(num_classes), "ema": _metrics(num_classes)})
+        self.ema_model: nn.Module | None = None
+        model.set_gradient_checkpointing(gradient_checkpointing)
+        if compile:
+            model.compile()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, losses = self.model(batch.images, return_losses=True)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
+        for name, layers_L in losses.items():
+            value, weight = self._auxiliary(name, layers_L)
+            self.log(f"train/{name}", value.detach(), batch_size=len(batch.images))
+            loss = loss + weight * value
+        self.log("lr", self.optimizers().param_groups[-1]["lr"])
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure("raw", self.model, batch)
+        if self.ema_model is not None:
+            self._measure("ema", self.ema_model, batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        for weights, suffix in [("raw", ""), ("ema", "_ema")]:
+            for name, metric in self.metrics[weights].items():
+                if metric.update_called:
+                    self.log(f"val/{name}{suffix}", metric.compute(), prog_bar=name == "top1")
+                    metric.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trainer, settings, schedule = self.trainer, dict(self.optimizer), dict(self.schedule)
+        total = trainer.estimated_stepping_batches
+        if total < 1 or not math.isfinite(total):
+            raise ValueError(f"task: the run has {total} optimizer steps; set trainer.max_epochs or trainer.max_steps")
+        if reference := settings.pop("reference_batch", None):
+            settings["lr"] *= self._global_batch() / reference
+        optimizer = _optimizer(self.model, settings)
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        epochs = math.ceil(total / per_epoch)
+        cooldown = schedule.pop("cooldown_epochs", 0)
+        if schedule.get("sched") == "constant":
+            schedule |= {"sched": "step", "decay_epochs": epochs + 1}
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=max(epochs - cooldown, 1),
+            cooldown_epochs=cooldown,
+            updates_per_epoch=per_epoch,
+            step_on_epochs=False,
+            **schedule,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.trainer.global_step)
+
+    def _global_batch(self) -> int:
+        per_process = self.trainer.datamodule.batch_size
+        return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _auxiliary(self, name: str, layers_L: Tensor) -> tuple[Tensor, float]:
+        if name not in self.auxiliary:
+            raise ValueError(
+                f"task: the model returns the auxiliary loss {name!r}, which has no weight; "
+                f"set +task.auxiliary.{name}='{{weight: 0.01, reduction: mean}}'"
+            )
+        how = self.auxiliary[name]
+        return REDUCTIONS[how["reduction"]](layers_L), how["weight"]
+
+    @torch.no_grad()
+    def _measure(self, weights: str, model: nn.Module, batch: Any) -> None:
+        logits = model(batch.images).float()
+        metrics = self.metrics[weights]
+        metrics["loss"].update(F.cross_entropy(logits, batch.labels, reduction="none"))
+        metrics["top1"].update(logits, batch.labels)
+        metrics["top5"].update(logits, batch.labels)
+
+
+def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, **{key: value for key, value in settings.items() if value is not None})
+
+
+def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+    """Finds wrong settings before anything is started, by making an optimizer and throwing it away.
+
+    Raises:
+        ValueError: an unknown optimizer or schedule, an unknown key, or a value of a wrong type or range.
+    """
+    for group, settings, names in [
+        ("optimizer", optimizer, ("lr", "reference_batch", "weight_decay", "layer_decay")),
+        ("schedule", schedule, ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs")),
+    ]:
+        for name in names:
+            value = settings.get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
+    if schedule.get("sched", "cosine") not in SCHEDULES:
+        raise ValueError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {schedule['sched']!r}")
+    if optimizer:
+        try:
+            _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "top1": MulticlassAccuracy(num_classes, top_k=1, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            "loss": MeanMetric(),
+        }
+    )

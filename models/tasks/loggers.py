@@ -1,0 +1,170 @@
+"""Loggers of a run: metrics.csv always; Weights & Biases or TensorBoard when chosen. None of them can stop a run."""
+
+import csv
+import hashlib
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+
+NAMES = ("wandb", "csv", "tensorboard", "none")
+
+
+def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any], resume_step: int) -> list[Logger]:
+    """The loggers of one run; metrics.csv first.
+
+    Args:
+        settings: the group `logger`: `name`, and the keywords of that logger.
+        run_dir: where everything is written.
+        config: the resolved configuration, shown by W&B.
+        resume_step: the optimizer step that the run continues from; later rows of an existing metrics.csv are dropped.
+    """
+    name = settings["name"]
+    if name not in NAMES:
+        raise ValueError(f"logger: name must be one of {', '.join(NAMES)}, got {name!r}; set logger=csv, for instance")
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step)]
+    if name == "wandb":
+        loggers.append(_wandb(settings, run_dir, config))
+    if name == "tensorboard":
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    return loggers
+
+
+class MetricsCSV(Logger):
+    """One row per logged step, a column per metric; columns that appear later are added to the file."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        super().__init__()
+        self.path, self.columns = path, ["step", "epoch"]
+        self.rows = [row for row in read_metrics(path) if float(row["step"]) < resume_step]
+        for row in self.rows:
+            self._add_columns(row)
+        self._pending = len(self.rows) > 0 or path.exists()
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step or 0, "epoch": int(metrics.get("epoch", 0))} | {
+            k: v for k, v in metrics.items() if k != "epoch"
+        }
+        self._pending = self._add_columns(row) or self._pending
+        self.rows.append(row)
+        if not self._pending and self.path.exists():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Rewrites the file when its header is out of date."""
+        if not self._pending or not self.rows:
+            return
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self._pending = False
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _add_columns(self, row: Mapping[str, Any]) -> bool:
+        new = [key for key in row if key not in self.columns]
+        self.columns += new
+        return bool(new)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without their empty cells; [] when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+class _Wandb(WandbLogger):
+    """A WandbLogger whose failures are reported once and then ignored."""
+
+    broken = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._try(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(super().log_hyperparams, params)
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self._try(super().log_image, key, images, step, **kwargs)
+
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, call: Any, *args: Any, **kwargs: Any) -> None:
+        if self.broken:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # whatever a remote service does, training goes on
+            self.broken = True
+            rank_zero_warn(f"logger: Weights & Biases failed ({error}); the run goes on, metrics.csv has everything")
+
+
+def _wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> Logger:
+    os.environ.setdefault("WANDB_SILENT", "true")  # its greetings; failures are reported below
+    import wandb
+
+    mode = settings["mode"]
+    if mode == "auto":
+        mode = "online" if _has_key() else "offline"
+    logger = _start_wandb(wandb, settings, run_dir, config, mode)
+    if logger.broken and mode == "online":
+        rank_zero_warn("logger: Weights & Biases cannot be reached; logging offline")
+        logger = _start_wandb(wandb, settings, run_dir, config, "offline")
+    if mode == "offline":
+        print(f"logger: Weights & Biases is offline; upload later with: wandb sync {run_dir}/wandb/offline-run-*")
+    return logger
+
+
+def _start_wandb(wandb: Any, settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any], mode: str) -> _Wandb:
+    # the same folder is the same run: a continued run goes on in the same W&B run
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    logger = _Wandb(
+        project=settings["project"],
+        name=run_dir.name,
+        save_dir=str(run_dir),
+        id=identity,
+        mode=mode,
+        resume="allow",
+        entity=settings["entity"],
+        tags=list(settings["tags"]),
+        settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+    )
+    logger._try(lambda: logger.experiment.config.update(config, allow_val_change=True))
+    return logger
+
+
+def _has_key() -> bool:
+    """Whether W&B would find a key without asking: in the environment, or in netrc, where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

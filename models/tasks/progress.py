@@ -1,0 +1,131 @@
+"""What the terminal shows while a run goes on: one live line on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Throughput(Callback):
+    """Training images per second over all processes, validation and checkpoints excluded; logged with every log."""
+
+    def __init__(self) -> None:
+        self.seconds, self.images, self._start, self._window = 0.0, 0, 0.0, (0.0, 0)
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean since the first batch after the first (which warms up kernels and workers)."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        if trainer.fit_loop.epoch_loop.total_batch_idx > 0:
+            self.seconds += now - self._start
+            self.images += len(batch.images) * trainer.world_size
+        self._start = now
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self.seconds > self._window[0]:
+            seconds, images = self._window
+            rate = (self.images - images) / (self.seconds - seconds)
+            self._window = (self.seconds, self.images)
+            task.log("images_per_second", rate, rank_zero_only=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+
+class RunProgress(Callback):
+    """Epoch, step, loss, accuracy, images per second and time left.
+
+    Args:
+        throughput: where images per second come from.
+        every_seconds: pause between plain lines when the output is not a terminal.
+    """
+
+    def __init__(self, throughput: Throughput, every_seconds: float = 10.0) -> None:
+        self.throughput, self.every_seconds = throughput, every_seconds
+        self.console = Console(stderr=False, soft_wrap=True)
+        self.live: Progress | None = None
+        self._started, self._first, self._printed = 0.0, 0, 0.0
+        self.seconds = 0.0
+        self._note = ""
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._started = self._printed = time.perf_counter()
+        self._first = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        if trainer.is_global_zero and self.console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")]
+            self.live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self.live.start()
+            self._bar = self.live.add_task("", total=self._total, completed=trainer.global_step, text="")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.live is not None:
+            # reading the loss waits for the device: only as often as it is logged
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                self._text = self._describe(trainer)
+                self.live.update(self._bar, text=self._text)
+            self.live.update(self._bar, description=self._epoch(trainer), completed=trainer.global_step)
+        elif trainer.is_global_zero and time.perf_counter() - self._printed >= self.every_seconds:
+            self._print(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        parts = [f"val top-1 {float(metrics['val/top1']):.2%}"] if "val/top1" in metrics else []
+        if "val/top1_ema" in metrics:
+            parts.append(f"EMA {float(metrics['val/top1_ema']):.2%}")
+        self._note = "  ".join(parts)
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if self.live is None and trainer.is_global_zero:
+            self._print(trainer)
+        self.seconds = time.perf_counter() - self._started
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        self._printed = time.perf_counter()
+        print(f"{self._epoch(trainer)}  {self._describe(trainer)}", flush=True)
+
+    def _stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        sys.stdout.flush()
+
+    def _epoch(self, trainer: pl.Trainer) -> str:
+        last = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        epoch = trainer.current_epoch + 1
+        of = f"{min(epoch, last)}/{last}" if last else str(epoch)
+        return f"epoch {of}  step {trainer.global_step}/{self._total}"
+
+    def _describe(self, trainer: pl.Trainer) -> str:
+        done = trainer.global_step - self._first
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / done * (self._total - trainer.global_step) if done else 0.0
+        loss = trainer.callback_metrics.get("train/loss")
+        shown = [f"loss {float(loss):.4f}"] if loss is not None else []
+        shown += [f"{self.throughput.images_per_second:.0f} images/s", f"ETA {duration(left)}", self._note]
+        return "  ".join(filter(None, shown))
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03" or "2:03"."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,250 @@
+"""Stopping and going on: batch-wise randomness, stopping on a signal, and finding the checkpoint to resume from.
+
+A resumed run equals an uninterrupted one bit for bit because nothing depends on the history of a random generator:
+the data module derives order and augmentation from counters, and `StepRandomness` does the same for dropout.
+"""
+
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Callback
+
+from models.checkpoints.directory import latest, nearby, resolve, verify
+from models.checkpoints.write import recover
+from models.tasks.checkpoint import Checkpoints, call_last
+
+log = logging.getLogger(__name__)
+
+PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class Stopped(Exception):
+    """Training was stopped on request, after saving; the entry point exits with `status`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class StepRandomness(Callback):
+    """Seeds torch, NumPy and `random` before every training batch from (seed, epoch, batch number, rank)."""
+
+    def __init__(self, seed: int) -> None:
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"StepRandomness: seed must be an integer of at least 0, got {seed!r}")
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        epoch, number = getattr(batch, "epoch", None), getattr(batch, "number", None)
+        if epoch is None or number is None:
+            raise ValueError(
+                "StepRandomness: a training batch must be a named tuple with the fields epoch and number, "
+                f"got {type(batch).__name__}; build it as data.Batch is built"
+            )
+        entropy = [self.seed, int(epoch), int(number), trainer.global_rank]
+        torch_seed, numpy_seed, python_seed = np.random.SeedSequence(entropy).generate_state(3, np.uint64).tolist()
+        # The generator itself: torch.manual_seed costs 90 µs because it also prepares devices that are not there.
+        torch.default_generator.manual_seed(torch_seed % 2**63)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(torch_seed % 2**63)
+        np.random.seed(numpy_seed % 2**32)
+        random.seed(python_seed)
+
+
+class Preemption(Callback):
+    """Stops a run on SIGTERM or SIGUSR1 (status 75) or Ctrl-C (status 130), with a checkpoint of the last full step.
+
+    A handler only notes the signal; the ranks agree at the end of an optimizer step, save, and raise `Stopped`. During
+    a validation a single process stops after the batch it is at, since the step is already saved; several processes
+    stop after the validation, because they may have different numbers of batches. A second Ctrl-C quits at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._received: set[int] = set()
+        self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
+        self._group: Any = None
+        self._checkpoints: Checkpoints | None = None
+        self._seen_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the callback that saves.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        if stage != "fit":
+            return
+        found = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
+        if len(found) != 1:
+            raise ValueError(f"Preemption: needs one Checkpoints callback beside it, got {len(found)}; add it")
+        self._checkpoints = found[0]
+        call_last(trainer, self)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_over(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        self._take_over(trainer)
+        if trainer.world_size > 1:
+            # A group of its own on the CPU: asking costs no synchronisation with the device.
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._seen_step:
+            self._seen_step = trainer.global_step
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.world_size == 1 and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_asked(trainer, save=False)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop_if_asked(trainer, save=False)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._give_back()
+
+    def _take_over(self, trainer: pl.Trainer) -> None:
+        """Installs the handlers in place of Lightning's, whose SIGTERM handler waits for the other ranks."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows handlers in the main thread only
+        self._process = os.getpid()
+        for number in self.SIGNALS:
+            previous = signal.signal(number, self._note)
+            self._previous.setdefault(number, previous)
+        # Lightning asks rank 0 about SIGTERM before each batch, on the device; with these handlers nobody needs it.
+        if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+
+    def _give_back(self) -> None:
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. A worker of a data loader inherits it, and so outlives a signal sent to the whole job.
+
+        The second Ctrl-C ends this process. The second SIGTERM ends a worker: the loader and Python's exit each send
+        one to a worker that hangs.
+        """
+        last_word = signal.SIGINT if os.getpid() == self._process else signal.SIGTERM
+        if number == last_word and number in self._received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._received.add(number)
+
+    def _stop_if_asked(self, trainer: pl.Trainer, save: bool = True) -> None:
+        """Saves, unless the state is that of a half-done validation, and raises `Stopped` if any rank was asked to."""
+        number = max(self._received, default=0)
+        if self._group is not None:
+            agreed = torch.tensor([number])
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
+            number = int(agreed)
+        if not number:
+            return
+        checkpoints = self._checkpoints
+        if save and checkpoints.saved_step != trainer.global_step and not checkpoints.save(trainer):
+            log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
+        message = f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"
+        if checkpoints.saved_step >= 0:
+            message += f"; to go on: resume={checkpoints.directory / 'last'}"
+        if trainer.is_global_zero:
+            print(message, file=sys.stderr, flush=True)
+        raise Stopped(INTERRUPTED if number == signal.SIGINT else PREEMPTED, message)
+
+
+def _ask_nobody() -> None:
+    """Stands in for Lightning's broadcast, one device synchronisation for each batch."""
+
+
+def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
+    """The checkpoint directory to resume from, verified.
+
+    Args:
+        resume: None or "" for a new run; "auto" for the newest valid checkpoint of the run folder, if there is one;
+            otherwise the path of a checkpoint directory or a `best` or `last` pointer.
+        run_dir: the folder of the run.
+
+    Raises:
+        ValueError: the path is no valid checkpoint; the message names those that exist near it.
+    """
+    if not resume:
+        return None
+    if resume == "auto":
+        directory = Path(run_dir) / "checkpoints"
+        recover(directory)
+        found = latest(directory, log.warning)
+        log.debug("resume=auto: %s", f"continuing {found}" if found else f"no checkpoint in {directory}, starting at 0")
+        return found
+    path = Path(resume)
+    if path.suffix in (".safetensors", ".pth", ".pt", ".ckpt") and path.is_file():
+        raise ValueError(
+            f"resume: a single file holds weights and nothing of the optimizer, got {path}; {nearby(path)}"
+        )
+    path = resolve(path)
+    verify(path)
+    return path
+
+
+def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compares what the weights depend on: the model, its attention with all options, and the number of classes.
+
+    Args:
+        saved: the configuration in the checkpoint.
+        current: the resolved configuration of this command.
+
+    Raises:
+        ValueError: one sentence that names every difference, with both values.
+    """
+    differences = [
+        f"{name} {was} and not {now}"
+        for name, read in (("model", _target), ("num_classes", _classes), ("attention", _attention))
+        if (was := read(saved)) != (now := read(current)) and was is not None and now is not None
+    ]
+    if differences:
+        raise ValueError(
+            f"resume: the checkpoint was trained with {', '.join(differences)} as this command asks; "
+            "give the same options, or start a new run without resume"
+        )
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _target(config: dict[str, Any]) -> Any:
+    return _section(config, "model").get("_target_")
+
+
+def _classes(config: dict[str, Any]) -> Any:
+    return _section(config, "model").get("num_classes")
+
+
+def _attention(config: dict[str, Any]) -> Any:
+    return config.get("attention", _section(config, "model").get("attention"))

@@ -1,0 +1,222 @@
+"""A training run from its composed configuration: check everything, build, fit, report."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import Checkpoint
+
+from conf.cli import UserError
+from models.checkpoints import read_config, read_manifest
+from models.factory import cause_of
+from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.tasks.loggers import build_loggers
+from models.tasks.progress import RunProgress, Throughput, duration
+from models.tasks.report import draw_curves, print_table, write_json
+from models.tasks.resume import Stopped, compare_configs, find_resume
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Runs `cfg`; returns the best monitored value.
+
+    Raises:
+        UserError: something in the configuration or the data is wrong; nothing has been started.
+    """
+    quiet()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    config = resolved(cfg)
+    checkpoint = _resume(cfg, run_dir, config)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    task, data = build(cfg, "task"), build(cfg, "data")
+    check_data(data)
+    steps = read_manifest(checkpoint)["step"] if checkpoint else 0
+    throughput = Throughput()
+    progress = RunProgress(throughput)
+    callbacks = [*filter(None, build(cfg, "callbacks").values()), throughput, progress]
+    checkpoints = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
+    if checkpoints is not None:
+        checkpoints.config = config
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    trainer = build(
+        cfg,
+        "trainer",
+        callbacks=callbacks,
+        logger=False,
+        plugins=[DirectoryCheckpointIO()],
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.loggers = _loggers(config, run_dir, steps)
+    if trainer.is_global_zero:
+        print(_headline(config, task, data, trainer, run_dir, checkpoint))
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint)
+    except Stopped as stop:
+        if trainer.is_global_zero:
+            draw_curves(run_dir)
+        raise SystemExit(stop.status) from None
+    return _report(trainer, config, task, run_dir, throughput, progress) if trainer.is_global_zero else None
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, every interpolation replaced."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        if "Missing mandatory value" in str(error):
+            raise UserError(f"{key} has no value; give one on the command line, {key}=...") from error
+        line = str(error).splitlines()[0]
+        _, resolver, reason = line.rpartition("raised while resolving interpolation: ")
+        raise UserError(reason if resolver else f"{key}: {line}") from error
+
+
+def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
+    """Instantiates one part of the configuration; what a user got wrong in it becomes a `UserError`."""
+    try:
+        return instantiate(cfg[key], **extra)
+    except (InstantiationException, ValueError, TypeError) as error:
+        cause = cause_of(error)
+        if isinstance(
+            cause, ValueError | TypeError | FileNotFoundError | pl.utilities.exceptions.MisconfigurationException
+        ):
+            raise UserError(_say(key, cause)) from error
+        raise
+
+
+def quiet() -> None:
+    """Hide notes of libraries that no user can act on."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*number of training batches.*",
+        ".*lr_scheduler.step.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def _say(key: str, cause: BaseException) -> str:
+    if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+        return f"{key}: {str(cause).removeprefix('__init__() ')}; remove that key"
+    return str(cause)
+
+
+def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
+    try:
+        checkpoint = find_resume(cfg.resume, run_dir)
+        if checkpoint is not None:
+            compare_configs(read_config(checkpoint), config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return checkpoint
+
+
+def check_data(data: pl.LightningDataModule) -> None:
+    """Looks at the data before anything is started.
+
+    Raises:
+        UserError: all that is wrong with it.
+    """
+    try:
+        data.check()
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _loggers(config: dict[str, Any], run_dir: Path, step: int) -> list[pl.loggers.Logger]:
+    try:
+        return build_loggers(config["logger"], run_dir, config, step)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _headline(
+    config: dict[str, Any],
+    task: pl.LightningModule,
+    data: pl.LightningDataModule,
+    trainer: pl.Trainer,
+    run_dir: Path,
+    checkpoint: Path | None,
+) -> str:
+    parameters = sum(p.numel() for p in task.model.parameters())
+    device = (
+        torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device
+    )
+    lines = [
+        f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
+        f"images of {config['image_size']} px, batch {data.batch_size} x {trainer.world_size}",
+        f"on {device}, {trainer.precision}; everything goes to {_short(run_dir)}",
+    ]
+    if checkpoint is not None:
+        lines.append(f"continues from {_short(checkpoint)}")
+    return "\n".join(lines)
+
+
+def title(config: dict[str, Any]) -> str:
+    """ "coatnet_32px with softmax attention on digits"."""
+    run = config["run"]
+    return f"{run['model']} with {run['attention']} attention on {run['data']}"
+
+
+def _report(
+    trainer: pl.Trainer,
+    config: dict[str, Any],
+    task: pl.LightningModule,
+    run_dir: Path,
+    throughput: Throughput,
+    progress: RunProgress,
+) -> float | None:
+    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    monitor = config["checkpoint"]["monitor"]
+    figures |= {
+        "images_per_second": throughput.images_per_second or None,
+        "seconds": progress.seconds,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+    }
+    best = run_dir / "checkpoints" / "best"
+    if best.exists():
+        figures[f"best/{monitor}"] = read_manifest(best)["metrics"][monitor]
+    write_json(run_dir / "metrics.json", figures)
+    curves = draw_curves(run_dir)
+    rows = {
+        key: figures[key]
+        for key in ("val/top1", "val/top1_ema", "val/top5", "val/loss", "train/loss")
+        if key in figures
+    }
+    rows |= {key: value for key, value in figures.items() if key.startswith("best/")}
+    rows |= {
+        "parameters": figures["parameters"],
+        "images/s": figures["images_per_second"],
+        "time": duration(figures["seconds"]),
+        "epochs, steps": f"{figures['epochs']}, {figures['steps']}",
+        "curves": _short(curves) if curves else None,
+        "metrics": _short(run_dir / "metrics.csv"),
+    }
+    if best.exists():
+        rows["evaluate"] = f"python eval.py ckpt={_short(best)}"
+    print_table(title(config), rows)
+    return figures.get(f"best/{monitor}")
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,20 @@
+"""Train one configuration.
+
+$ python train.py model=swin_tiny attention=agent data=imagenet1k data.root=/data/imagenet
+$ python train.py --help
+"""
+
+from omegaconf import DictConfig
+
+from conf import cli
+
+
+def main(cfg: DictConfig) -> float | None:
+    """Returns the best monitored value, for sweeps."""
+    from models.tasks.running import train
+
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    cli.run("train", main)
