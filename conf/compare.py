@@ -19,16 +19,14 @@ COLUMNS = {
 
 
 class CompareRuns(Callback):
-    """Collects the metrics.json of every job and prints them side by side."""
+    """Collects the metrics.json of every job and prints them side by side, named by what differs between them."""
 
     def __init__(self) -> None:
-        self.runs: list[tuple[str, Path]] = []
+        self.jobs: list[tuple[list[str], Path]] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         hydra = job_return.hydra_cfg.hydra
-        self.runs.append(
-            (hydra.job.override_dirname.replace(",", " ") or "(no change)", Path(hydra.runtime.output_dir))
-        )
+        self.jobs.append((list(hydra.overrides.task), Path(hydra.runtime.output_dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rich.console import Console
@@ -36,20 +34,19 @@ class CompareRuns(Callback):
 
         from models.tasks.report import shown
 
-        runs = [
-            (name, json.loads((path / "metrics.json").read_text()))
-            for name, path in self.runs
-            if (path / "metrics.json").exists()
-        ]
-        missing = [name for name, path in self.runs if not (path / "metrics.json").exists()]
+        common = set.intersection(*(set(overrides) for overrides, _ in self.jobs)) if len(self.jobs) > 1 else set()
+        names = [" ".join(o for o in overrides if o not in common) or "defaults" for overrides, _ in self.jobs]
+        files = [path / "metrics.json" for _, path in self.jobs]
+        runs = [(name, json.loads(file.read_text())) for name, file in zip(names, files, strict=True) if file.exists()]
         present = [key for key in COLUMNS if any(key in figures for _, figures in runs)]
-        table = Table(title=f"{len(runs)} runs", title_justify="left")
-        table.add_column("run", overflow="fold")
+        table = Table(title=f"{len(runs)} of {len(names)} runs", title_justify="left")
+        table.add_column("run", no_wrap=True)
         for key in present:
             table.add_column(COLUMNS[key], justify="right")
         for name, figures in sorted(runs, key=lambda run: -(run[1].get("val/top1") or 0)):
             table.add_row(name, *(shown(key, figures.get(key)) for key in present))
         console = Console()
         console.print(table)
-        for name in missing:
-            console.print(f"no result: {name}")
+        for name, file in zip(names, files, strict=True):
+            if not file.exists():
+                console.print(f"no result: {name}")

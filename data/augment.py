@@ -102,9 +102,6 @@ def _number(value: Any, low: float, high: float) -> bool:
 
 
 def _interval(value: Any, high: float) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(_number(v, 0, high) and v > 0 for v in value)
-        and value[0] <= value[1]
-    )
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    return all(_number(v, 0, high) for v in value) and 0 < value[0] <= value[1]

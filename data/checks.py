@@ -31,9 +31,8 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.timeout: got {data.timeout!r}; give seconds, 0 to wait for ever")
     for name, positive in (("mean", False), ("std", True)):
         values = getattr(data, name)
-        numbers = (
-            isinstance(values, tuple) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
-        )
+        three = isinstance(values, tuple) and len(values) == 3
+        numbers = three and all(isinstance(value, int | float) for value in values)
         if not numbers or (positive and min(values) <= 0):
             wanted = "three positive numbers" if positive else "three numbers"
             found.append(f"data.{name}: got {values!r}; give {wanted}, one per channel of images scaled to 0 … 1")
@@ -60,7 +59,7 @@ def data_problems(data: "ImageData", world: int) -> list[str]:
             f"({some(classes)}); set data.num_classes={len(classes)}"
         )
     for name, split in splits.items():
-        found += _label_problems(name, split, data.num_classes, classes)
+        found += _label_problems(name, split, classes)
     images = len(splits["train"])
     if images > 0 and data.steps_per_epoch(world) == 0:
         found.append(
@@ -70,15 +69,15 @@ def data_problems(data: "ImageData", world: int) -> list[str]:
     return found
 
 
-def _label_problems(name: str, split: "Split", num_classes: int, classes: list[str]) -> list[str]:
+def _label_problems(name: str, split: "Split", classes: list[str]) -> list[str]:
     if len(split) == 0:
         return [f"the {name} split has no images"]
     labels = np.asarray(split.labels)
     found = []
-    if labels.min() < 0 or labels.max() >= max(num_classes, len(classes)):
+    if labels.min() < 0 or labels.max() >= len(classes):
         found.append(
-            f"the {name} split has labels from {labels.min()} to {labels.max()}, but data.num_classes={num_classes} "
-            f"allows 0 to {num_classes - 1}; set data.num_classes or mend the labels"
+            f"the {name} split has labels from {labels.min()} to {labels.max()}, but the {len(classes)} classes "
+            f"allow 0 to {len(classes) - 1}; mend the labels, or choose a split that has them"
         )
     elif name == "train":
         empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]

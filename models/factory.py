@@ -5,7 +5,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from conf import cli, resolvers
@@ -56,9 +56,9 @@ def build(cfg: DictConfig) -> nn.Module:
         raise
 
 
-def from_config(config: dict[str, Any]) -> nn.Module:
-    """The module of a resolved configuration, such as a checkpoint holds; check it first (`check_config`)."""
-    return build(OmegaConf.create({"model": config["model"]}))
+def factory(cfg: DictConfig) -> Any:
+    """The attention factory (or the list of factories, one per stage) of a composed configuration."""
+    return instantiate(cfg.attention)
 
 
 def cause_of(error: BaseException) -> BaseException:

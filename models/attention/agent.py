@@ -1,7 +1,6 @@
 """Agent attention: a few pooled agent tokens gather from all tokens, and all tokens read from the agents.
 
-Source: Agent Attention: On the Integration of Softmax and Linear Attention, Han et al., ECCV 2024, arXiv:2312.08874,
-equations 4 to 6 and the agent bias of section 3.3.
+Source: Agent Attention: On the Integration of Softmax and Linear Attention, Han et al., ECCV 2024, arXiv:2312.08874:
     A = pool(Q),  V_A = softmax(A Kᵀ / √D + B1) V,  O = softmax(Q Aᵀ / √D + B2) V_A + DWC(V)
 Shapes: B = batch, N = tokens, S = keys, M = heads, D = channels per head, A = agents, P = prefix tokens, H W = map.
 Where the authors' code is followed beyond the paper: class tokens are no agents, take no part in the convolution and
@@ -52,7 +51,7 @@ def agent_attention(
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"agent_attention: kernel_size must be odd, got {kernel_size}; the paper uses 3")
+        raise ValueError(f"agent_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 3")
     if bias_size < 1:
         raise ValueError(f"agent_attention: bias_size must be at least 1, got {bias_size}; set bias=false for none")
     size, dim = window_of(window, site.grid), head_channels(site)
@@ -135,7 +134,7 @@ class AgentCore(nn.Module):
         return x_BMND + self.local(v_BMSD, grid, kv_grid)
 
     def pool(self, q_BMND: Tensor, grid: Grid) -> Tensor:
-        """The agents (B, M, A, D): averages of the queries of the map, over bins that overlap where sides do not fit."""
+        """The agents (B, M, A, D): queries averaged over bins of the map, which overlap where they do not divide it."""
         pooled = F.adaptive_avg_pool2d(heads_to_map(q_BMND, grid), self.agents)
         return map_to_heads(pooled, self.num_heads).to(q_BMND.dtype)
 

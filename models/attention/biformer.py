@@ -1,6 +1,6 @@
 """Bi-level routing attention: every region of the map attends to the few regions that are most alike to it.
 
-Source: BiFormer, Zhu et al., CVPR 2023, arXiv:2303.08810, equations 3-8. With q, k, v = split(x W + b):
+Source: BiFormer, Zhu et al., CVPR 2023, arXiv:2303.08810, section 3.2. With q, k, v = split(x W + b):
     A = mean_region(q) mean_region(k)ᵀ;  I = topk(A);  o = softmax(q gather(k, I)ᵀ / √C) gather(v, I) + LePE(v).
 The scale is that of the authors' code: the channels of all heads together, not of one head. Two codes of the authors
 differ on maps that do not divide into regions; see `padding`. In both, padded keys take part in the softmax.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.attention import Accepts, Grid, Mixed, Refused, Site
 from models.attention.multihead import head_channels, split_heads
 from models.layers import window as windows
+from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")
@@ -32,14 +33,14 @@ class BiLevelRoutingAttention(nn.Module):
             A map that a forward pass brings may have fewer regions than `topk`: then all of them are attended to.
         lepe_kernel: side of the depth-wise convolution of the values that is added (LePE); 0 for none.
         qk_dim: channels of queries and keys together; C by default.
-        padding: "input" pads the map with zeros up to whole regions before the projection, so that padded keys equal its
-            bias and enter the means; "qkv" pads queries, keys and values, leaves padding out of the means, and makes
-            regions of the rounded-down size, hence more of them.
+        padding: "input" pads the map with zeros up to whole regions before the projection, so that padded keys equal
+            its bias and enter the means; "qkv" pads queries, keys and values with zeros, leaves padding out of the
+            means, and makes regions of the rounded-down size, hence more of them.
         routing: "hard" selects only. The authors' experiments also weight the selected keys and values by the softmax
             of their affinities: "soft_detached" without gradient through it, "soft" with, "soft_learned" with a learned
             embedding of the means as well.
-        kv_pool: module (W, C, height, width) → (W, C, height', width') that thins the keys and values of each region out,
-            e.g. `nn.AdaptiveAvgPool2d(2)`; None for none.
+        kv_pool: module (W, C, height, width) → (W, C, height', width') without parameters that thins out the keys and
+            values of each region, e.g. `nn.AdaptiveAvgPool2d(2)`; None for none.
         output_projection: False leaves the last projection out.
 
     Raises:
@@ -66,10 +67,8 @@ class BiLevelRoutingAttention(nn.Module):
         self.topk = _topk(topk)
         _check_options(num_regions, lepe_kernel, padding, routing, self.topk)
         self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
-        head_channels(site)
         self.qk_dim = qk_dim or site.dim
-        head_channels(site._replace(dim=self.qk_dim))
-        self._check_regions(site.grid)
+        self._check_site(site)
         self.scale = self.qk_dim**-0.5
         self.qkv = nn.Linear(site.dim, 2 * self.qk_dim + site.dim)
         self.router = None if self.topk is None else Router(self.qk_dim, self.topk, routing)
@@ -142,7 +141,7 @@ class BiLevelRoutingAttention(nn.Module):
         The mean of a linear map is the linear map of the mean: projecting R means keeps the routing in full precision
         whatever precision q and k are computed in, so that half precision does not choose other regions.
         """
-        with torch.autocast(x_BNC.device.type, enabled=False):
+        with full_precision(x_BNC.device):
             x_BCHW = to_map(x_BNC.float(), tiled)
             mean_BRC = to_tokens(F.avg_pool2d(x_BCHW, size, ceil_mode=True, count_include_pad=False))
             weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
@@ -158,13 +157,18 @@ class BiLevelRoutingAttention(nn.Module):
         (q,), (k,), (v,) = (split_heads(t, 1, self.num_heads) for t in (q_WTC, k_WSC, v_WSC))
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
 
-    def _check_regions(self, grid: Grid) -> None:
-        if self.topk is None:
-            return
-        rows, columns = self._sides(grid)
-        if self.topk > rows * columns:
+    def _check_site(self, site: Site) -> None:
+        head_channels(site)
+        if self.qk_dim % site.num_heads:
             raise Refused(
-                f"topk={self.topk} is more than the {rows}x{columns} regions of a {grid.height}x{grid.width} map",
+                f"qk_dim={self.qk_dim} does not divide into {site.num_heads} heads",
+                f"set attention.qk_dim to a multiple of {site.num_heads}",
+            )
+        rows, columns = self._sides(site.grid)
+        if self.topk is not None and self.topk > rows * columns:
+            raise Refused(
+                f"topk={self.topk} is more than the {rows}x{columns} regions of a "
+                f"{site.grid.height}x{site.grid.width} map",
                 f"set attention.topk to at most {rows * columns}, or to all",
             )
 
@@ -172,7 +176,7 @@ class BiLevelRoutingAttention(nn.Module):
 class Router(nn.Module):
     """The `topk` regions of highest affinity, ties to the lowest index, and the weights of soft routing.
 
-    Called with mean queries and keys (B, R, C) it gives the indices (B, R, K), best first, and weights (B, R, K) or None.
+    Called with mean queries and keys (B, R, C) it gives indices (B, R, K), best first, and weights (B, R, K) or None.
     """
 
     def __init__(self, dim: int, topk: int, kind: str) -> None:
@@ -183,7 +187,7 @@ class Router(nn.Module):
     def forward(self, q_BRC: Tensor, k_BRC: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         if self.kind in ("hard", "soft_detached"):
             q_BRC, k_BRC = q_BRC.detach(), k_BRC.detach()
-        with torch.autocast(q_BRC.device.type, enabled=False):
+        with full_precision(q_BRC.device):
             if self.embed is not None:
                 q_BRC, k_BRC = (F.linear(t, self.embed.weight.float(), self.embed.bias.float()) for t in (q_BRC, k_BRC))
             affinity_BRR = (q_BRC * scale) @ k_BRC.mT
@@ -240,7 +244,9 @@ def _topk(topk: int | str) -> int | None:
     if topk == "all" or topk == -1:
         return None
     if not isinstance(topk, int) or topk < 1:
-        raise ValueError(f"BiLevelRoutingAttention: topk must be a positive number or all, got {topk}; change it")
+        raise ValueError(
+            f"BiLevelRoutingAttention: topk must be a positive number or all, got {topk}; set attention.topk"
+        )
     return topk
 
 

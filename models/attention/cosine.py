@@ -1,7 +1,7 @@
 """Length-scaled cosine attention with a continuous relative position bias over the whole map.
 
-Source: TransNeXt, Shi, CVPR 2024, arXiv:2311.17132, equations 4-6 and section 3.3 (its last stage); the bias by an MLP of
-log-spaced coordinates: Swin Transformer V2, Liu et al., CVPR 2022, arXiv:2111.09883, equation 4. With S keys,
+Source: TransNeXt, Shi, CVPR 2024, arXiv:2311.17132, which has it in its last stage; the bias by an MLP of log-spaced
+coordinates is from Swin Transformer V2, Liu et al., CVPR 2022, arXiv:2111.09883. With S keys,
     o = softmax(τ log(S) (q/‖q‖ + e) (k/‖k‖)ᵀ + bias(Δy, Δx)) v.
 
 Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head, H W = map.
@@ -50,7 +50,7 @@ def cosine_attention(
 class CosineCore(nn.Module):
     """`softmax(τ log(S) (q̂ + e) k̂ᵀ + bias) v`; normalisation and scale in float32.
 
-    τ = softplus(temperature) starts at 1 / 0.24 (section 3.3); e, the query embedding, is one vector per head.
+    τ = softplus(temperature) starts at 1 / 0.24; e, the query embedding, is one vector per head.
     """
 
     def __init__(self, num_heads: int, head_dim: int, pretrain_size: tuple[int, int], hidden: int = 512) -> None:

@@ -1,40 +1,46 @@
 """Dual attention: blocks alternate between attention in windows of tokens and attention among groups of channels.
 
-Source: DaViT, Ding et al., ECCV 2022, arXiv:2204.03645, equations 3-6. Of a channel group, with the code's names,
-    o = (softmax((k s)ᵀ v) qᵀ)ᵀ,  s = D^-1/2:
-the code's q, k, v are the paper's values, queries and keys; the code's names are kept so that its weights load. Windows
+Source: DaViT, Ding et al., ECCV 2022, arXiv:2204.03645, sections 3.2 and 3.3. In a channel group, in the code's names,
+    o = (softmax((k s)ᵀ v) qᵀ)ᵀ,  s = D^-1/2.
+The code's q, k, v are the paper's values, queries and keys; the code's names are kept so that its weights load. Windows
 are not shifted and have no position bias; maps are zero-padded to whole windows, and padded tokens take part as in the
 authors' code, also where the map is smaller than one window.
 
 Shapes: B = batch, N = tokens, C = channels, M = heads or groups, D = channels per group.
 """
 
-import torch
 from torch import Tensor, nn
 
 from models.attention import Accepts, Grid, Mixed, Site
 from models.attention.multihead import MultiHead, head_channels
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
+from models.layers.precision import full_precision
 
 SCALES = ("head_dim", "tokens")
 
 
 def dual_attention(
-    site: Site, *, window: int = 7, cpe_kernel: int = 3, qkv_bias: bool = True, scale: str = "head_dim"
+    site: Site,
+    *,
+    window: int | tuple[int, int] = 7,
+    cpe_kernel: int = 3,
+    qkv_bias: bool = True,
+    scale: str = "head_dim",
 ) -> nn.Module:
     """Window attention in even blocks, channel attention in odd ones; a stage of one block has windows only.
 
     Args:
         site: the place in the backbone; `site.block` decides which of the two it is.
-        window: side of the windows in tokens.
+        window: side of the windows in tokens, or height and width.
         cpe_kernel: side of the depth-wise convolution that is added to the input as position encoding; 0 for none, as
             in DaViT itself, where it stands before the norm.
         qkv_bias: bias of the projection.
         scale: of the channel logits, which are sums over all tokens: "head_dim" (the paper), whose logits grow with the
             map, or "tokens" (N^-1/2), which keeps their spread on every resolution.
     """
-    if window < 1:
+    size = (window, window) if isinstance(window, int) else tuple(window)
+    if min(size) < 1:
         raise ValueError(f"dual: window must be at least 1, got {window}; give the side of the windows in tokens")
     if cpe_kernel < 0 or (cpe_kernel and cpe_kernel % 2 == 0):
         raise ValueError(f"dual: cpe_kernel must be odd, got {cpe_kernel}; give 3, or 0 for no position encoding")
@@ -44,7 +50,7 @@ def dual_attention(
     if site.block % 2:
         mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias)
     else:
-        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=(window, window), qkv_bias=qkv_bias)
+        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=size, qkv_bias=qkv_bias)
     # channel attention alone could take class tokens, but the windows that it alternates with cannot
     mixer.accepts = Accepts(prefix="refused")
     return Positioned(ConvPosition(site.dim, cpe_kernel), mixer) if cpe_kernel else mixer
@@ -63,7 +69,7 @@ class ChannelCore(nn.Module):
     def channel_matrix(self, k_BMND: Tensor, v_BMND: Tensor) -> Tensor:
         """Weights (B, M, D, D) of every channel on every channel, in float32."""
         scale = (self.head_dim if self.scale == "head_dim" else k_BMND.shape[2]) ** -0.5
-        with torch.autocast(k_BMND.device.type, enabled=False):
+        with full_precision(k_BMND.device):
             # sums over thousands of tokens leave the range of float16
             return ((k_BMND.float() * scale).mT @ v_BMND.float()).softmax(-1)
 

@@ -1,14 +1,15 @@
 """Focused linear attention: sharpened positive features, one D×D state per head, and a convolution that restores rank.
 
-Source: FLatten Transformer: Vision Transformer using Focused Linear Attention, Han et al., ICCV 2023, arXiv:2308.00442,
-equations 7 to 11.
+Source: FLatten Transformer: Vision Transformer using Focused Linear Attention, Han et al., ICCV 2023, arXiv:2308.00442:
     f(x) = ‖x‖ / ‖xᵖ‖ · xᵖ with x = (ReLU(x) + 1e-6) / softplus(scale)
     O = f(Q) (f(K)ᵀ V / N) / (f(Q) · mean f(K) + 1e-6) + DWC(V)
 Shapes: B = batch, N = tokens, S = keys, M = heads, D = channels per head, C = M·D, H W = map.
-Where the authors' code is followed beyond the paper: norms run over all C channels, not per head; the keys get a learned
-position encoding; Q and K are divided by a learned scale per channel; the convolution is shared by all heads; sums over
-keys are means, which keeps them inside the range of fp16.
+Where the authors' code is followed beyond the paper: norms run over all C channels, not per head; the keys get a
+learned position encoding; Q and K are divided by a learned scale per channel; the convolution is shared by all heads;
+sums over keys are means, so that they do not grow with the map.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,9 @@ def focused_linear_attention(
     if power < 1:
         raise ValueError(f"focused_linear_attention: power must be at least 1, got {power}; the paper uses 3")
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"focused_linear_attention: kernel_size must be odd, got {kernel_size}; the paper uses 5")
+        raise ValueError(
+            f"focused_linear_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 5"
+        )
     if kv_pool is not None and sr_ratio != 1:
         raise ValueError(
             f"focused_linear_attention: sr_ratio and kv_pool both shorten the keys, got {sr_ratio} and {kv_pool}; "
@@ -84,6 +87,11 @@ def _norm(x_BMND: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x_BMND, dim=(1, 3), keepdim=True)
 
 
+def full_precision(device_type: str) -> AbstractContextManager:
+    """Autocast off inside; nothing to switch off on devices without it, such as meta."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
 class FocusedLinearCore(nn.Module):
     """Focused features, the state f(K)ᵀ V, its reading by every query, and the convolution of the values.
 
@@ -114,7 +122,7 @@ class FocusedLinearCore(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with torch.autocast(q_BMND.device.type, enabled=False):
+        with full_precision(q_BMND.device.type):
             q, k = self.features(q_BMND, k_BMSD, kv_grid)
             state_BMDD = k.mT @ (v_BMSD.to(k.dtype) / k.shape[2])
             x_BMND = q @ state_BMDD / (q @ k.mean(2, keepdim=True).mT + EPS)
@@ -153,7 +161,7 @@ class FocusedLinearCore(nn.Module):
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S) on the values, without the convolution: quadratic, for looking at and for tests."""
-        with torch.autocast(q_BMND.device.type, enabled=False):
+        with full_precision(q_BMND.device.type):
             q, k = self.features(q_BMND, k_BMSD, kv_grid)
             weights = q @ k.mT / k.shape[2]
             return weights / (weights.sum(-1, keepdim=True) + EPS)

@@ -1,11 +1,11 @@
 """Mixture-of-head attention: a router weights the heads of any attention for every token and leaves some of them out.
 
-Source: MoH, Jin et al., ICML 2025, arXiv:2410.11842, equations 3-8. The first S heads are shared, the other E are routed:
+Source: MoH, Jin et al., ICML 2025, arXiv:2410.11842. The first S heads are shared, the other E are routed:
     r = softmax(x Wg) over E,  m = its K largest;   g = K r m / Σ r m,   s = S softmax(x W1),   a1, a2 = 2 softmax(x W0)
     gates = [a1 s, a2 g];  s alone without routed heads, g alone without shared ones;  y = Σ gate_h head_h Wo.
-The factors K, S, 2 and the sum over the selected heads are in the authors' code, not in the paper's equation 5: all gates
-are 1 when the router is undecided. Load balance is E Σ P f, with P the mean of r and f the mean of m over the tokens; it
-lies between K (balanced) and E.
+The factors K, S, 2 and the sum over the selected heads are in the authors' code, not in the paper's equation 5; with
+them the active gates are 1 when the router is undecided. The load balance loss is E Σ P f, with P the mean of r and f
+the mean of m over the tokens: K when balanced, at most E. The paper's equation 7 lacks the factor E.
 
 Shapes: B = batch, N = tokens, C = channels, M = heads, E = routed heads, K = active routed heads.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, Mixed, Refused, Site
+from models.layers.precision import full_precision
 
 
 class MoHAttention(nn.Module):
@@ -26,9 +27,10 @@ class MoHAttention(nn.Module):
         site: the place in the backbone.
         core: factory of the attention whose heads are gated, any with `accepts.gates`.
         shared_heads: heads that are always active, a number or a fraction of all heads.
-        routed_heads: heads that each token chooses among the others, a number or a fraction of all heads. The defaults
-            keep three quarters of the heads active, half of them shared. Where fractions leave fewer than two heads to
-            choose from, all heads are shared.
+        routed_heads: heads that each token chooses among the others, a number or a fraction of all heads.
+
+    1 is one head, 1.0 all of them. The defaults keep about three quarters of the heads active, half of those shared.
+    Where fractions leave fewer than two heads to choose from, all heads are shared.
 
     In training mode the forward pass returns the loss "load_balance" when heads are routed; in evaluation none.
 
@@ -50,7 +52,8 @@ class MoHAttention(nn.Module):
         self.accepts = self.mixer.accepts
         if not self.accepts.gates:
             raise Refused(
-                f"moh cannot gate the heads of {type(self.mixer).__name__}", "choose another attention.core, e.g. softmax"
+                f"moh cannot gate the heads of {type(self.mixer).__name__}",
+                "choose another attention.core, e.g. softmax",
             )
         self.router = HeadRouter(site.dim, site.num_heads, shared, routed)
 
@@ -61,7 +64,7 @@ class MoHAttention(nn.Module):
         mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype))
         if balance is None or not self.training:
             return mixed
-        return Mixed(mixed.x, {**mixed.losses, "load_balance": balance})
+        return Mixed(mixed.x, {**mixed.losses, "load_balance": balance + mixed.losses.get("load_balance", 0.0)})
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Of the gated attention, before the gates."""
@@ -87,7 +90,9 @@ class HeadRouter(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x_BNC.float()
-        shared_BNS = self.shared * _probabilities(self.wg_1, x) if self.wg_1 is not None else x.new_ones(*x.shape[:2], self.shared)
+        shared_BNS = x.new_ones(*x.shape[:2], self.shared)
+        if self.wg_1 is not None:
+            shared_BNS = self.shared * _probabilities(self.wg_1, x)
         if not self.routed:
             return shared_BNS, None
         scores_BNE = _probabilities(self.wg, x)
@@ -129,12 +134,12 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
     K = math.ceil(routed * num_heads - 0.5) if isinstance(routed, float) else routed
     if fractions and num_heads - S < 2:
         S, K = num_heads, 0
-    if S + K > num_heads:
+    if num_heads < S + K:
         raise Refused(
             f"moh: {S} shared and {K} routed heads are more than the {num_heads} heads",
             "lower attention.shared_heads or attention.routed_heads",
         )
-    if K == 0 and S < num_heads:
+    if K == 0 and num_heads > S:
         raise Refused(
             f"moh: {S} shared and 0 routed heads leave {num_heads - S} of {num_heads} heads unused",
             "raise attention.routed_heads, or share all heads",
@@ -144,5 +149,5 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
 
 def _probabilities(linear: nn.Linear, x_BNC: Tensor) -> Tensor:
     """softmax of the logits in float32 also under autocast: half precision would choose other heads."""
-    with torch.autocast(x_BNC.device.type, enabled=False):
+    with full_precision(x_BNC.device):
         return F.linear(x_BNC, linear.weight.float()).softmax(-1)

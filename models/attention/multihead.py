@@ -94,7 +94,7 @@ class MultiHead(nn.Module):
         return windows.split(x, grid.height, grid.width, self.window, self.shift), Grid(*self.window)
 
     def _mask(self, grid: Grid, device: torch.device) -> Tensor | None:
-        if self.window is None:
+        if self.window is None or not any(self.shift):
             return None
         return windows.shift_mask(grid.height, grid.width, self.window, self.shift, device)
 

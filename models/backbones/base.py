@@ -4,12 +4,13 @@ Shapes: B = batch, N = tokens, C = channels, H W = map.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import Grid
+from models.attention import AttentionFactory, Grid, Site
+from models.layers.patch_embed import cells
 from models.layers.tokens import to_map
 
 
@@ -62,12 +63,15 @@ class Backbone(nn.Module):
         return {name for name, _ in self.named_parameters() if pattern.search(name)}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for timm's layer decay: the stem, then block after block (or stage after stage)."""
+        """Layers for timm's layer decay: the stem, then block after block (or stage after stage), then the head.
+
+        As in timm's own models the last norm belongs to the last block: timm reads (99999,) as "with the one before".
+        """
         stem = r"^stem"
         if coarse:
             return {"stem": stem, "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": stem, "blocks": [*blocks, (r"^(?:norm|head)", (99999,))]}
+        return {"stem": stem, "blocks": [*blocks, (r"^norm", (99999,))]}
 
     def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
         x, grid = self.stem(images)
@@ -112,11 +116,34 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def same_length(who: str, **options: Sequence) -> None:
-    """Refuses lists with one entry per stage that disagree about the number of stages."""
+def sites_of(
+    kind: str,
+    image_size: int | Sequence[int],
+    *,
+    strides: Sequence[int],
+    dims: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Sequence[int] | Mapping[int, int],
+    stages: Sequence[int] | None = None,
+) -> list[Site]:
+    """The place of a mixer in every block of the given stages (all when None), in order; `num_heads` goes by stage."""
+    return [
+        Site(dims[s], num_heads[s], Grid(*cells(pair(image_size), strides[s])), s, block, depths[s], kind)
+        for s in (range(len(dims)) if stages is None else stages)
+        for block in range(depths[s])
+    ]
+
+
+def check_lists(who: str, **options: Sequence[int]) -> None:
+    """Refuses lists with one entry per stage that disagree about the number of stages or have entries below 1."""
     lengths = {name: len(values) for name, values in options.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"{who}: options with one entry per stage differ in length, got {lengths}; give as many of each")
+        raise ValueError(
+            f"{who}: options with one entry per stage differ in length, got {lengths}; give as many of each"
+        )
+    for name, values in options.items():
+        if min(values) < 1:
+            raise ValueError(f"{who}: {name} must be at least 1 in every stage, got {list(values)}; set model.{name}")
 
 
 def heads_of(who: str, dim: int, head_dim: int) -> int:
@@ -128,25 +155,30 @@ def heads_of(who: str, dim: int, head_dim: int) -> int:
     return dim // head_dim
 
 
-def chosen_stages(who: str, chosen: Sequence[int], stages: int, attention: object) -> list[int]:
-    """The stages that get the injected attention, in order; what could go unnoticed is refused.
+def per_stage(
+    who: str, attention: AttentionFactory | Sequence[AttentionFactory | None], chosen: Sequence[int], stages: int
+) -> list[AttentionFactory | None]:
+    """What each stage gets: the injected attention in the chosen stages, None in the others.
+
+    A list is taken as it is, with None where there is no attention; what would go unnoticed is refused.
 
     Raises:
-        ValueError: no stage or one that does not exist, or a list of mechanisms with one for a stage without attention.
+        ValueError: no stage or one that does not exist, or a list that does not go with the chosen stages.
     """
     if not chosen or not set(chosen) <= set(range(stages)):
         raise ValueError(
             f"{who}: attention_stages must name at least one of the stages 0 to {stages - 1}, got {list(chosen)}; "
             "set model.attention_stages"
         )
-    if isinstance(attention, Sequence):
-        unused = [s for s, factory in enumerate(attention) if factory is not None and s not in chosen]
-        if unused:
-            raise ValueError(
-                f"{who}: a mechanism is given for stages that have no attention, got stages {unused}; "
-                "write null there or add them to model.attention_stages"
-            )
-    return sorted(set(chosen))
+    if not isinstance(attention, Sequence):
+        return [attention if s in chosen else None for s in range(stages)]
+    given = [s for s, factory in enumerate(attention) if factory is not None]
+    if len(attention) != stages or set(given) != set(chosen):
+        raise ValueError(
+            f"{who}: a list of mechanisms has {stages} entries, null for stages not in attention_stages, "
+            f"{list(chosen)}, got {len(attention)} entries with mechanisms for {given}; change either list"
+        )
+    return list(attention)
 
 
 def classifier(dim: int, num_classes: int) -> nn.Module:

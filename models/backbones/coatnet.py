@@ -8,15 +8,16 @@ Shapes: B = batch, N = H·W tokens, C = channels.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, chosen_stages, classifier, heads_of, init_weights, pair, same_length
+from models.attention import AttentionFactory, Grid, build
+from models.backbones.base import Backbone, check_lists, classifier, heads_of, init_weights, per_stage, sites_of
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.downsample import PoolDownsample
 from models.layers.mbconv import MBConvBlock, MBConvDownsample, init_convolutions
-from models.layers.patch_embed import cells
 from models.layers.tokens import to_tokens
 
 
@@ -35,7 +36,8 @@ class CoAtNet(Backbone):
         drop_path, layer_scale, mlp_ratio: see `Block`; drop path grows linearly over the blocks.
 
     Raises:
-        ValueError: lists of unequal length, an attention stage that is not there, strides other than 1 and 2.
+        ValueError: lists of unequal length or with entries below 1, strides other than 1 and 2, or an attention stage
+            that is not there.
     """
 
     def __init__(
@@ -56,35 +58,41 @@ class CoAtNet(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        same_length("CoAtNet", dims=dims, depths=depths, strides=strides)
-        if not set(strides) <= {1, 2}:
-            raise ValueError(f"CoAtNet: strides must be 1 or 2, got {list(strides)}; set model.strides")
-        attention_stages = chosen_stages("CoAtNet", attention_stages, len(dims), attention)
-        self.channels, self.strides = list(dims), _running(2, strides)
-        grids = [Grid(*cells(pair(image_size), stride)) for stride in self.strides]
-        sites = [
-            Site(dims[s], heads_of("CoAtNet", dims[s], head_dim), grids[s], s, block, depths[s], "hybrid")
-            for s in attention_stages
-            for block in range(depths[s])
-        ]
-        mixers = iter(build(attention, sites))
+        check_lists("CoAtNet", dims=dims, depths=depths, strides=strides)
+        self.channels, self.strides = list(dims), of_the_image(strides)
+        factories = per_stage("CoAtNet", attention, attention_stages, len(dims))
+        heads = {s: heads_of("CoAtNet", dims[s], head_dim) for s in attention_stages}
+        shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": heads}
+        sites = sites_of("hybrid", image_size, **shape, stages=sorted(heads))
+        mixers = iter(build(factories[: max(heads) + 1], sites))
         rates = iter(drop_path_rates(drop_path, sum(depths)))
+        options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
         stages = []
         for s, (before, dim) in enumerate(zip([stem_dim, *dims[:-1]], dims, strict=True)):
+            of_stage = [next(rates) for _ in range(depths[s])]
             if s in attention_stages:
-                blocks = [
-                    Block(dim, next(mixers), mlp_ratio=mlp_ratio, drop_path=next(rates), layer_scale=layer_scale)
-                    for _ in range(depths[s])
-                ]
+                blocks = [Block(dim, next(mixers), drop_path=rate, **options) for rate in of_stage]
                 stages.append(Stage(blocks, PoolDownsample(before, dim, strides[s])))
             else:
-                first = MBConvDownsample(before, dim, stride=strides[s], drop_path=next(rates))
-                stages.append(Stage([MBConvBlock(dim, next(rates)) for _ in range(depths[s] - 1)], first))
+                stages.append(convolution_stage(before, dim, strides[s], of_stage))
         self.stem = Stem(in_channels, stem_dim)
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = classifier(dims[-1], num_classes)
         self.apply(init_weights)
+
+
+def of_the_image(strides: Sequence[int]) -> list[int]:
+    """The stride of each stage against the image, from those against the stage before; the stem has 2."""
+    if not set(strides) <= {1, 2}:
+        raise ValueError(f"CoAtNet: strides must be 1 or 2, got {list(strides)}; set model.strides")
+    return list(accumulate(strides, mul, initial=2))[1:]
+
+
+def convolution_stage(before: int, dim: int, stride: int, rates: Sequence[float]) -> Stage:
+    """One MBConv per drop path rate; the first also changes resolution and channels."""
+    first = MBConvDownsample(before, dim, stride=stride, drop_path=rates[0])
+    return Stage([MBConvBlock(dim, rate) for rate in rates[1:]], first)
 
 
 class Stem(nn.Module):
@@ -103,12 +111,3 @@ class Stem(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         x_BCHW = self.conv(images)
         return to_tokens(x_BCHW), Grid(*x_BCHW.shape[-2:])
-
-
-def _running(first: int, strides: Sequence[int]) -> list[int]:
-    """Strides against the image, from those against the stage before."""
-    total, result = first, []
-    for stride in strides:
-        total *= stride
-        result.append(total)
-    return result

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, Site, build
+from models.attention import AttentionFactory, Grid, build
 from models.backbones.base import (
     Backbone,
     PatchStem,
-    chosen_stages,
+    check_lists,
     classifier,
     heads_of,
     init_weights,
-    pair,
-    same_length,
+    per_stage,
+    sites_of,
 )
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.downsample import ConvDownsample
-from models.layers.patch_embed import PatchEmbed, cells
+from models.layers.patch_embed import PatchEmbed
 
 
 class ConvNeXt(Backbone):
@@ -43,7 +43,7 @@ class ConvNeXt(Backbone):
         drop_path, layer_scale, mlp_ratio: see `Block`; drop path grows linearly over the blocks.
 
     Raises:
-        ValueError: lists of unequal length, or an attention stage that is not there.
+        ValueError: lists of unequal length or with entries below 1, or an attention stage that is not there.
     """
 
     def __init__(
@@ -64,17 +64,13 @@ class ConvNeXt(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        same_length("ConvNeXt", dims=dims, depths=depths)
-        chosen = chosen_stages("ConvNeXt", attention_stages, len(dims), attention)
-        given = list(attention) if isinstance(attention, Sequence) else [attention] * len(dims)
+        check_lists("ConvNeXt", dims=dims, depths=depths)
+        factories = [f or convolution for f in per_stage("ConvNeXt", attention, attention_stages, len(dims))]
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
-        sites = [
-            Site(dim, heads_of("ConvNeXt", dim, head_dim), Grid(*cells(pair(image_size), stride)), s, b, depth, "convnet")
-            for s, (dim, depth, stride) in enumerate(zip(dims, depths, self.strides, strict=True))
-            for b in range(depth)
-        ]
-        mixers = iter(build([given[s] if s in chosen else convolution for s in range(len(dims))], sites))
-        rates = iter(drop_path_rates(drop_path, len(sites)))
+        heads = [heads_of("ConvNeXt", dim, head_dim) for dim in dims]
+        shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": heads}
+        mixers = iter(build(factories, sites_of("convnet", image_size, **shape)))
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
         stages = []
         for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, PatchStem, classifier, init_weights, pair, same_length
+from models.attention import AttentionFactory, build
+from models.backbones.base import Backbone, PatchStem, check_lists, classifier, init_weights, sites_of
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.downsample import PatchMerging
-from models.layers.patch_embed import PatchEmbed, cells
+from models.layers.patch_embed import PatchEmbed
 
 
 class Swin(Backbone):
@@ -27,7 +27,7 @@ class Swin(Backbone):
         drop_path, layer_scale, mlp_ratio: see `Block`; drop path grows linearly over the blocks.
 
     Raises:
-        ValueError: lists of unequal length.
+        ValueError: lists of unequal length or with entries below 1.
     """
 
     def __init__(
@@ -46,15 +46,11 @@ class Swin(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        same_length("Swin", dims=dims, depths=depths, num_heads=num_heads)
+        check_lists("Swin", dims=dims, depths=depths, num_heads=num_heads)
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
-        shapes = zip(dims, num_heads, self.strides, depths, strict=True)
-        sites = [
-            Site(dim, heads, Grid(*cells(pair(image_size), stride)), stage, block, depth, "hierarchical")
-            for stage, (dim, heads, stride, depth) in enumerate(shapes)
-            for block in range(depth)
-        ]
-        mixers, rates = iter(build(attention, sites)), iter(drop_path_rates(drop_path, len(sites)))
+        shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}
+        mixers = iter(build(attention, sites_of("hierarchical", image_size, **shape)))
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "norm_eps": 1e-5}
         stages = []
         for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):

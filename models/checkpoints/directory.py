@@ -82,7 +82,7 @@ def _pointer_text(path: Path) -> str:
 def nearby(path: str | os.PathLike) -> str:
     """The second half of an error message: which checkpoints exist at, below or beside a path."""
     path = Path(path)
-    for folder in (path, path / "checkpoints", path.parent, path.parent / "checkpoints"):
+    for folder in (path, path / "checkpoints", path.parent, path.parent / "checkpoints", path.parent.parent):
         names = [name for name in POINTERS if (folder / name).exists()]
         names += [entry.name for entry in reversed(step_directories(folder).values())]
         if names:

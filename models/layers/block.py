@@ -6,6 +6,7 @@ Shapes: B = batch, N = tokens, C = channels.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -84,23 +85,32 @@ class Stage(nn.Module):
 def recomputed(module: nn.Module, x: Tensor, grid: tuple) -> tuple:
     """`module(x, grid)`, whose activations are computed again in the backward pass rather than kept."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    if not norms:
-        return checkpoint(module, x, grid, use_reentrant=False)
-    contexts = lambda: (nullcontext(), frozen_statistics(norms))  # noqa: E731 (an argument with a long name)
+    if norms:
+        return _recomputed_with_norms(module, norms, x, grid)
+    return checkpoint(module, x, grid, use_reentrant=False)
+
+
+@torch.compiler.disable  # Dynamo does not know context_fn; such a module runs uncompiled
+def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], x: Tensor, grid: tuple) -> tuple:
+    def contexts() -> tuple:
+        return nullcontext(), frozen_statistics(norms)
+
     return checkpoint(module, x, grid, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
 def frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
     """Running averages of batch norms stand still inside: a second forward of the same batch must not count twice."""
-    tracked = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         for norm in norms:
-            norm.track_running_stats = False
+            # not track_running_stats=False: autograd then saves other tensors than in the first forward
+            norm.momentum = 0.0
         yield
     finally:
-        for norm, flag in zip(norms, tracked, strict=True):
-            norm.track_running_stats = flag
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def scale(dim: int, initial: float | None) -> nn.Module:

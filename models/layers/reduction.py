@@ -1,8 +1,8 @@
 """Fewer keys and values: the map is shortened by a strided convolution or by pooling to a fixed size.
 
 Every module is called as `(x_BNC, grid) -> (x_BSC, kv_grid)`; prefix tokens are not expected.
-Source: spatial reduction, PVT, Wang et al., ICCV 2021, arXiv:2102.12122, equation 2; pooling, PVT v2 (linear SRA), Wang
-et al., CVMJ 2022, arXiv:2106.13797, equation 2.
+Source: spatial reduction: PVT, Wang et al., ICCV 2021, arXiv:2102.12122; pooling: PVT v2 (linear SRA), Wang et al.,
+CVMJ 2022, arXiv:2106.13797.
 Shapes: B = batch, N = H·W tokens, S = tokens of the shortened map, C = channels.
 """
 

@@ -135,7 +135,7 @@ class Checkpoints(Callback):
         self.every_n_steps, self.monitor, self.mode, self.keep = every_n_steps, monitor, mode, keep
         self.directory = Path(dirpath) if dirpath is not None else None
         self.config: dict[str, Any] = {}
-        self.saved_step = -1  # the newest step on disk that this process knows of
+        self.saved_step = -1  # the step of the checkpoint that this run wrote last or started from; -1: none
         self._best_score, self._best_step = math.nan, -1
         self._metrics: dict[str, float] = {}
         self._seen_step = 0
@@ -173,11 +173,13 @@ class Checkpoints(Callback):
                 probe(self.directory)
                 sweep(self.directory)
             except OSError as error:
-                problem = (
-                    f"Checkpoints: the folder for checkpoints must be writable, got {self.directory} with "
-                    f"{error.strerror or error} and {_free_bytes(self.directory)} bytes free; choose another run folder"
-                )
-        _raise_on_all(trainer, problem)
+                problem = f"{error.strerror or error} and {_free_bytes(self.directory)} bytes free"
+        problem = trainer.strategy.broadcast(problem, src=0)  # so that no rank is left waiting
+        if problem is not None:
+            raise ValueError(
+                f"Checkpoints: the folder for checkpoints must be writable, got {self.directory} with {problem}; "
+                "choose another run folder"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses to write older steps into a folder that already holds newer ones, and makes up for a validation.
@@ -188,17 +190,14 @@ class Checkpoints(Callback):
         self._seen_step = trainer.global_step
         if trainer.fast_dev_run:
             return
-        problem = None
-        if trainer.is_global_zero and (newest := latest(self.directory, log.warning)) is not None:
-            step = read_manifest(newest)["step"]
-            if step > trainer.global_step:
-                problem = (
-                    f"Checkpoints: {self.directory} must not hold steps newer than the one training starts from, "
-                    f"{trainer.global_step}, got {newest.name}; use resume=auto to continue it, or another run.name"
-                )
-            elif step == trainer.global_step:
-                self.saved_step = step
-        _raise_on_all(trainer, problem)
+        newest = latest(self.directory, log.warning) if trainer.is_global_zero else None
+        step = trainer.strategy.broadcast(-1 if newest is None else read_manifest(newest)["step"], src=0)
+        if step > trainer.global_step:
+            raise ValueError(
+                f"Checkpoints: {self.directory} must not hold steps newer than the one training starts from, "
+                f"{trainer.global_step}, got {step_name(step)}; use resume=auto to continue it, or another run.name"
+            )
+        self.saved_step = step if step == trainer.global_step else -1
         if self._validation_due:
             _validate_now(trainer)
 
@@ -223,9 +222,9 @@ class Checkpoints(Callback):
         if step == self._seen_step:  # in the middle of an accumulated batch: its gradients are in no checkpoint
             return
         self._seen_step = step
+        self._metrics = {}
         self._validation_due = _validation_follows(trainer)
         if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
-            self._metrics = {}
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -323,13 +322,6 @@ def _validate_now(trainer: pl.Trainer) -> None:
     trainer.validating = True
     validation.run()
     trainer.training = True
-
-
-def _raise_on_all(trainer: pl.Trainer, problem: str | None) -> None:
-    """Raises rank 0's problem on every rank, so that none is left waiting."""
-    problem = trainer.strategy.broadcast(problem, src=0)
-    if problem is not None:
-        raise ValueError(problem)
 
 
 def _free_bytes(directory: Path) -> int:

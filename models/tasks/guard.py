@@ -9,7 +9,9 @@ from torch import Tensor
 
 from models.tasks.checkpoint import Checkpoints
 
-_NEVER = 2**62  # later than any step
+# A moment of training in one integer, so that the first one survives a minimum: the epoch above, the step below.
+_STEPS = 2**40
+_NEVER = 2**62
 
 
 class NonFinite(RuntimeError):
@@ -30,7 +32,7 @@ class NonFiniteGuard(Callback):
         if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
             raise ValueError(f"NonFiniteGuard: every_n_steps must be at least 1 or null, got {every_n_steps!r}")
         self.every_n_steps = every_n_steps
-        self._first: Tensor | None = None  # the first step with a bad loss, int64 on the device
+        self._first: Tensor | None = None  # moment of the first bad loss, int64 on the device
         self._interval = 1
         self._seen_step = 0
 
@@ -45,7 +47,8 @@ class NonFiniteGuard(Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor):
             return
-        now = torch.where(torch.isfinite(loss.detach()).all(), _NEVER, trainer.global_step)
+        moment = trainer.current_epoch * _STEPS + trainer.global_step
+        now = torch.where(torch.isfinite(loss.detach()).all(), _NEVER, moment)
         self._first = torch.minimum(self._first, now)
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
@@ -63,21 +66,21 @@ class NonFiniteGuard(Callback):
         weights = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
         finite = torch.stack([torch.isfinite(value).all() for value in weights]).all()
         if trainer.strategy.reduce((~finite).float(), reduce_op="max"):
-            raise NonFinite(
-                f"NonFiniteGuard: the weights hold NaN or infinity{_situation(trainer, trainer.global_step)}"
-            )
+            where = _situation(trainer, trainer.current_epoch, trainer.global_step)
+            raise NonFinite(f"NonFiniteGuard: the weights hold NaN or infinity, {where}")
 
     def _check_loss(self, trainer: pl.Trainer) -> None:
         """Reads the flag; all ranks come here at the same steps, and raise together."""
         first = int(trainer.strategy.reduce(self._first, reduce_op="min"))
         if first != _NEVER:
-            raise NonFinite(f"NonFiniteGuard: the training loss is NaN or infinite{_situation(trainer, first)}")
+            where = _situation(trainer, *divmod(first, _STEPS))
+            raise NonFinite(f"NonFiniteGuard: the training loss is NaN or infinite, {where}")
 
 
-def _situation(trainer: pl.Trainer, step: int) -> str:
+def _situation(trainer: pl.Trainer, epoch: int, step: int) -> str:
     """The second half of the message: where training stood, and what is left of it."""
     rates = sorted({float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups})
     rate = f"{rates[-1]:.3g}" if rates else "unknown"
     saver = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
     good = f"the last good checkpoint is {saver.last}" if saver and saver.last else "no checkpoint was saved before"
-    return f", got it at step {step}, epoch {trainer.current_epoch}, learning rate {rate}; {good}; lower the rate"
+    return f"got it at step {step}, epoch {epoch}, learning rate {rate}; {good}; lower the rate"

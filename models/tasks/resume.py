@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import threading
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -95,7 +96,9 @@ class Preemption(Callback):
         if len(found) != 1:
             raise ValueError(f"Preemption: needs one Checkpoints callback beside it, got {len(found)}; add it")
         self._checkpoints = found[0]
-        call_last(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        call_last(trainer, self)  # behind Checkpoints too, which has put itself last in setup
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take_over(trainer)
@@ -221,30 +224,38 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names every difference, with both values.
     """
+    before, after = (_what_weights_depend_on(config) for config in (saved, current))
     differences = [
-        f"{name} {was} and not {now}"
-        for name, read in (("model", _target), ("num_classes", _classes), ("attention", _attention))
-        if (was := read(saved)) != (now := read(current)) and was is not None and now is not None
+        f"{name} {_describe(before[name], after[name])} and not {_describe(after[name], before[name])}"
+        for name in before
+        if before[name] != after[name] and None not in (before[name], after[name])
     ]
     if differences:
         raise ValueError(
             f"resume: the checkpoint was trained with {', '.join(differences)} as this command asks; "
-            "give the same options, or start a new run without resume"
+            "give the same options, or start a new run with another run.name"
         )
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
+def _what_weights_depend_on(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model") or {}
+    return {
+        "model": model.get("_target_"),
+        "num_classes": model.get("num_classes"),
+        "attention": config.get("attention", model.get("attention")),
+    }
 
 
-def _target(config: dict[str, Any]) -> Any:
-    return _section(config, "model").get("_target_")
-
-
-def _classes(config: dict[str, Any]) -> Any:
-    return _section(config, "model").get("num_classes")
-
-
-def _attention(config: dict[str, Any]) -> Any:
-    return config.get("attention", _section(config, "model").get("attention"))
+def _describe(value: Any, other: Any) -> str:
+    """A value in words; of a configured part its name and the options in which it differs from the other."""
+    if isinstance(value, list):
+        others = other if isinstance(other, list) else []
+        return " / ".join(_describe(part, base) for part, base in zip_longest(value, others[: len(value)]))
+    if isinstance(value, str):
+        return value.rpartition(".")[2]
+    if not isinstance(value, dict):
+        return str(value)
+    name = str(value.get("_target_")).rpartition(".")[2]
+    same = isinstance(other, dict) and other.get("_target_") == value.get("_target_")
+    options = [f"{key}={item}" for key, item in value.items() if same and (key not in other or other[key] != item)]
+    return f"{name}({', '.join(options)})" if options else name

@@ -12,13 +12,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.callbacks import Checkpoint
 
 from conf.cli import UserError
 from models.checkpoints import read_config, read_manifest
 from models.factory import cause_of
 from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
-from models.tasks.loggers import build_loggers
+from models.tasks.guard import NonFinite
+from models.tasks.loggers import SafeWandb, build_loggers
 from models.tasks.progress import RunProgress, Throughput, duration
 from models.tasks.report import draw_curves, print_table, write_json
 from models.tasks.resume import Stopped, compare_configs, find_resume
@@ -38,14 +38,27 @@ def train(cfg: DictConfig) -> float | None:
     task, data = build(cfg, "task"), build(cfg, "data")
     check_data(data)
     steps = read_manifest(checkpoint)["step"] if checkpoint else 0
-    throughput = Throughput()
-    progress = RunProgress(throughput)
-    callbacks = [*filter(None, build(cfg, "callbacks").values()), throughput, progress]
-    checkpoints = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
-    if checkpoints is not None:
-        checkpoints.config = config
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    trainer = build(
+    progress = RunProgress(Throughput())
+    trainer = _trainer(cfg, config, run_dir, progress)
+    trainer.loggers = _loggers(config, run_dir, steps)
+    if trainer.is_global_zero:
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(_headline(config, task, data, trainer, run_dir, checkpoint))
+    _fit(trainer, task, data, checkpoint, run_dir)
+    if not trainer.is_global_zero:
+        return None
+    if trainer.global_step == steps and (run_dir / "metrics.json").exists():
+        print(f"the run has finished at step {steps}; raise trainer.max_epochs to go on, or give another run.name")
+        return None
+    return _report(trainer, config, task, run_dir, progress)
+
+
+def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: RunProgress) -> pl.Trainer:
+    callbacks = [*filter(None, build(cfg, "callbacks").values()), progress.throughput, progress]
+    for callback in callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.describe_run(run_dir, config)
+    return build(
         cfg,
         "trainer",
         callbacks=callbacks,
@@ -53,34 +66,50 @@ def train(cfg: DictConfig) -> float | None:
         plugins=[DirectoryCheckpointIO()],
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_checkpointing=False,  # Lightning's own; `Checkpoints` takes its place
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.loggers = _loggers(config, run_dir, steps)
-    if trainer.is_global_zero:
-        print(_headline(config, task, data, trainer, run_dir, checkpoint))
+
+
+def _fit(
+    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None, run_dir: Path
+) -> None:
+    """Trains; a stop on request and a loss that is not finite end the process with their status and what to do next."""
     try:
         trainer.fit(task, data, ckpt_path=checkpoint)
     except Stopped as stop:
-        if trainer.is_global_zero:
-            draw_curves(run_dir)
         raise SystemExit(stop.status) from None
-    return _report(trainer, config, task, run_dir, throughput, progress) if trainer.is_global_zero else None
+    except NonFinite as error:
+        raise SystemExit(str(error)) from None  # status 1
+    finally:
+        curves = draw_curves(run_dir) if trainer.is_global_zero else None
+        for logger in trainer.loggers:
+            if isinstance(logger, SafeWandb):
+                if curves is not None:
+                    logger.log_image("curves", [str(curves)])
+                logger.close()
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain data, every interpolation replaced."""
+    if missing := _missing(OmegaConf.to_container(cfg)):
+        wanted = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"{', '.join(missing)}: no value; give one on the command line: {wanted}")
     try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
-        if "Missing mandatory value" in str(error):
-            raise UserError(f"{key} has no value; give one on the command line, {key}=...") from error
         line = str(error).splitlines()[0]
         _, resolver, reason = line.rpartition("raised while resolving interpolation: ")
-        raise UserError(reason if resolver else f"{key}: {line}") from error
+        raise UserError(reason if resolver else f"{getattr(error, 'full_key', '')}: {line}") from error
+
+
+def _missing(node: Any, path: str = "") -> list[str]:
+    """The keys whose value is `???`."""
+    if isinstance(node, dict):
+        return [key for name, value in node.items() for key in _missing(value, f"{path}.{name}" if path else str(name))]
+    return [path] if node == "???" else []
 
 
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -105,6 +134,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*number of training batches.*",
         ".*lr_scheduler.step.*",
+        ".*dataloader is not resumable.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -173,50 +203,45 @@ def title(config: dict[str, Any]) -> str:
 
 
 def _report(
-    trainer: pl.Trainer,
-    config: dict[str, Any],
-    task: pl.LightningModule,
-    run_dir: Path,
-    throughput: Throughput,
-    progress: RunProgress,
+    trainer: pl.Trainer, config: dict[str, Any], task: pl.LightningModule, run_dir: Path, progress: RunProgress
 ) -> float | None:
-    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-    monitor = config["checkpoint"]["monitor"]
+    """Writes metrics.json, prints the table at the end; returns the best monitored value."""
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
     figures |= {
-        "images_per_second": throughput.images_per_second or None,
+        "images_per_second": progress.throughput.images_per_second or None,
         "seconds": progress.seconds,
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
     }
-    best = run_dir / "checkpoints" / "best"
-    if best.exists():
-        figures[f"best/{monitor}"] = read_manifest(best)["metrics"][monitor]
+    checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    best = checkpoints.best_score if checkpoints is not None else None
+    if best is not None:
+        figures[f"best/{checkpoints.monitor}"] = best
     write_json(run_dir / "metrics.json", figures)
-    curves = draw_curves(run_dir)
-    rows = {
-        key: figures[key]
-        for key in ("val/top1", "val/top1_ema", "val/top5", "val/loss", "train/loss")
-        if key in figures
-    }
-    rows |= {key: value for key, value in figures.items() if key.startswith("best/")}
+    names = (
+        "val/top1",
+        "val/top1_ema",
+        "val/top5",
+        "val/loss",
+        "train/loss",
+        f"best/{config['checkpoint']['monitor']}",
+    )
+    rows = {name: figures[name] for name in names if name in figures}
     rows |= {
         "parameters": figures["parameters"],
         "images/s": figures["images_per_second"],
         "time": duration(figures["seconds"]),
         "epochs, steps": f"{figures['epochs']}, {figures['steps']}",
-        "curves": _short(curves) if curves else None,
-        "metrics": _short(run_dir / "metrics.csv"),
     }
-    if best.exists():
-        rows["evaluate"] = f"python eval.py ckpt={_short(best)}"
+    if (run_dir / "curves.png").exists():
+        rows["curves"] = _short(run_dir / "curves.png")
+    if best is not None:
+        rows["evaluate"] = f"python eval.py ckpt={_short(run_dir / 'checkpoints' / 'best')}"
     print_table(title(config), rows)
-    return figures.get(f"best/{monitor}")
+    return best
 
 
 def _short(path: Path) -> str:
     """Relative to the working directory where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

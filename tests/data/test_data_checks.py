@@ -65,7 +65,7 @@ def test_more_classes_than_the_model_has():
 def test_labels_out_of_range():
     source = Fake()
     source.val.labels[3] = -1
-    with pytest.raises(ValueError, match=r"the val split has labels from -1 to 9, .* allows 0 to 9; set data"):
+    with pytest.raises(ValueError, match=r"the val split has labels from -1 to 9, .* 10 classes allow 0 to 9; mend"):
         images(source).check()
     source = Fake()
     source.train.labels[3] = 10

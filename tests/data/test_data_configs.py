@@ -1,8 +1,10 @@
 """Every ``conf/data/*.yaml`` and ``conf/augment/*.yaml``: a new file is tested without adding a line here."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
@@ -20,8 +22,13 @@ def name(path):
     return path.stem
 
 
+def augmentation(stem):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(f"augment/{stem}").augment
+
+
 def composed(path, augment="none", **changes):
-    values = {"seed": 3, "image_size": 16, "augment": OmegaConf.load(CONF / "augment" / f"{augment}.yaml")}
+    values = {"seed": 3, "image_size": 16, "augment": augmentation(augment)}
     config = OmegaConf.create({**values, "data": OmegaConf.load(path)})
     OmegaConf.register_new_resolver("class_folders", count_class_folders, replace=True)
     for key, value in changes.items():
@@ -43,9 +50,13 @@ def test_the_header_says_what_it_is_and_how_to_run_it(path):
 
 @pytest.mark.parametrize("path", AUGMENT, ids=name)
 def test_augmentations_are_plain_and_valid(path):
-    config = OmegaConf.load(path)
-    assert "_target_" not in config
+    config = augmentation(path.stem)
+    assert set(config) == {field.name for field in dataclasses.fields(Augment)}  # so each can be overridden
     assert Augment.build(config).repeated >= 1
+
+
+def test_none_is_what_the_code_does_by_default():
+    assert dataclasses.replace(Augment.build(augmentation("none")), ratio=Augment.ratio) == Augment()
 
 
 @pytest.mark.parametrize("path", DATA, ids=name)

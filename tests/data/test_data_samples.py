@@ -1,11 +1,13 @@
 """A sample is a function of its draw: not of the worker that read it, nor of what was read before."""
 
 import logging
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from data.augment import Augment
@@ -93,12 +95,20 @@ def test_a_batch_has_the_contracts_types(samples):
     assert (batch.epoch, batch.number) == (0, 3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_stop_the_run(spoiled, workers):
+def test_unreadable_images_stop_the_run(spoiled):
     plain = Samples(spoiled, TrainTransform(Augment(), 8, (0.5,) * 3), seed=1)
     batches = [[Draw(0, i) for i in range(6)]]
     with pytest.raises(UnreadableImage, match=r"unreadable image, got .*train/ant/1.png"):
-        list(DataLoader(plain, batch_sampler=batches, collate_fn=collate, num_workers=workers))
+        list(DataLoader(plain, batch_sampler=batches, collate_fn=collate))
+
+
+def test_the_error_comes_out_of_a_worker_as_it_is():
+    try:
+        raise UnreadableImage("read_image: unreadable image, got a.png")
+    except UnreadableImage:
+        wrapped = ExceptionWrapper(where="in a worker")
+    with pytest.raises(UnreadableImage, match=r"got a.png"):
+        pickle.loads(pickle.dumps(wrapped)).reraise()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

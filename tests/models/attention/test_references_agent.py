@@ -135,7 +135,7 @@ def test_cswin(name: str) -> None:
 
 
 class CrossBlock(nn.Module):
-    """CSWin's block: half of the channels in vertical stripes, half in horizontal ones; one branch for the whole map."""
+    """CSWin's block: half of the channels in vertical stripes, half in horizontal ones; or one whole map."""
 
     def __init__(self, h: dict) -> None:
         super().__init__()

@@ -94,6 +94,11 @@ def convert(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+def test_the_cases_are_found() -> None:
+    assert len(cases(ROUTED)) >= 21
+    assert len(cases(DENSE)) >= 3
+
+
 @pytest.mark.parametrize("name", cases(ROUTED))
 def test_bi_level_routing_attention(name: str) -> None:
     case = reference.info(name)

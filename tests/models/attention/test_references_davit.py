@@ -23,9 +23,7 @@ def cases(constructors) -> list[str]:
 
 def mixer(hparams: dict, grid: Grid, block: int) -> nn.Module:
     site = Site(hparams["dim"], hparams["num_heads"], grid, 0, block, 2, "hierarchical")
-    window = hparams.get("window_size", 7)
-    window = window if isinstance(window, int) else window[0]
-    return dual_attention(site, window=window, cpe_kernel=0, qkv_bias=hparams["qkv_bias"])
+    return dual_attention(site, window=hparams.get("window_size", 7), cpe_kernel=0, qkv_bias=hparams["qkv_bias"])
 
 
 def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,6 +33,12 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = ".".join(key.split(".")[:2])
         ours[key.replace(prefix, NAMES.get(prefix, prefix), 1)] = value
     return ours
+
+
+def test_the_cases_are_found() -> None:
+    assert len(cases(ATTENTIONS)) >= 6
+    assert len(cases(BLOCKS)) >= 12
+    assert len(cases(POSITION)) >= 1
 
 
 @pytest.mark.parametrize("name", cases(ATTENTIONS))
@@ -66,6 +70,7 @@ def test_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", cases(POSITION))
 def test_position_encoding(name: str) -> None:
-    _, height, width, dim = reference.info(name)["input_shape"]
-    grid = Grid(height, width)
-    parity.check(name, ConvPosition(dim), dict, lambda m, x: m(x.flatten(1, 2), grid))
+    case = reference.info(name)
+    grid = Grid(*case["input_shape"][1:3])
+    module = ConvPosition(case["hparams"]["dim"], case["hparams"]["k"])
+    parity.check(name, module, dict, lambda m, x: m(x.flatten(1, 2), grid))

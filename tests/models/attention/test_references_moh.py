@@ -1,12 +1,13 @@
 """Mixture of heads over cosine and over softmax attention, and cosine attention alone, equal the authors' modules."""
 
+from functools import partial
+
 import numpy as np
 import parity
 import pytest
 import reference
 import torch
-from functools import partial
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.attention import Grid, Site
 from models.attention.cosine import cosine_attention
@@ -77,6 +78,12 @@ ROUTED = cases(COSINE, SOFTMAX, routed=True)
 BALANCED = [name for name in ROUTED if "aux_loss" in reference.arrays(name)]
 
 
+def test_the_cases_are_found() -> None:
+    assert len(ROUTED) >= 17
+    assert len(BALANCED) >= 15
+    assert len(cases(COSINE, routed=False)) >= 2
+
+
 @pytest.mark.parametrize("name", cases(COSINE, routed=False))
 def test_cosine_attention(name: str) -> None:
     case = reference.info(name)
@@ -125,6 +132,7 @@ def test_load_balance_and_its_gradients(name: str) -> None:
 
 
 def assert_first_values(name: str, key: str, value: Tensor) -> None:
-    """`key` records an even sample of the first values of a flattened tensor."""
-    count = int(reference.arrays(name)[f"{key}__shape"][0])
+    """`key` records the first values of a flattened tensor, or an even sample of them when they are many."""
+    recorded = reference.arrays(name)
+    count = int(recorded.get(f"{key}__shape", recorded[key].shape)[0])
     assert reference.compare(name, key, value.flatten()[:count]) <= parity.GRADIENT

@@ -5,6 +5,7 @@ import torch
 
 from models import create_model
 from models.attention import Grid
+from models.attention.softmax import softmax_attention
 from models.backbones.coatnet import CoAtNet
 from models.layers.block import Block
 from models.layers.mbconv import MBConvBlock
@@ -37,6 +38,13 @@ def test_any_stage_can_have_attention(recorder):
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
+def test_a_list_gives_each_stage_its_own(recorder):
+    CoAtNet([None, recorder, softmax_attention], 32, 5, attention_stages=(1, 2), **small)
+    assert [site.stage for site in recorder.sites] == [1]
+    CoAtNet([recorder, None, None], 32, 5, attention_stages=(0,), **small)
+    assert [site.stage for site in recorder.sites] == [1, 0, 0]
+
+
 def test_checkpointing_counts_every_batch_once(recorder):
     torch.manual_seed(0)
     model = CoAtNet(recorder, 32, 5, attention_stages=(1, 2), **small).train()
@@ -50,7 +58,7 @@ def test_checkpointing_counts_every_batch_once(recorder):
     assert any("running_mean" in name and (after[0][name] != start[name]).any() for name in after[0])
     for name, buffer in after[0].items():
         assert torch.equal(buffer, after[1][name]), name
-    assert all(m.track_running_stats for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_lists_of_unequal_length_are_refused(recorder):

@@ -70,10 +70,18 @@ def test_stages_that_do_not_exist_are_refused(stages):
         small(conv, 64, 5, attention_stages=stages)
 
 
-def test_a_mechanism_that_no_stage_would_use_is_refused():
-    with pytest.raises(ValueError, match=r"for stages that have no attention, got stages \[0\]; write null there"):
-        small([softmax_attention, None, conv, conv], 64, 5)
-    assert small([None, None, softmax_attention, conv], 64, 5).stages[3].blocks[0].attn.prenorm is False
+@pytest.mark.parametrize(
+    "attention", [[softmax_attention, None, conv, conv], [None, None, softmax_attention, None], [softmax_attention] * 2]
+)
+def test_a_list_that_does_not_go_with_the_chosen_stages_is_refused(attention):
+    with pytest.raises(ValueError, match=r"ConvNeXt: a list of mechanisms has 4 entries, .*, \[2, 3\], got \d"):
+        small(attention, 64, 5)
+
+
+def test_a_list_gives_each_stage_its_own():
+    model = small([None, None, softmax_attention, conv], 64, 5)
+    names = [type(stage.blocks[0].attn).__name__ for stage in model.stages]
+    assert names == ["DepthwiseConv", "DepthwiseConv", "MultiHead", "DepthwiseConv"]
 
 
 def test_channels_that_do_not_make_whole_heads_are_refused(recorder):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
 
+from models import create_model
 from models.attention import Grid
 from models.attention.softmax import softmax_attention
 from models.backbones.swin import Swin
@@ -51,8 +52,6 @@ def test_equals_timm_when_a_window_covers_the_map(assert_same):
 
 
 def test_parameters_of_the_tiny_size():
-    from models import create_model
-
     with torch.device("meta"):
         ours = create_model("swin_tiny")
     assert sum(p.numel() for p in ours.parameters()) == 28_288_354  # timm's swin_tiny_patch4_window7_224
@@ -79,3 +78,8 @@ def test_one_mechanism_per_stage(recorder):
 def test_lists_of_unequal_length_are_refused(recorder):
     with pytest.raises(ValueError, match=r"Swin: .*differ in length, got .*'depths': 3.*; give as many of each"):
         Swin(recorder, 32, 5, dims=(8, 16), depths=(1, 1, 1), num_heads=(1, 2))
+
+
+def test_stages_without_blocks_are_refused(recorder):
+    with pytest.raises(ValueError, match=r"Swin: depths must be at least 1 in every stage, got \[1, 0\]; set"):
+        Swin(recorder, 32, 5, dims=(8, 16), depths=(1, 0), num_heads=(1, 2))

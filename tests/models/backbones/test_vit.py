@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from models import create_model
 from models.attention import Grid
 from models.attention.softmax import softmax_attention
 from models.backbones.vit import ViT
@@ -28,8 +29,6 @@ def test_equals_timm(assert_same, size):
 
 
 def test_parameters_of_the_tiny_size():
-    from models import create_model
-
     with torch.device("meta"):
         ours = create_model("vit_tiny")
     assert sum(p.numel() for p in ours.parameters()) == 5_717_416  # timm's vit_tiny_patch16_224

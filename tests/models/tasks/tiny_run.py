@@ -128,7 +128,7 @@ def fit(
     keywords = {"accelerator": "cpu", "devices": 1, "max_epochs": epochs, "num_sanity_val_steps": 0} | trainer_keywords
     trainer = pl.Trainer(
         # The order is the wrong one on purpose: what saves must put itself behind what it saves.
-        callbacks=[checkpoints, Preemption(), StepRandomness(seed=3), EMA(decay=0.9), NonFiniteGuard(), *callbacks],
+        callbacks=[Preemption(), checkpoints, StepRandomness(seed=3), EMA(decay=0.9), NonFiniteGuard(), *callbacks],
         plugins=[DirectoryCheckpointIO()],
         default_root_dir=folder,
         use_distributed_sampler=False,

@@ -1,0 +1,1 @@
+"""One module per operation: definition, reference, Triton, registration, cases. Imports torch and triton only."""

@@ -1,0 +1,47 @@
+"""Models by name, and the tables of the README."""
+
+import pytest
+import torch
+
+from models import create_model, list_attentions, list_models, tables
+
+
+def test_names():
+    assert {"vit_tiny", "swin_tiny", "convnext_tiny", "coatnet_0", "coatnet_32px"} <= set(list_models())
+    assert {"softmax", "biformer", "dual", "agent", "focused_linear", "moh"} <= set(list_attentions())
+
+
+def test_a_model_with_another_attention_size_and_settings():
+    model = create_model("vit_32px", attention="agent", image_size=(32, 64), num_classes=7, depth=2)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert [type(block.attn.core).__name__ for block in blocks] == ["AgentCore", "AgentCore"]
+    assert model(torch.randn(1, 3, 32, 64)).shape == (1, 7)
+
+
+def test_a_model_brings_its_own_attention():
+    first = create_model("swin_32px").stages[0].blocks[0].attn
+    assert first.window is not None and first.core.bias is not None
+    assert create_model("swin_32px", attention="softmax").stages[0].blocks[0].attn.window is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"name": "vit_tinny"}, r"there is no model 'vit_tinny'; did you mean 'vit_tiny'"),
+        ({"name": "vit_32px", "attention": "agnt"}, r"there is no attention 'agnt'; did you mean 'agent'"),
+        ({"name": "vit_32px", "detph": 2}, r"vit_32px has no setting 'detph'; did you mean 'depth'\? It has "),
+        ({"name": "vit_32px", "num_classes": -1}, r"num_classes: must be 0 \(no head\) or more, got -1"),
+        ({"name": "vit_32px", "image_size": 0}, r"image_size: must be positive, got 0"),
+        ({"name": "vit_32px", "num_heads": 5}, r"96 channels do not divide into 5 heads; change model.num_heads"),
+        ({"name": "vit_32px", "attention": "window", "class_token": True}, r"blocks 0-3 .*set model.class_token=false"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        create_model(**arguments)
+
+
+def test_readme_tables_are_current():
+    text = tables.README.read_text()
+    assert "<!-- attentions -->" in text and "<!-- models -->" in text
+    assert tables.update(text) == text, "run: python -m models.tables"
