@@ -63,6 +63,9 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         _quit(_composition(error, config_name))
     except HydraException as error:
         _quit(str(error))
+    except KeyboardInterrupt:  # during training a checkpoint is saved first, and this is not reached
+        _print("interrupted before training began")
+        sys.exit(130)
     if failed:
         sys.exit(2)
 

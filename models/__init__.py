@@ -6,12 +6,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def create_model(name: str, attention: str | None = None, **settings: Any) -> "nn.Module":
+def create_model(
+    name: str, attention: str | None = None, *, features_only: bool = False, **settings: Any
+) -> "nn.Module":
     """A model by name, with random weights: `create_model("swin_tiny", attention="agent", image_size=256)`.
 
     Args:
         name: a file of conf/model, see `list_models()`.
         attention: a file of conf/attention, see `list_attentions()`; None for the model's own.
+        features_only: return the maps (B, C, H, W) of all stages instead of logits, without the classifier; the
+            module says their `channels` and `strides`.
         settings: other values for the keys of conf/model/<name>.yaml, e.g. `num_classes=10, drop_path=0.1`;
             `image_size` in pixels, one number or (height, width). `num_classes` is 1000 unless given.
 
@@ -20,7 +24,7 @@ def create_model(name: str, attention: str | None = None, **settings: Any) -> "n
     """
     from models.factory import create
 
-    return create(name, attention, settings)
+    return create(name, attention, settings, features_only)
 
 
 def list_models() -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from conf import cli, resolvers
 
 
-def create(name: str, attention: str | None, settings: dict[str, Any]) -> nn.Module:
+def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
     """See `models.create_model`."""
     cfg = compose_model(name, attention)
     settings = {"num_classes": 1000, **settings}
@@ -24,7 +24,12 @@ def create(name: str, attention: str | None, settings: dict[str, Any]) -> nn.Mod
                 f"It has {', '.join(sorted(set(cfg.model) - {'_target_', '_convert_'}))}"
             )
         cfg.model[key] = value
-    return build(cfg)
+    model = build(cfg)
+    if not features_only:
+        return model
+    from models.backbones.base import Pyramid
+
+    return Pyramid(model)
 
 
 def compose_model(name: str, attention: str | None = None) -> DictConfig:

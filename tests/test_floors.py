@@ -19,7 +19,7 @@ FLOORS = {
     "models.checkpoints": [],
     "models.probes": ["models.layers"],
     "models.tasks": ["models.checkpoints", "models.factory", "models.layers", "conf.cli"],
-    "models.factory": ["conf"],
+    "models.factory": ["conf", "=models.backbones.base"],
     "models.tables": ["conf", "=models", "=models.attention", "models.factory"],
     "models": ["conf", "models.factory"],
     "data": [],

@@ -9,14 +9,13 @@ learned position encoding; Q and K are divided by a learned scale per channel; t
 sums over keys are means, so that they do not grow with the map.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Grid, Site
 from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
+from models.layers.precision import full_precision
 from models.layers.reduction import PooledReduction, SpatialReduction
 from models.layers.tokens import to_map, to_tokens
 
@@ -87,11 +86,6 @@ def _norm(x_BMND: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x_BMND, dim=(1, 3), keepdim=True)
 
 
-def full_precision(device_type: str) -> AbstractContextManager:
-    """Autocast off inside; nothing to switch off on devices without it, such as meta."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
-
-
 class FocusedLinearCore(nn.Module):
     """Focused features, the state f(K)ᵀ V, its reading by every query, and the convolution of the values.
 
@@ -122,7 +116,7 @@ class FocusedLinearCore(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device.type):
+        with full_precision(q_BMND.device):
             q, k = self.features(q_BMND, k_BMSD, kv_grid)
             state_BMDD = k.mT @ (v_BMSD.to(k.dtype) / k.shape[2])
             x_BMND = q @ state_BMDD / (q @ k.mean(2, keepdim=True).mT + EPS)
@@ -161,7 +155,7 @@ class FocusedLinearCore(nn.Module):
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S) on the values, without the convolution: quadratic, for looking at and for tests."""
-        with full_precision(q_BMND.device.type):
+        with full_precision(q_BMND.device):
             q, k = self.features(q_BMND, k_BMSD, kv_grid)
             weights = q @ k.mT / k.shape[2]
             return weights / (weights.sum(-1, keepdim=True) + EPS)

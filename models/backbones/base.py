@@ -48,6 +48,10 @@ class Backbone(nn.Module):
         maps, _ = self._forward_stages(images)
         return [to_map(x, grid) for x, grid in maps]
 
+    def drop_head(self) -> None:
+        """Leave out what only the classifier needs: the last norm and the head."""
+        self.norm, self.head = nn.Identity(), nn.Identity()
+
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) → (B, C): the mean over the map."""
         return x_BNC[:, grid.prefix :].mean(1)
@@ -81,6 +85,21 @@ class Backbone(nn.Module):
             maps.append((x, grid))
             losses += of_stage
         return maps, losses
+
+
+class Pyramid(nn.Module):
+    """A backbone for dense tasks: called with images, it gives one map (B, C, H, W) per stage.
+
+    `channels` and `strides` say what the maps are; the classifier and its norm are left out.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        backbone.drop_head()
+        self.backbone, self.channels, self.strides = backbone, backbone.channels, backbone.strides
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.backbone.forward_pyramid(images)
 
 
 class PatchStem(nn.Module):

@@ -83,6 +83,11 @@ class ConvNeXt(Backbone):
         self.head = classifier(dims[-1], num_classes)
         self.apply(init_weights)
 
+    def drop_head(self) -> None:
+        """See `Backbone.drop_head`; the norm of this family stands behind the pooling."""
+        super().drop_head()
+        self.head_norm = nn.Identity()
+
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) → (B, C): the mean over the map, then the norm."""
         return self.head_norm(x_BNC.mean(1))

@@ -74,23 +74,30 @@ class RunProgress(Callback):
         if self.live is not None:
             # reading the loss waits for the device: only as often as it is logged
             if trainer.global_step % trainer.log_every_n_steps == 0:
-                self._text = self._describe(trainer)
-                self.live.update(self._bar, text=self._text)
+                self.live.update(self._bar, text=self._describe(trainer))
             self.live.update(self._bar, description=self._epoch(trainer), completed=trainer.global_step)
         elif trainer.is_global_zero and time.perf_counter() - self._printed >= self.every_seconds:
             self._print(trainer)
 
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.live is not None:
+            self.live.update(self._bar, text=f"validating {batch_idx + 1}/{trainer.num_val_batches[0]}")
+
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
         metrics = trainer.callback_metrics
         parts = [f"val top-1 {float(metrics['val/top1']):.2%}"] if "val/top1" in metrics else []
         if "val/top1_ema" in metrics:
             parts.append(f"EMA {float(metrics['val/top1_ema']):.2%}")
         self._note = "  ".join(parts)
+        if self.live is not None:
+            self.live.update(self._bar, text=self._describe(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        if self.live is None and trainer.is_global_zero:
+        if self.live is not None:
+            self.live.update(self._bar, text=self._describe(trainer), completed=trainer.global_step)
+        elif trainer.is_global_zero:
             self._print(trainer)
         self.seconds = time.perf_counter() - self._started
         self._stop()

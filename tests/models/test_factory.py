@@ -24,6 +24,16 @@ def test_a_model_brings_its_own_attention():
     assert create_model("swin_32px", attention="softmax").stages[0].blocks[0].attn.window is None
 
 
+@pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_32px")])
+def test_features_only_gives_the_maps_of_all_stages(name):
+    model = create_model(name, features_only=True)
+    maps = model(torch.randn(2, 3, 64, 96))
+    expected = [(2, c, -(-64 // s), -(-96 // s)) for c, s in zip(model.channels, model.strides, strict=True)]
+    assert [tuple(x.shape) for x in maps] == expected
+    sum(x.sum() for x in maps).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None], "a parameter that no map depends on"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -128,7 +128,8 @@ def test_outside_the_main_thread_no_handler_is_touched(tmp_path):
 
 def start(folder, **keywords):
     """Runs the tiny run as a process of its own and returns its exit status."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # bits depend on the number of threads: the same as here, where the uninterrupted run was made
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps(keywords)]
     return subprocess.run(
         command, env=environment, cwd=folder, timeout=240, capture_output=True, check=False
