@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 
 COLUMNS = {
     "val/top1": "top-1",
-    "val/top1_ema": "top-1 EMA",
-    "val/top5": "top-5",
+    "val/top1_ema": "EMA",
     "val/loss": "loss",
     "parameters": "parameters",
     "images_per_second": "images/s",
@@ -45,7 +44,7 @@ class CompareRuns(Callback):
             table.add_column(COLUMNS[key], justify="right")
         for name, figures in sorted(runs, key=lambda run: -(run[1].get("val/top1") or 0)):
             table.add_row(name, *(shown(key, figures.get(key)) for key in present))
-        console = Console()
+        console = Console() if Console().is_terminal else Console(width=120)
         console.print(table)
         for name, file in zip(names, files, strict=True):
             if not file.exists():

@@ -26,7 +26,7 @@ def shown(name: str, value: Any) -> str:
     if any(part in name for part in PERCENT):
         return f"{value:.2%}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -37,7 +37,9 @@ def print_table(title: str, rows: dict[str, Any], console: Console | None = None
     table.add_column(justify="left", overflow="fold")
     for name, value in rows.items():
         table.add_row(name, shown(name, value))
-    (console or Console()).print(table)
+    console = console or Console()
+    # where there is no terminal to fit in, commands and paths stay in one piece
+    console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
 
 
 def draw_curves(run_dir: Path) -> Path | None:

@@ -1,7 +1,9 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
 import logging
+import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,13 @@ def _fit(
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain data, every interpolation replaced."""
-    if missing := _missing(OmegaConf.to_container(cfg)):
+    written = dict(_leaves(OmegaConf.to_container(cfg)))
+    if missing := [key for key, value in written.items() if value == "???"]:
         wanted = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"{', '.join(missing)}: no value; give one on the command line: {wanted}")
+    for key, value in written.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}: must be a finite number or text, got {value}; write {key}=\\'{value}\\' for text")
     try:
         return OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -105,11 +111,14 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(reason if resolver else f"{getattr(error, 'full_key', '')}: {line}") from error
 
 
-def _missing(node: Any, path: str = "") -> list[str]:
-    """The keys whose value is `???`."""
-    if isinstance(node, dict):
-        return [key for name, value in node.items() for key in _missing(value, f"{path}.{name}" if path else str(name))]
-    return [path] if node == "???" else []
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that holds a value, with the value as it is written."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        yield path, node
+    else:
+        for name, value in items:
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
 
 
 def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -135,6 +144,8 @@ def quiet() -> None:
         ".*number of training batches.*",
         ".*lr_scheduler.step.*",
         ".*dataloader is not resumable.*",
+        ".*sync_dist=True.*",  # torchmetrics reduces over processes itself
+        ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 
