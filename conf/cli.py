@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib.metadata import version
@@ -15,7 +16,9 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +29,15 @@ CONF = Path(__file__).parent
 
 
 class UserError(Exception):
-    """Something that the user can mend: printed as it is, without a traceback; the process ends with status 2."""
+    """Something that the user can mend: printed as it is, without a traceback; the process ends with `status`."""
+
+    status = 2
+
+
+class RunFailed(UserError):
+    """A run that ended by itself and says why."""
+
+    status = 1
 
 
 def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[[], None] | None = None) -> None:
@@ -37,19 +48,25 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     resolvers.register()
     recipes.register()
-    failed: list[str] = []
+    failed: list[int] = []
 
     @wraps(job)
     def guarded(cfg: DictConfig) -> object:
-        """In a sweep, a job with a wrong configuration is reported and the others go on."""
+        """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on."""
         try:
             return job(cfg)
         except UserError as error:
-            failed.append(str(error))
+            failed.append(error.status)
             _print(str(error))
-            return None
+        except Exception:
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                raise
+            failed.append(1)
+            traceback.print_exc()
+        return None
 
     try:
+        _refuse_lists_of_options()
         if before is not None:
             before()
         hydra.main(config_path=str(CONF), config_name=config_name, **version_base())(guarded)()
@@ -67,7 +84,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         _print("interrupted before training began")
         sys.exit(130)
     if failed:
-        sys.exit(2)
+        sys.exit(max(failed))
 
 
 def take_config_from_checkpoint() -> None:
@@ -78,22 +95,62 @@ def take_config_from_checkpoint() -> None:
     arguments = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     node: dict = {"defaults": [{"data": arguments["data"]}, "_self_"]} if "data" in arguments else {}
     if "ckpt" in arguments:
-        from models.checkpoints import check_config, read_config
-
-        try:
-            saved = read_config(arguments["ckpt"])
-            kept = {"seed", "image_size", "attention", "model", "augment"} | ({"data"} - set(arguments))
-            node |= {key: value for key, value in saved.items() if key in kept}
-            check_config({key: value for key, value in node.items() if key != "defaults"})
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+        node |= _of_checkpoint(arguments)
     ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
+
+
+def _of_checkpoint(arguments: dict[str, str]) -> dict:
+    """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
+    from models.checkpoints import check_config, read_config
+
+    try:
+        saved = read_config(arguments["ckpt"])
+        kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
+        check_config(kept)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    except KeyError as error:
+        raise UserError(
+            f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
+        ) from error
+    for group in {"model", "attention"} & set(arguments):
+        run = saved.get("run", {})
+        raise UserError(
+            f"eval: the checkpoint holds {run.get('model')} with {run.get('attention')} attention, this command asks "
+            f"for {group}={arguments[group]}; leave {group}= out"
+        )
+    if "data" in arguments:
+        del kept["data"]
+        return kept
+    data, size = kept["data"], kept["image_size"]
+    for part in (data, data.get("eval", {})):
+        for key in ("image_size", "size"):
+            if part.get(key) == size:
+                part[key] = "${image_size}"
+    return kept
+
+
+def _refuse_lists_of_options() -> None:
+    """`attention=[window,softmax]` would be merged by Hydra into one mixture of both."""
+    for argument in sys.argv[1:]:
+        group, _, value = argument.partition("=")
+        if group in groups() and value.startswith("["):
+            raise UserError(
+                f"{group}: one option can be chosen, got {value}; for one per stage write a YAML file with a list "
+                f"into conf/{group}, to compare them give {group}={value.strip('[]')} after -m"
+            )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ ", did you mean 'agent'?" or "" when nothing is close."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without what OmegaConf puts in front of the message of a resolver of ours."""
+    line = str(error).splitlines()[0]
+    return line.rpartition("raised while resolving interpolation: ")[2]
 
 
 def options(group: str) -> list[str]:
@@ -126,7 +183,7 @@ def _composition(error: Exception, config_name: str) -> str:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    text = str(error).splitlines()[0]
+    text = reason(error)
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):

@@ -13,15 +13,20 @@ def run_name() -> str:
     """Date and time of the start, or the SLURM job id: one value for all processes of a run, and for a whole sweep."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"slurm-{job}"
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["TORCHELASTIC_RUN_ID"] != "none":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ["TORCHELASTIC_RUN_ID"] == "none":
+            raise ValueError(
+                "run.name: torchrun starts each process by itself, so they need one name; give run.name=..."
+            )
         return f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}"
     # child processes of a multi-device run inherit the variable, and so agree with their parent
-    return os.environ.setdefault("VISION_ZOO_RUN_NAME", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    now = datetime.now()
+    return os.environ.setdefault("VISION_ZOO_RUN_NAME", f"{now:%Y-%m-%d_%H-%M-%S}-{now.microsecond // 1000:03d}")
 
 
 def slug(number: int, overrides: str) -> str:
-    """A folder name for one job of a sweep, such as `0_attention=agent`."""
-    return re.sub(r"[^\w=.,+-]+", "-", f"{number}_{overrides}")[:120].rstrip("_-")
+    """A folder name for one job of a sweep, such as `0_attention-softmax`: it can be pasted after `ckpt=`."""
+    return re.sub(r"[^\w.+-]+", "-", f"{number}_{overrides}")[:120].rstrip("_-")
 
 
 def register() -> None:

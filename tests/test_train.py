@@ -1,6 +1,7 @@
 """`python train.py` and `python eval.py` as a user meets them."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.tasks.classification import Classification
+from models.tasks.loggers import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -109,10 +111,9 @@ def test_without_a_key_wandb_logs_offline(command, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path):
     hopeless = ("optimizer.lr=1e30", "schedule.warmup_epochs=0", "checkpoint.every_n_steps=1", "run.name=hot")
-    status, _, _ = command("train", *SMALL, *hopeless)
-    assert re.search(
-        r"loss is NaN or infinite, got it at step \d+, epoch 0, learning rate .*lower the rate", str(status)
-    )
+    status, _, err = command("train", *SMALL, *hopeless)
+    assert status == 1 and "Traceback" not in err
+    assert re.search(r"loss is NaN or infinite, got it at step \d+, epoch 0, learning rate .*lower the rate", err)
     for weights_file in (tmp_path / "outputs/hot").rglob("model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(weights_file).values())
 
@@ -160,7 +161,11 @@ WRONG = {
     "optimizer.opt=adamm": r"optimizer: timm cannot make it .*adamm",
     "schedule.sched=cosin": r"schedule: sched must be one of cosine",
     "task.label_smoothing=1": r"label_smoothing must be in \[0, 1\), got 1",
-    "data.batch_size=5000": r"5000",
+    "data.batch_size=5000": r"data.batch_size: got 5000 .*set data.batch_size=1437 or less",
+    "seed=abc": r"seed: must be a whole number of at least 0, got 'abc'",
+    "trainer.precision=bf16-true": r"half precision.*got precision=bf16-true; set trainer.precision=bf16-mixed",
+    "checkpoint.monitor=val/f1": r"monitor must be one of val/top1, .*got 'val/f1'",
+    "attention=[window,softmax]": r"one option can be chosen, got \[window,softmax\].*attention=window,softmax",
     "data=imagefolder": r"data.root=",
     "data=imagefolder data.root=/nowhere": r"no folder /nowhere",
     "data=huggingface": r"data.source.path, data.num_classes: no value; give one .*data.num_classes=\.\.\.",
@@ -181,11 +186,96 @@ def test_a_wrong_setting_is_one_clear_error(command, tmp_path, arguments):
     assert not list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("checkpoints"))
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("trainer.max_epochs=-1", r"the run has .*set trainer.max_epochs"),
+        ("callbacks.checkpoints=null", r"set callbacks.preemption=null"),
+    ],
+)
+def test_what_only_training_can_notice_is_also_one_error(command, change, text):
+    status, _, err = command("train", *SMALL, change)
+    assert status == 2 and re.search(text, err) and "Traceback" not in err
+
+
+def test_a_continued_run_has_the_settings_of_its_checkpoint(command, tmp_path):
+    assert command("train", *SMALL, "trainer.max_epochs=1", "run.name=x")[0] == 0
+    written = (tmp_path / "outputs/x/config.yaml").read_text()
+    status, _, err = command("train", *SMALL, "run.name=x", "optimizer.lr=0.5", "model.drop_path=0.1")
+    assert status == 2 and "model.drop_path 0.0 and not 0.1, optimizer.lr 0.001 and not 0.5" in err
+    assert (tmp_path / "outputs/x/config.yaml").read_text() == written
+    status, _, err = command("train", *SMALL, "run.name=x", "resume=null")
+    assert status == 2 and "use resume=auto to continue it, or another run.name" in err
+
+
+def test_a_longer_run_goes_on_with_its_own_schedule(command, tmp_path):
+    """Two epochs made four: the rate of every further step is that of a run planned for four."""
+    arguments = (*SMALL, "trainer.log_every_n_steps=1")
+    assert command("train", *arguments, "trainer.max_epochs=4", "run.name=whole")[0] == 0
+    assert command("train", *arguments, "trainer.max_epochs=2", "run.name=longer")[0] == 0
+    assert command("train", *arguments, "trainer.max_epochs=4", "run.name=longer")[0] == 0
+    whole, longer = (
+        {row["step"]: row["lr"] for row in read_metrics(tmp_path / "outputs" / name / "metrics.csv") if "lr" in row}
+        for name in ("whole", "longer")
+    )
+    assert len(whole) == 24 and set(whole) == set(longer)
+    assert [whole[str(step)] for step in range(12, 24)] == [longer[str(step)] for step in range(12, 24)]
+
+
+def test_two_commands_never_share_a_run_folder(command, tmp_path):
+    folder = tmp_path / "outputs" / "busy"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, _, err = command("train", *SMALL, "run.name=busy")
+    assert status == 2 and "outputs/busy is in use by" in err and "another run.name" in err
+
+
+def test_processes_of_torchrun_need_a_name(command, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    status, _, err = command("train", *SMALL)
+    assert status == 2 and "torchrun starts each process by itself, so they need one name; give run.name=" in err
+
+
+def test_a_broken_run_does_not_end_a_sweep(command):
+    status, out, err = command("train", "-m", *SMALL, "trainer.max_epochs=1", "optimizer.lr=1e30,1e-3")
+    assert status == 1 and "learning rate" in err
+    assert "1 of 2 runs" in out and "no result: optimizer.lr=1e+30" in out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Data parallel on two CPU processes: one folder, and every validation image counted once."""
+    settings = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp", "run.name=two"]
+    call = [sys.executable, ROOT / "train.py", *SMALL, "trainer.max_epochs=1", *settings]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "outputs" / "two"
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["steps"] == 6 and (figures["val/top1"] * 360) % 1 == pytest.approx(0, abs=1e-3)
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["two"]
+    assert len(read_metrics(run / "metrics.csv")) >= 3
+
+
 def test_eval_names_what_is_wrong(command, tmp_path):
     status, _, err = command("eval")
     assert status == 2 and "ckpt" in err
     status, _, err = command("eval", "ckpt=nowhere/best")
     assert status == 2 and "nothing at this path" in err
+
+
+def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):
+    assert command("train", *SMALL, "trainer.max_epochs=1", "run.name=e")[0] == 0
+    ckpt = f"ckpt={tmp_path / 'outputs/e/checkpoints/best'}"
+    assert command("eval", ckpt, "image_size=48")[0] == 0
+    larger = json.loads((tmp_path / "outputs/e/checkpoints/metrics.json").read_text())
+    assert command("eval", ckpt)[0] == 0
+    same = json.loads((tmp_path / "outputs/e/checkpoints/metrics.json").read_text())
+    assert larger["flops"] > 2 * same["flops"] and larger["val/loss"] != same["val/loss"]
+    status, _, err = command("eval", ckpt, "attention=agent")
+    assert status == 2 and "holds coatnet_32px with softmax attention, this command asks for attention=agent" in err
+    status, _, err = command("eval", ckpt, "data=fake", "data.num_classes=7")
+    assert status == 2 and "the checkpoint has 10 classes, the data has 7" in err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["attention=agnt"]], ids=" ".join)

@@ -62,6 +62,11 @@ class HuggingFace:
         revision: str | None = None,
         cache_dir: str | None = None,
     ) -> None:
+        if path not in self.FORMATS and "/" not in path and not os.path.isdir(os.path.expanduser(path)):
+            raise ValueError(
+                f"HuggingFace: path must be owner/name on the hub, a folder, or one of {', '.join(self.FORMATS)}, "
+                f"got {path!r}; set data.source.path"
+            )
         self.path, self.name, self.revision, self.cache_dir = path, name, revision, cache_dir
         self.data_dir, self.data_files = data_dir, _plain(data_files)
         self.names = {"train": train, "val": val}

@@ -9,10 +9,10 @@ import re
 from typing import Any
 
 MAX_DEPTH = 64
-# models.checkpoints is left out: it deletes directories and reads any file.
 # Keys of Hydra that a configuration of ours uses: factories of attention, and plain lists and dicts as arguments.
 _HARMLESS = {"_partial_": (True, False), "_convert_": ("all", "partial", "none")}
-_TARGET = re.compile(r"(models(?!\.checkpoints\b)|data)(\.[A-Za-z][A-Za-z0-9_]*)+")
+# What models and data are made of. Other modules of ours delete directories, start runs or reach for the network.
+_TARGET = re.compile(r"(models\.(backbones|attention|layers)|data\.(module|sources))(\.[A-Za-z][A-Za-z0-9_]*)+")
 
 
 def check_config(config: Any, path: str = "config", depth: int = 0) -> None:
@@ -50,9 +50,6 @@ def _check_key(key: str | int, value: Any, path: str) -> None:
     elif key in _HARMLESS:
         if value not in _HARMLESS[key]:
             raise ValueError(f"{path}: must be one of {_HARMLESS[key]}, got {value!r}")
-    elif key == "_convert_":
-        if value not in ("none", "partial", "object", "all"):
-            raise ValueError(f"{path}: must be one of Hydra's conversions, got {value!r}")
     elif key.startswith("_") and key.endswith("_"):
         raise ValueError(f"{path}: this key is refused in a stored configuration, got {value!r}")
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoints.directory import FORMAT, MANIFEST, file_entry
+from models.checkpoints.directory import FORMAT, MANIFEST, CorruptCheckpoint, file_entry, verify
 
 _WRITING, _TRASH = ".writing-", ".trash-"
 
@@ -121,12 +121,17 @@ def point(pointer: Path, target: Path) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Puts a complete checkpoint, whose writer was killed just before the last rename, in its place."""
+    """Puts a complete checkpoint, whose writer was killed just before the last rename, in its place.
+
+    Complete is what its own checksums confirm: a writer killed in the middle leaves an unfinished manifest.
+    """
     for entry in sorted(directory.glob(f"{_WRITING}step-*")):
         path = entry.with_name(entry.name.removeprefix(_WRITING).rpartition("-")[0])
-        if (entry / MANIFEST).is_file() and not path.exists():
-            with contextlib.suppress(OSError):  # another rank was faster
-                os.rename(entry, path)
+        if path.exists():
+            continue
+        with contextlib.suppress(CorruptCheckpoint, OSError):  # OSError: another rank was faster
+            verify(entry)
+            os.rename(entry, path)
 
 
 def sweep(directory: Path) -> None:

@@ -300,7 +300,7 @@ class Checkpoints(Callback):
         if best is not None:
             point(self.directory / "best", best)
         older = [entry for entry in steps.values() if entry.name != path.name and entry != best]
-        for entry in older[: len(older) - self.keep]:
+        for entry in older[: max(len(older) - self.keep, 0)]:
             remove_checkpoint(entry)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-SCHEDULES = ("cosine", "constant", "tanh", "step", "multistep", "poly")
+SCHEDULES = ("cosine", "constant", "step", "poly")
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
 
 
@@ -65,8 +65,14 @@ class Classification(pl.LightningModule):
         self.metrics = nn.ModuleDict({"raw": _metrics(num_classes), "ema": _metrics(num_classes)})
         self.ema_model: nn.Module | None = None
         model.set_gradient_checkpointing(gradient_checkpointing)
+        self.compiled = compile
         if compile:
             model.compile()
+
+    @property
+    def figures(self) -> list[str]:
+        """What validation logs: the names that a checkpoint can be chosen by."""
+        return [f"val/{name}{suffix}" for suffix in ("", "_ema") for name in self.metrics["raw"]]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits, losses = self.model(batch.images, return_losses=True)
@@ -76,7 +82,6 @@ class Classification(pl.LightningModule):
             value, weight = self._auxiliary(name, layers_L)
             self.log(f"train/{name}", value.detach(), batch_size=len(batch.images))
             loss = loss + weight * value
-        self.log("lr", self.optimizers().param_groups[-1]["lr"])
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -96,27 +101,22 @@ class Classification(pl.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trainer, settings, schedule = self.trainer, dict(self.optimizer), dict(self.schedule)
-        total = trainer.estimated_stepping_batches
+        total = self.trainer.estimated_stepping_batches
         if total < 1 or not math.isfinite(total):
-            raise ValueError(f"task: the run has {total} optimizer steps; set trainer.max_epochs or trainer.max_steps")
+            raise ValueError(
+                f"task: the run has {total} optimizer steps; set trainer.max_epochs or trainer.max_steps to 1 or more"
+            )
+        settings = dict(self.optimizer)
         if reference := settings.pop("reference_batch", None):
             settings["lr"] *= self._global_batch() / reference
         optimizer = _optimizer(self.model, settings)
-        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        epochs = math.ceil(total / per_epoch)
-        cooldown = schedule.pop("cooldown_epochs", 0)
-        if schedule.get("sched") == "constant":
-            schedule |= {"sched": "step", "decay_epochs": epochs + 1}
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            num_epochs=max(epochs - cooldown, 1),
-            cooldown_epochs=cooldown,
-            updates_per_epoch=per_epoch,
-            step_on_epochs=False,
-            **schedule,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        schedule = Schedule(optimizer, self.schedule, int(total), per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # a checkpoint brings the rate of its own schedule; a run that was made longer has another one
+        self.lr_schedulers().step_update(self.trainer.global_step)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.trainer.global_step)
@@ -143,6 +143,48 @@ class Classification(pl.LightningModule):
         metrics["top5"].update(logits, batch.labels)
 
 
+class Schedule:
+    """A timm schedule in optimizer steps, as a function of the step alone: nothing of it is kept in checkpoints.
+
+    Args:
+        optimizer: with the learning rate to reach after the warm-up.
+        settings: `sched`, `warmup_epochs`, `warmup_lr`, `min_lr`, `cooldown_epochs` and more, see conf/schedule.
+        total: steps of the run.
+        per_epoch: steps of an epoch.
+
+    The warm-up takes at most half of the run, so that a short trial reaches its learning rate.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], total: int, per_epoch: int) -> None:
+        self.optimizer = optimizer
+        options = dict(settings)
+        cooldown = round(options.pop("cooldown_epochs", 0) * per_epoch)
+        warmup = min(round(options.pop("warmup_epochs", 0) * per_epoch), total // 2)
+        if "decay_epochs" in options:
+            options["decay_epochs"] = max(round(options["decay_epochs"] * per_epoch), 1)
+        if options.get("sched") == "constant":
+            options |= {"sched": "cosine", "min_lr": max(group["lr"] for group in optimizer.param_groups)}
+        self.timm, _ = create_scheduler_v2(
+            optimizer,
+            num_epochs=max(total - cooldown, 1),
+            warmup_epochs=warmup,
+            cooldown_epochs=cooldown,
+            updates_per_epoch=1,
+            step_on_epochs=False,
+            **options,
+        )
+
+    def step_update(self, step: int) -> None:
+        """Sets the learning rates of the given optimizer step, 0-based."""
+        self.timm.step_update(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: the step decides."""
+
+
 def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, **{key: value for key, value in settings.items() if value is not None})
 
@@ -155,7 +197,7 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
     """
     for group, settings, names in [
         ("optimizer", optimizer, ("lr", "reference_batch", "weight_decay", "layer_decay")),
-        ("schedule", schedule, ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs")),
+        ("schedule", schedule, ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "decay_epochs")),
     ]:
         for name in names:
             value = settings.get(name)
@@ -171,10 +213,11 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
+    fast = {"average": "micro", "validate_args": False}  # checks of values would wait for the device at every batch
     return nn.ModuleDict(
         {
-            "top1": MulticlassAccuracy(num_classes, top_k=1, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            "loss": MeanMetric(),
+            "top1": MulticlassAccuracy(num_classes, top_k=1, **fast),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **fast),
+            "loss": MeanMetric(nan_strategy="disable"),
         }
     )

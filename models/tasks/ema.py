@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
@@ -63,12 +64,20 @@ class EMA(Callback):
                     "trainer.precision=bf16-mixed or 16-mixed, or switch EMA off"
                 )
         self.model = deepcopy(pl_module.model).eval().requires_grad_(False)
+        if getattr(pl_module, "compiled", False):
+            self.model.compile()  # a copy loses it
         self.updates = 0
         # Past nn.Module's own attribute handling, which would register the average as a part of the task.
         object.__setattr__(pl_module, "ema_model", self.model)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.model.to(pl_module.device)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every process measures the same average: running statistics differ between them, rank 0's are saved."""
+        if trainer.world_size > 1 and trainer.state.fn == "fit":
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step

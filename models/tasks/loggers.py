@@ -31,7 +31,7 @@ def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, 
     if name not in NAMES:
         raise ValueError(f"logger: name must be one of {', '.join(NAMES)}, got {name!r}; set logger=csv, for instance")
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step)]
-    if name == "wandb":
+    if name == "wandb" and rank_zero_only.rank == 0:
         loggers += _wandb(settings, run_dir, config)
     if name == "tensorboard":
         loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))

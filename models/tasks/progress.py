@@ -11,10 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Throughput(Callback):
-    """Training images per second over all processes, validation and checkpoints excluded; logged with every log."""
+    """Logs training images per second over all processes, validation excluded, and the learning rate.
+
+    Both only as often as the trainer logs: a number that is logged is copied to the device, which is waited for.
+    """
 
     def __init__(self) -> None:
         self.seconds, self.images, self._start, self._window = 0.0, 0, 0.0, (0.0, 0)
+        self._rate = 0.0
 
     @property
     def images_per_second(self) -> float:
@@ -24,6 +28,9 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self._start = time.perf_counter()
 
+    def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._rate = trainer.optimizers[0].param_groups[-1]["lr"]
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -32,7 +39,10 @@ class Throughput(Callback):
             self.seconds += now - self._start
             self.images += len(batch.images) * trainer.world_size
         self._start = now
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self.seconds > self._window[0]:
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        task.log("lr", self._rate)
+        if self.seconds > self._window[0]:
             seconds, images = self._window
             rate = (self.images - images) / (self.seconds - seconds)
             self._window = (self.seconds, self.images)

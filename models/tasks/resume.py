@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,18 @@ from models.checkpoints.write import recover
 from models.tasks.checkpoint import Checkpoints, call_last
 
 log = logging.getLogger(__name__)
+
+# What must be the same in a continued run, and what in there may change all the same.
+SAME = ("model", "image_size", "data", "augment", "optimizer", "schedule", "task", "seed")
+FREE = (
+    *("data.root", "data.source.root", "data.source.path", "data.source.data_dir", "data.source.data_files"),
+    *("data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
+    *("task.compile", "task.gradient_checkpointing"),
+    "data.batch_size",  # the data module compares the batch of all processes together
+    # copies of other settings
+    *("model.attention", "model.image_size", "data.image_size", "data.eval.size", "data.num_classes", "data.seed"),
+    *("data.augment", "task.model", "task.optimizer", "task.schedule", "task.num_classes"),
+)
 
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -94,7 +107,10 @@ class Preemption(Callback):
             return
         found = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
         if len(found) != 1:
-            raise ValueError(f"Preemption: needs one Checkpoints callback beside it, got {len(found)}; add it")
+            raise ValueError(
+                f"Preemption: needs one Checkpoints callback beside it, got {len(found)}; "
+                "set callbacks.preemption=null where there are no checkpoints"
+            )
         self._checkpoints = found[0]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,7 +231,10 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
 
 
 def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compares what the weights depend on: the model, its attention with all options, and the number of classes.
+    """Compares what a continued run must have in common with its checkpoint: model, data, augmentation, optimisation.
+
+    Free to change are the trainer (a longer run, other devices), loggers, callbacks, and where data lies and how it is
+    read.
 
     Args:
         saved: the configuration in the checkpoint.
@@ -224,12 +243,16 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names every difference, with both values.
     """
-    before, after = (_what_weights_depend_on(config) for config in (saved, current))
-    differences = [
-        f"{name} {_describe(before[name], after[name])} and not {_describe(after[name], before[name])}"
-        for name in before
-        if before[name] != after[name] and None not in (before[name], after[name])
-    ]
+    before, after = saved.get("attention"), current.get("attention")
+    differences = []
+    if before != after and None not in (before, after):
+        differences.append(f"attention {_describe(before, after)} and not {_describe(after, before)}")
+    for section in SAME:
+        was, now = (dict(_settings(config.get(section), section)) for config in (saved, current))
+        for key in {**was, **now} if was and now else ():
+            if was.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+                name = key.removesuffix("._target_")
+                differences.append(f"{name} {_describe(was.get(key), None)} and not {_describe(now.get(key), None)}")
     if differences:
         raise ValueError(
             f"resume: the checkpoint was trained with {', '.join(differences)} as this command asks; "
@@ -237,13 +260,13 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _what_weights_depend_on(config: dict[str, Any]) -> dict[str, Any]:
-    model = config.get("model") or {}
-    return {
-        "model": model.get("_target_"),
-        "num_classes": model.get("num_classes"),
-        "attention": config.get("attention", model.get("attention")),
-    }
+def _settings(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every setting below a node, by its full key; lists count as one setting."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _settings(value, f"{path}.{name}")
+    elif node is not None:
+        yield path, node
 
 
 def _describe(value: Any, other: Any) -> str:

@@ -1,26 +1,29 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
-import logging
-import math
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from conf.cli import UserError
+from conf.cli import RunFailed, UserError
 from models.checkpoints import read_config, read_manifest
-from models.factory import cause_of
 from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.tasks.guard import NonFinite
 from models.tasks.loggers import SafeWandb, build_loggers
+from models.tasks.preflight import (
+    build,
+    check_data,
+    check_monitor,
+    check_settings,
+    is_ours,
+    lock_folder,
+    quiet,
+    resolved,
+    short,
+)
 from models.tasks.progress import RunProgress, Throughput, duration
 from models.tasks.report import draw_curves, print_table, write_json
 from models.tasks.resume import Stopped, compare_configs, find_resume
@@ -35,10 +38,14 @@ def train(cfg: DictConfig) -> float | None:
     quiet()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     config = resolved(cfg)
+    check_settings(config)
+    lock = lock_folder(run_dir)
     checkpoint = _resume(cfg, run_dir, config)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task, data = build(cfg, "task"), build(cfg, "data")
     check_data(data)
+    check_monitor(config, task)
+    config["classes"] = data.class_names
     steps = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
     trainer = _trainer(cfg, config, run_dir, progress)
@@ -47,12 +54,30 @@ def train(cfg: DictConfig) -> float | None:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(_headline(config, task, data, trainer, run_dir, checkpoint))
     _fit(trainer, task, data, checkpoint, run_dir)
+    lock.close()
     if not trainer.is_global_zero:
         return None
     if trainer.global_step == steps and (run_dir / "metrics.json").exists():
         print(f"the run has finished at step {steps}; raise trainer.max_epochs to go on, or give another run.name")
         return None
     return _report(trainer, config, task, run_dir, progress)
+
+
+def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
+    try:
+        checkpoint = find_resume(cfg.resume, run_dir)
+        if checkpoint is not None:
+            compare_configs(read_config(checkpoint), config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return checkpoint
+
+
+def _loggers(config: dict[str, Any], run_dir: Path, step: int) -> list[pl.loggers.Logger]:
+    try:
+        return build_loggers(config["logger"], run_dir, config, step)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: RunProgress) -> pl.Trainer:
@@ -84,7 +109,11 @@ def _fit(
     except Stopped as stop:
         raise SystemExit(stop.status) from None
     except NonFinite as error:
-        raise SystemExit(str(error)) from None  # status 1
+        raise RunFailed(str(error)) from None
+    except ValueError as error:
+        if is_ours(error):
+            raise UserError(str(error)) from error
+        raise
     finally:
         curves = draw_curves(run_dir) if trainer.is_global_zero else None
         for logger in trainer.loggers:
@@ -92,97 +121,6 @@ def _fit(
                 if curves is not None:
                     logger.log_image("curves", [str(curves)])
                 logger.close()
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain data, every interpolation replaced."""
-    written = dict(_leaves(OmegaConf.to_container(cfg)))
-    if missing := [key for key, value in written.items() if value == "???"]:
-        wanted = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"{', '.join(missing)}: no value; give one on the command line: {wanted}")
-    for key, value in written.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}: must be a finite number or text, got {value}; write {key}=\\'{value}\\' for text")
-    try:
-        return OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        line = str(error).splitlines()[0]
-        _, resolver, reason = line.rpartition("raised while resolving interpolation: ")
-        raise UserError(reason if resolver else f"{getattr(error, 'full_key', '')}: {line}") from error
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that holds a value, with the value as it is written."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield path, node
-    else:
-        for name, value in items:
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
-
-
-def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
-    """Instantiates one part of the configuration; what a user got wrong in it becomes a `UserError`."""
-    try:
-        return instantiate(cfg[key], **extra)
-    except (InstantiationException, ValueError, TypeError) as error:
-        cause = cause_of(error)
-        if isinstance(
-            cause, ValueError | TypeError | FileNotFoundError | pl.utilities.exceptions.MisconfigurationException
-        ):
-            raise UserError(_say(key, cause)) from error
-        raise
-
-
-def quiet() -> None:
-    """Hide notes of libraries that no user can act on."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*number of training batches.*",
-        ".*lr_scheduler.step.*",
-        ".*dataloader is not resumable.*",
-        ".*sync_dist=True.*",  # torchmetrics reduces over processes itself
-        ".*Grad strides do not match bucket view strides.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
-
-
-def _say(key: str, cause: BaseException) -> str:
-    if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
-        return f"{key}: {str(cause).removeprefix('__init__() ')}; remove that key"
-    return str(cause)
-
-
-def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
-    try:
-        checkpoint = find_resume(cfg.resume, run_dir)
-        if checkpoint is not None:
-            compare_configs(read_config(checkpoint), config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return checkpoint
-
-
-def check_data(data: pl.LightningDataModule) -> None:
-    """Looks at the data before anything is started.
-
-    Raises:
-        UserError: all that is wrong with it.
-    """
-    try:
-        data.check()
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
-def _loggers(config: dict[str, Any], run_dir: Path, step: int) -> list[pl.loggers.Logger]:
-    try:
-        return build_loggers(config["logger"], run_dir, config, step)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _headline(
@@ -200,17 +138,11 @@ def _headline(
     lines = [
         f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
         f"images of {config['image_size']} px, batch {data.batch_size} x {trainer.world_size}",
-        f"on {device}, {trainer.precision}; everything goes to {_short(run_dir)}",
+        f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
     ]
     if checkpoint is not None:
-        lines.append(f"continues from {_short(checkpoint)}")
+        lines.append(f"continues from {short(checkpoint)}")
     return "\n".join(lines)
-
-
-def title(config: dict[str, Any]) -> str:
-    """ "coatnet_32px with softmax attention on digits"."""
-    run = config["run"]
-    return f"{run['model']} with {run['attention']} attention on {run['data']}"
 
 
 def _report(
@@ -246,13 +178,14 @@ def _report(
         "epochs, steps": f"{figures['epochs']}, {figures['steps']}",
     }
     if (run_dir / "curves.png").exists():
-        rows["curves"] = _short(run_dir / "curves.png")
-    if best is not None:
-        rows["evaluate"] = f"python eval.py ckpt={_short(run_dir / 'checkpoints' / 'best')}"
+        rows["curves"] = short(run_dir / "curves.png")
     print_table(title(config), rows)
+    if best is not None:
+        print(f"evaluate: python eval.py ckpt={short(run_dir / 'checkpoints' / 'best')}")
     return best
 
 
-def _short(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def title(config: dict[str, Any]) -> str:
+    """ "coatnet_32px with softmax attention on digits"."""
+    run = config["run"]
+    return f"{run['model']} with {run['attention']} attention on {run['data']}"

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -171,6 +172,18 @@ def test_a_kill_between_renames_loses_nothing(tmp_path, monkeypatch, failing):
     sweep(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [step_name(5)]
     assert latest(tmp_path) == path
+
+
+@pytest.mark.parametrize("written", [0, 20])
+def test_a_writer_killed_while_it_writes_the_manifest_leaves_no_checkpoint(tmp_path, written):
+    whole = write(tmp_path, 7)
+    unfinished = tmp_path / f".writing-{step_name(8)}-1"
+    shutil.copytree(whole, unfinished)
+    (unfinished / "manifest.json").write_bytes((whole / "manifest.json").read_bytes()[:written])
+    recover(tmp_path)
+    assert list(step_directories(tmp_path)) == [7] and unfinished.exists()
+    sweep(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [step_name(7)]
 
 
 def test_killed_writers_never_lose_a_finished_checkpoint(tmp_path):

@@ -224,10 +224,23 @@ def test_configs_that_agree_where_it_matters():
     compare_configs(SAVED, SAVED | {"lr": 0.2, "image_size": 384})
 
 
+@pytest.mark.parametrize("section", ["optimizer", "schedule", "augment", "data", "task"])
+def test_other_training_settings_are_named(section):
+    saved, current = ({section: {"a": 1, "b": {"c": value}, "list": [1, 2]}} for value in (0.1, 0.5))
+    with pytest.raises(ValueError, match=rf"trained with {section}\.b\.c 0\.1 and not 0\.5 as this command asks"):
+        compare_configs(saved, current)
+
+
+def test_what_may_change_in_a_continued_run():
+    saved = {"data": {"root": "/a", "workers": 0}, "trainer": {"max_epochs": 2}, "task": {"compile": False, "x": 1}}
+    current = {"data": {"root": "/b", "workers": 4}, "trainer": {"max_epochs": 9}, "task": {"compile": True, "x": 1}}
+    compare_configs(saved, current)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model": SAVED["model"] | {"num_classes": 7}}, "trained with num_classes 5 and not 7 as this command asks"),
+        ({"model": SAVED["model"] | {"num_classes": 7}}, "with model.num_classes 5 and not 7 as this command asks"),
         ({"model": {"_target_": "models.backbones.vit.ViT", "num_classes": 5}}, "with model Swin and not ViT as this"),
         ({"attention": AGENT | {"agent_tokens": 16}}, r"agent_attention\(agent_tokens=49\) and not .*agent_tokens=16"),
         (
