@@ -4,6 +4,7 @@ Torch is imported only inside a job, so `--help`, `--cfg job` and a mistyped nam
 """
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -69,7 +70,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         _refuse_lists_of_options()
         if before is not None:
             before()
-        hydra.main(config_path=str(CONF), config_name=config_name, **version_base())(guarded)()
+        hydra.main(config_path=str(CONF), config_name=config_name, **_main_options())(guarded)()
     except UserError as error:
         _quit(str(error))
     except MissingConfigException as error:
@@ -163,6 +164,14 @@ def options(group: str) -> list[str]:
 def groups() -> list[str]:
     """The groups of conf/."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+
+
+def _main_options() -> dict[str, object]:
+    """What `hydra.main` has to be told; Hydra 1.4 asks which targets its own parts, our sweep table, may build."""
+    options: dict[str, object] = dict(version_base())
+    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
+        options["execution_whitelist"] = ["conf.*"]
+    return options
 
 
 def version_base() -> dict[str, str]:

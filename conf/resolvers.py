@@ -31,6 +31,6 @@ def slug(number: int, overrides: str) -> str:
 
 def register() -> None:
     """Make the resolvers known to OmegaConf; calling it again changes nothing."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver("slug", slug, replace=True)
-    OmegaConf.register_new_resolver("class_folders", count_class_folders, replace=True)
+    add = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # the name since OmegaConf 2.4
+    for name, resolver in [("run_name", run_name), ("slug", slug), ("class_folders", count_class_folders)]:
+        add(name, resolver, replace=True)

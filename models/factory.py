@@ -3,8 +3,8 @@
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra import utils as hydra_utils
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
@@ -64,6 +64,16 @@ def build(cfg: DictConfig) -> nn.Module:
 def factory(cfg: DictConfig) -> Any:
     """The attention factory (or the list of factories, one per stage) of a composed configuration."""
     return instantiate(cfg.attention)
+
+
+def instantiate(node: DictConfig, **extra: Any) -> Any:
+    """Hydra's `instantiate`, for configurations of our own or checked ones (`models.checkpoints.check_config`).
+
+    Hydra 1.4 wants to be told that any target may be built, as 1.3 does.
+    """
+    if hasattr(hydra_utils, "UNSAFE_DISABLE_EXECUTION_CHECKS"):
+        extra["_execution_whitelist_"] = hydra_utils.UNSAFE_DISABLE_EXECUTION_CHECKS
+    return hydra_utils.instantiate(node, **extra)
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -13,13 +13,12 @@ from typing import IO, Any
 
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
 from conf.cli import CONF, UserError, reason
-from models.factory import cause_of
+from models.factory import cause_of, instantiate
 
 
 def quiet() -> None:

@@ -39,7 +39,11 @@ def train(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     config = resolved(cfg)
     check_settings(config)
-    lock = lock_folder(run_dir)
+    with lock_folder(run_dir):
+        return _run(cfg, config, run_dir)
+
+
+def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None:
     checkpoint = _resume(cfg, run_dir, config)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task, data = build(cfg, "task"), build(cfg, "data")
@@ -54,7 +58,6 @@ def train(cfg: DictConfig) -> float | None:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(_headline(config, task, data, trainer, run_dir, checkpoint))
     _fit(trainer, task, data, checkpoint, run_dir)
-    lock.close()
     if not trainer.is_global_zero:
         return None
     if trainer.global_step == steps and (run_dir / "metrics.json").exists():

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from data.augment import Augment
 from data.folders import count_class_folders
 from data.module import ImageData
+from models.factory import instantiate
 
 CONF = Path(__file__).parents[2] / "conf"
 DATA = sorted((CONF / "data").glob("*.yaml"))

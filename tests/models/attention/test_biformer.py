@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.attention import Accepts, Grid, Refused, Site, check
 from models.attention.biformer import BiLevelRoutingAttention, LePEAttention, gather
+from models.factory import instantiate
 from models.layers.tokens import to_map, to_tokens
 
 CONF = "../../../conf"
@@ -214,7 +215,7 @@ def test_lepe_attention_takes_class_tokens_and_any_map(lepe_input: str) -> None:
 
 def test_the_configuration_serves_small_maps() -> None:
     with hydra.initialize(CONF, version_base=None):
-        attention = hydra.utils.instantiate(hydra.compose("attention/biformer").attention)
+        attention = instantiate(hydra.compose("attention/biformer").attention)
     for height, width, heads in ((4, 4, 2), (4, 4, 8), (56, 56, 2), (2, 2, 1)):
         place = site(height, width, heads=heads)
         module = attention(place)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.attention import Grid, Refused, Site, check
 from models.attention.cosine import ContinuousPositionBias, cosine_attention
+from models.factory import instantiate
 
 CONF = "../../../conf"
 
@@ -143,7 +144,7 @@ def test_meaningless_options(options: dict, message: str) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_the_configuration_serves_any_map(heads: int) -> None:
     with hydra.initialize(CONF, version_base=None):
-        attention = hydra.utils.instantiate(hydra.compose("attention/cosine").attention)
+        attention = instantiate(hydra.compose("attention/cosine").attention)
     module = attention(site(4, 4, heads=heads))
     for place in (site(4, 4), site(9, 3), site(1, 1)):
         assert module(tokens(place), place.grid).x.shape == (2, place.grid.cells, 32)

@@ -9,6 +9,7 @@ from models.attention import Grid, Refused, Site, check
 from models.attention.dual import ChannelCore, Positioned, dual_attention
 from models.attention.multihead import MultiHead
 from models.attention.softmax import SoftmaxCore, softmax_attention
+from models.factory import instantiate
 
 CONF = "../../../conf"
 
@@ -176,7 +177,7 @@ def test_heads_that_do_not_divide_the_channels() -> None:
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_the_configuration_serves_small_maps(heads: int) -> None:
     with hydra.initialize(CONF, version_base=None):
-        attention = hydra.utils.instantiate(hydra.compose("attention/dual").attention)
+        attention = instantiate(hydra.compose("attention/dual").attention)
     for block in (0, 1):
         place = site(4, 4, block, heads=heads)
         assert attention(place)(tokens(place), place.grid).x.shape == (2, 16, 32)

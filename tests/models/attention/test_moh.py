@@ -16,6 +16,7 @@ from models.attention.cosine import cosine_attention
 from models.attention.dual import dual_attention
 from models.attention.moh import HeadRouter, MoHAttention, largest, resolve_heads
 from models.attention.softmax import softmax_attention
+from models.factory import instantiate
 
 CONF = Path(__file__).parents[3] / "conf"
 CORES = {
@@ -266,7 +267,7 @@ def test_the_command_line_chooses_the_gated_attention(tmp_path: Path, overrides:
         config = compose("main", [*overrides, "attention.shared_heads=2"]).attention
     assert config.core._target_.endswith(core)
     place = site()
-    module = hydra.utils.instantiate(config)(place)
+    module = instantiate(config)(place)
     assert (module.router.shared, module.router.routed) == (2, 3)
     assert module(tokens(place), place.grid).x.shape == (2, 30, 64)
 

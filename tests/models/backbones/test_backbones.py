@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
@@ -16,7 +15,7 @@ from torch import nn
 from conf.cli import CONF
 from models import create_model, list_attentions, list_models
 from models.backbones.base import Backbone, pair
-from models.factory import compose_model
+from models.factory import compose_model, instantiate
 
 SMALL = [name for name in list_models() if name.endswith("_32px")]
 LARGE = [name for name in list_models() if name not in SMALL]
