@@ -3,6 +3,7 @@
 import os
 import re
 from datetime import datetime
+from importlib.metadata import version
 
 from omegaconf import OmegaConf
 
@@ -31,6 +32,8 @@ def slug(number: int, overrides: str) -> str:
 
 def register() -> None:
     """Make the resolvers known to OmegaConf; calling it again changes nothing."""
-    add = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # the name since OmegaConf 2.4
+    # the name since OmegaConf 2.4; before, it was that of another function
+    since_2_4 = tuple(map(int, version("omegaconf").split(".")[:2])) >= (2, 4)
+    add = OmegaConf.register_resolver if since_2_4 else OmegaConf.register_new_resolver
     for name, resolver in [("run_name", run_name), ("slug", slug), ("class_folders", count_class_folders)]:
         add(name, resolver, replace=True)
