@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from models.tasks.preflight import short
+
 WANDB_URL = "https://api.wandb.ai"
 SETTINGS = {"init_timeout": 30, "finish_timeout": 60, "silent": True, "console": "off"}  # seconds
 NAMES = ("wandb", "csv", "tensorboard", "none")
@@ -150,7 +152,9 @@ def _wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -
         logger = _wandb_logger(settings, run_dir, attempt)
         if logger.start(config):
             if attempt == "offline":
-                print(f"logger: Weights & Biases is offline; upload with: wandb sync {run_dir}/wandb/offline-run-*")
+                print(
+                    f"logger: Weights & Biases is offline; upload with: wandb sync {short(run_dir)}/wandb/offline-run-*"
+                )
             return [logger]
     return []
 

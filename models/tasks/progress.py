@@ -73,7 +73,8 @@ class RunProgress(Callback):
         self._first = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         if trainer.is_global_zero and self.console.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")]
+            bar = BarColumn(bar_width=24 if self._wide else 10)
+            columns = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[text]}")]
             self.live = Progress(*columns, console=self.console, refresh_per_second=4)
             self.live.start()
             self._bar = self.live.add_task("", total=self._total, completed=trainer.global_step, text="")
@@ -98,7 +99,7 @@ class RunProgress(Callback):
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
         parts = [f"val top-1 {float(metrics['val/top1']):.2%}"] if "val/top1" in metrics else []
-        if "val/top1_ema" in metrics:
+        if "val/top1_ema" in metrics and self._wide:
             parts.append(f"EMA {float(metrics['val/top1_ema']):.2%}")
         self._note = "  ".join(parts)
         if self.live is not None:
@@ -125,20 +126,26 @@ class RunProgress(Callback):
             self.live = None
         sys.stdout.flush()
 
+    @property
+    def _wide(self) -> bool:
+        """Whether there is room for everything; 80 columns hold the essentials."""
+        return self.live is None or self.console.width >= 110
+
     def _epoch(self, trainer: pl.Trainer) -> str:
         last = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         epoch = trainer.current_epoch + 1
         of = f"{min(epoch, last)}/{last}" if last else str(epoch)
-        return f"epoch {of}  step {trainer.global_step}/{self._total}"
+        return f"epoch {of} {'' if self.live else ' '}step {trainer.global_step}/{self._total}"
 
     def _describe(self, trainer: pl.Trainer) -> str:
         done = trainer.global_step - self._first
         elapsed = time.perf_counter() - self._started
         left = elapsed / done * (self._total - trainer.global_step) if done else 0.0
         loss = trainer.callback_metrics.get("train/loss")
-        shown = [f"loss {float(loss):.4f}"] if loss is not None else []
-        shown += [f"{self.throughput.images_per_second:.0f} images/s", f"ETA {duration(left)}", self._note]
-        return "  ".join(filter(None, shown))
+        shown = [f"loss {float(loss):.{4 if self._wide else 2}f}"] if loss is not None else []
+        note = self._note if self._wide else self._note.removeprefix("val ")
+        shown += [f"{self.throughput.images_per_second:.0f} images/s", f"ETA {duration(left)}", note]
+        return ("  " if self._wide else " ").join(filter(None, shown))
 
 
 def duration(seconds: float) -> str:

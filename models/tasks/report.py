@@ -32,12 +32,13 @@ def shown(name: str, value: Any) -> str:
 
 def print_table(title: str, rows: dict[str, Any], console: Console | None = None) -> None:
     """Two columns: name and figure."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="left", overflow="fold")
     for name, value in rows.items():
         table.add_row(name, shown(name, value))
     console = console or Console()
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
     # where there is no terminal to fit in, commands and paths stay in one piece
     console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
 

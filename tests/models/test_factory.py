@@ -1,5 +1,7 @@
 """Models by name, and the tables of the README."""
 
+import re
+
 import pytest
 import torch
 
@@ -55,3 +57,11 @@ def test_readme_tables_are_current():
     text = tables.README.read_text()
     assert "<!-- attentions -->" in text and "<!-- models -->" in text
     assert tables.update(text) == text, "run: python -m models.tables"
+
+
+def test_readme_is_finished_and_its_links_lead_somewhere():
+    text = tables.README.read_text()
+    assert not re.findall(r"@[A-Z]+@", text)
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
+    assert len(links) >= 3
+    assert [link for link in links if not (tables.README.parent / link).exists()] == []
