@@ -121,10 +121,19 @@ def _stack(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width in pixels, from one number or two."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise ValueError(f"image_size: must be positive, got {image_size}; give pixels, e.g. image_size=224")
-    return int(height), int(width)
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(
+            f"image_size: must be pixels, one positive number or two, got {image_size!r}; e.g. image_size=224"
+        )
+    return sides
+
+
+def check_counts(who: str, **values: int) -> None:
+    """Refuses counts that are no whole numbers of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{who}: {name} must be a whole number of at least 1, got {value!r}; set model.{name}")
 
 
 def init_weights(module: nn.Module) -> None:

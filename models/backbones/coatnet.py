@@ -14,7 +14,16 @@ from operator import mul
 from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, build
-from models.backbones.base import Backbone, check_lists, classifier, heads_of, init_weights, per_stage, sites_of
+from models.backbones.base import (
+    Backbone,
+    check_counts,
+    check_lists,
+    classifier,
+    heads_of,
+    init_weights,
+    per_stage,
+    sites_of,
+)
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.downsample import PoolDownsample
 from models.layers.mbconv import MBConvBlock, MBConvDownsample, init_convolutions
@@ -58,6 +67,7 @@ class CoAtNet(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_counts("CoAtNet", stem_dim=stem_dim, head_dim=head_dim)
         check_lists("CoAtNet", dims=dims, depths=depths, strides=strides)
         self.channels, self.strides = list(dims), of_the_image(strides)
         factories = per_stage("CoAtNet", attention, attention_stages, len(dims))

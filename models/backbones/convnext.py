@@ -15,6 +15,7 @@ from models.attention import AttentionFactory, Grid, build
 from models.backbones.base import (
     Backbone,
     PatchStem,
+    check_counts,
     check_lists,
     classifier,
     heads_of,
@@ -64,6 +65,7 @@ class ConvNeXt(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_counts("ConvNeXt", patch_size=patch_size, head_dim=head_dim)
         check_lists("ConvNeXt", dims=dims, depths=depths)
         factories = [f or convolution for f in per_stage("ConvNeXt", attention, attention_stages, len(dims))]
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from models.attention import AttentionFactory, build
-from models.backbones.base import Backbone, PatchStem, check_lists, classifier, init_weights, sites_of
+from models.backbones.base import Backbone, PatchStem, check_counts, check_lists, classifier, init_weights, sites_of
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.downsample import PatchMerging
 from models.layers.patch_embed import PatchEmbed
@@ -46,6 +46,7 @@ class Swin(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_counts("Swin", patch_size=patch_size)
         check_lists("Swin", dims=dims, depths=depths, num_heads=num_heads)
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}

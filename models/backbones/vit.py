@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, classifier, init_weights, pair
+from models.backbones.base import Backbone, check_counts, classifier, init_weights, pair
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.position import LearnedPosition
@@ -50,6 +50,7 @@ class ViT(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        check_counts("ViT", patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
         grid = Grid(*cells(pair(image_size), patch_size), prefix=int(class_token))
         sites = [Site(dim, num_heads, grid, 0, block, depth, "vit") for block in range(depth)]
         rates = drop_path_rates(drop_path, depth)

@@ -239,5 +239,5 @@ def test_autocast(name):
 def test_bad_sizes_are_refused(name):
     with pytest.raises(ValueError, match=r"num_classes: must be 0 \(no head\) or more, got -1; set model.num_classes"):
         create_model(name, num_classes=-1)
-    with pytest.raises(ValueError, match=r"image_size: must be positive, got 0; give pixels"):
+    with pytest.raises(ValueError, match=r"image_size: must be pixels, one positive number or two, got 0"):
         create_model(name, image_size=0)
