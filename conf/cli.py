@@ -128,6 +128,9 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
         for key in ("image_size", "size"):
             if part.get(key) == size:
                 part[key] = "${image_size}"
+    source = data.get("source", {})
+    if data.get("root") is not None and source.get("root") == data["root"]:
+        source["root"] = "${data.root}"
     return kept
 
 
@@ -135,6 +138,8 @@ def _refuse_lists_of_options() -> None:
     """`attention=[window,softmax]` would be merged by Hydra into one mixture of both."""
     for argument in sys.argv[1:]:
         group, _, value = argument.partition("=")
+        if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
+            raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
         if group in groups() and value.startswith("["):
             raise UserError(
                 f"{group}: one option can be chosen, got {value}; for one per stage write a YAML file with a list "

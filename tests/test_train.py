@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models.tasks.classification import Classification
@@ -163,7 +164,7 @@ WRONG = {
     "task.label_smoothing=1": r"label_smoothing must be in \[0, 1\), got 1",
     "data.batch_size=5000": r"data.batch_size: got 5000 .*set data.batch_size=1437 or less",
     "seed=abc": r"seed: must be a whole number of at least 0, got 'abc'",
-    "trainer.precision=bf16-true": r"half precision.*got precision=bf16-true; set trainer.precision=bf16-mixed",
+    "trainer.precision=bf16-true": r"got precision=bf16-true; set trainer.precision=bf16-mixed",
     "checkpoint.monitor=val/f1": r"monitor must be one of val/top1, .*got 'val/f1'",
     "attention=[window,softmax]": r"one option can be chosen, got \[window,softmax\].*attention=window,softmax",
     "data=imagefolder": r"data.root=",
@@ -171,6 +172,10 @@ WRONG = {
     "data=huggingface": r"data.source.path, data.num_classes: no value; give one .*data.num_classes=\.\.\.",
     "trainer.precision=9": r"(?i)precision",
     "run.name=nan": r"run.name: must be a finite number or text, got nan",
+    "trainer.max_epochs=three": r"max_epochs must be a whole number of at least 0, got 'three'",
+    "trainer.accumulate_grad_batches=0": r"accumulate_grad_batches must be a whole number of at least 1, got 0",
+    "checkpoint.monitor=val/loss": r"the best val/loss is its minimum, got mode=max; set checkpoint.mode=min",
+    "run.name=../up": r"run.name: must be one folder name .*got '../up'",
     "resume=/nowhere/best": r"nothing at this path, got /nowhere/best",
     "model=vit_32px model.class_token=true attention=biformer": r"stage 0 blocks 0-3 .*set model.class_token=false",
     "model.depths=[1,2": r"quote lists",
@@ -262,6 +267,26 @@ def test_eval_names_what_is_wrong(command, tmp_path):
     assert status == 2 and "ckpt" in err
     status, _, err = command("eval", "ckpt=nowhere/best")
     assert status == 2 and "nothing at this path" in err
+
+
+def test_eval_reads_another_root_and_compares_its_classes(command, tmp_path):
+    for root, names in [("one", "abc"), ("two", "abd")]:
+        for part in ("train", "val"):
+            for name in names:
+                folder = tmp_path / root / part / name
+                folder.mkdir(parents=True)
+                for number in range(2):
+                    Image.new("RGB", (40, 40), (90 * number, 60, 200)).save(folder / f"{number}.png")
+    small = [a for a in SMALL if not a.startswith("data.")]
+    images = ("data=imagefolder", f"data.root={tmp_path / 'one'}", "data.batch_size=2", "data.workers=0")
+    status, _, err = command("train", *small, *images, "trainer.max_epochs=1", "run.name=f")
+    assert status == 0, err
+    ckpt = f"ckpt={tmp_path / 'outputs/f/checkpoints/best'}"
+    assert command("eval", ckpt)[0] == 0
+    status, _, err = command("eval", ckpt, "data.root=/nowhere")
+    assert status == 2 and "/nowhere" in err
+    status, _, err = command("eval", ckpt, f"data.root={tmp_path / 'two'}")
+    assert status == 2 and "label 2 was 'c' and is 'd' here" in err
 
 
 def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):

@@ -69,17 +69,34 @@ def check_settings(config: dict[str, Any]) -> None:
     seed, precision = config["seed"], str(config["trainer"]["precision"])
     if type(seed) is not int or seed < 0:
         raise UserError(f"seed: must be a whole number of at least 0, got {seed!r}; set seed=0, for instance")
-    if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+    if precision in ("16-true", "bf16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
-            f"trainer: weights in half precision lose small updates and averages, got precision={precision}; "
-            "set trainer.precision=bf16-mixed or 16-mixed"
+            "trainer: weights are kept in 32 bits (half precision loses small updates and averages), "
+            f"got precision={precision}; set trainer.precision=bf16-mixed, 16-mixed or 32-true"
         )
+    check_trainer(config["trainer"])
+
+
+def check_trainer(settings: dict[str, Any]) -> None:
+    """Counts that Lightning would stumble over later."""
+    for name, least in [("max_epochs", 0), ("accumulate_grad_batches", 1), ("check_val_every_n_epoch", 1)]:
+        value = settings.get(name)
+        if value is not None and (type(value) is not int or (value < least and value != -1)):
+            raise UserError(
+                f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
+            )
 
 
 def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:
     monitor = config["checkpoint"]["monitor"]
     averaged = (config["callbacks"] or {}).get("ema") is not None
     names = [name for name in task.figures if averaged or not name.endswith("_ema")]
+    mode = "min" if "loss" in str(monitor) else "max"
+    if monitor in names and config["checkpoint"]["mode"] != mode:
+        given = config["checkpoint"]["mode"]
+        raise UserError(
+            f"checkpoint: the best {monitor} is its {mode}imum, got mode={given}; set checkpoint.mode={mode}"
+        )
     if monitor is not None and monitor not in names:
         raise UserError(
             f"checkpoint: monitor must be one of {', '.join(names)}, got {monitor!r}; set checkpoint.monitor"

@@ -18,12 +18,15 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.seconds, self.images, self._start, self._window = 0.0, 0, 0.0, (0.0, 0)
-        self._rate = 0.0
+        self._rate, self._warm = 0.0, False
 
     @property
     def images_per_second(self) -> float:
         """Mean since the first batch after the first (which warms up kernels and workers)."""
         return self.images / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._start = time.perf_counter()  # a run resumed within an epoch starts none
 
     def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -35,10 +38,10 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        if trainer.fit_loop.epoch_loop.total_batch_idx > 0:
+        if self._warm:
             self.seconds += now - self._start
             self.images += len(batch.images) * trainer.world_size
-        self._start = now
+        self._start, self._warm = now, True
         if trainer.global_step % trainer.log_every_n_steps:
             return
         task.log("lr", self._rate)

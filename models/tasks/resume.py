@@ -29,7 +29,7 @@ from models.tasks.checkpoint import Checkpoints, call_last
 log = logging.getLogger(__name__)
 
 # What must be the same in a continued run, and what in there may change all the same.
-SAME = ("model", "image_size", "data", "augment", "optimizer", "schedule", "task", "seed")
+SAME = ("model", "image_size", "data", "augment", "optimizer", "schedule", "task", "seed", "trainer")
 FREE = (
     *("data.root", "data.source.root", "data.source.path", "data.source.data_dir", "data.source.data_files"),
     *("data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
@@ -37,7 +37,17 @@ FREE = (
     "data.batch_size",  # the data module compares the batch of all processes together
     # copies of other settings
     *("model.attention", "model.image_size", "data.image_size", "data.eval.size", "data.num_classes", "data.seed"),
-    *("data.augment", "task.model", "task.optimizer", "task.schedule", "task.num_classes"),
+    *(f"trainer.{name}" for name in ("_target_", "max_epochs", "max_steps", "max_time", "accelerator", "devices")),
+    *(f"trainer.{name}" for name in ("strategy", "num_nodes", "precision", "log_every_n_steps", "limit_val_batches")),
+    *(f"trainer.{name}" for name in ("check_val_every_n_epoch", "deterministic", "benchmark")),
+    *(
+        "trainer.accumulate_grad_batches",
+        "data.augment",
+        "task.model",
+        "task.optimizer",
+        "task.schedule",
+        "task.num_classes",
+    ),
 )
 
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.cli import RunFailed, UserError
 from models.checkpoints import read_config, read_manifest
@@ -68,7 +69,7 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
     try:
-        checkpoint = find_resume(cfg.resume, run_dir)
+        checkpoint = find_resume(None if cfg.resume is None else str(cfg.resume), run_dir)
         if checkpoint is not None:
             compare_configs(read_config(checkpoint), config)
     except ValueError as error:
@@ -113,6 +114,8 @@ def _fit(
         raise SystemExit(stop.status) from None
     except NonFinite as error:
         raise RunFailed(str(error)) from None
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
     except ValueError as error:
         if is_ours(error):
             raise UserError(str(error)) from error
@@ -183,7 +186,7 @@ def _report(
     if (run_dir / "curves.png").exists():
         rows["curves"] = short(run_dir / "curves.png")
     print_table(title(config), rows)
-    if best is not None:
+    if (run_dir / "checkpoints" / "best").exists():
         print(f"evaluate: python eval.py ckpt={short(run_dir / 'checkpoints' / 'best')}")
     return best
 
