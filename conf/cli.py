@@ -140,6 +140,10 @@ def _refuse_lists_of_options() -> None:
         group, _, value = argument.partition("=")
         if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
             raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
+        if group in groups() and value in ("null", ""):
+            raise UserError(
+                f"{group}: must name one of {', '.join(options(group))}, got {value!r}; or leave {group}= out"
+            )
         if group in groups() and value.startswith("["):
             raise UserError(
                 f"{group}: one option can be chosen, got {value}; for one per stage write a YAML file with a list "
