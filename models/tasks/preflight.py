@@ -81,7 +81,7 @@ def check_trainer(settings: dict[str, Any]) -> None:
     """Counts that Lightning would stumble over later."""
     for name, least in [("max_epochs", 0), ("accumulate_grad_batches", 1), ("check_val_every_n_epoch", 1)]:
         value = settings.get(name)
-        if value is not None and (type(value) is not int or (value < least and value != -1)):
+        if value is not None and (type(value) is not int or (value < least and (name, value) != ("max_epochs", -1))):
             raise UserError(
                 f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
             )
