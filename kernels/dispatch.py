@@ -1,0 +1,98 @@
+"""Which path an operation takes, and the checks that all of them share.
+
+The fused path takes CUDA tensors, and any tensor when the process was started with TRITON_INTERPRET=1. Everything else
+is computed by the reference. Nothing falls back: an input that the fused path cannot take is refused with its limit.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_forced = False
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Every operation called inside computes its reference, whatever backend it is asked for."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def is_fused(who: str, backend: str, tensor: Tensor) -> bool:
+    """Whether an operation on this tensor takes the fused path.
+
+    Raises:
+        ValueError: an unknown backend, or backend "triton" where no kernel can run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{who}: backend must be {', '.join(BACKENDS)}, got {backend}; choose one of them")
+    if _forced or backend == "torch":
+        return False
+    if tensor.device.type == "cuda" or INTERPRETED:
+        return True
+    if backend == "triton":
+        raise ValueError(
+            f"{who}: backend=triton needs CUDA tensors, got {tensor.device.type}; use backend=auto, which computes the "
+            "same in PyTorch there, or start with TRITON_INTERPRET=1 to interpret the kernels"
+        )
+    return False
+
+
+def check_tensors(who: str, activations: dict[str, Tensor], others: dict[str, Tensor | None] | None = None) -> None:
+    """Refuses what no kernel takes: dtypes other than float32, float16, bfloat16, mixed dtypes or devices, 2³¹ rows.
+
+    Args:
+        who: name of the operation.
+        activations: tensors that must agree in dtype and device, by the name the caller knows.
+        others: parameters and tables; any floating dtype, the same device. None entries are skipped.
+    """
+    named = {**activations, **{name: t for name, t in (others or {}).items() if t is not None}}
+    devices = {name: t.device for name, t in named.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{who}: all tensors must be on one device, got {where}; move them to one")
+    dtypes = {name: t.dtype for name, t in activations.items()}
+    if len(set(dtypes.values())) > 1:
+        what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{who}: activations must have one dtype, got {what}; cast them to one")
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{who}: the kernels take float32, float16 and bfloat16, got {name} in {str(dtype).removeprefix('torch.')}; "
+                "cast it, or use backend=torch"
+            )
+    for name, t in named.items():
+        # a program finds its image with 64-bit arithmetic, and its place in the image with 32-bit arithmetic
+        if t.dim() and t.shape[0] and t.numel() // t.shape[0] >= 2**31:
+            raise ValueError(
+                f"{who}: one image of {name} must have fewer than 2^31 elements, got {t.numel() // t.shape[0]}; "
+                "use backend=torch"
+            )
+
+
+def check_head_dim(who: str, head_dim: int, most: int) -> None:
+    """Refuses heads that are wider than the registers of a program allow."""
+    if head_dim > most:
+        raise ValueError(
+            f"{who}: the kernels take at most {most} channels per head, got {head_dim}; use more heads, or backend=torch"
+        )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The float32 tensors among them in autocast's dtype where autocast is on: kernels are opaque to it."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)

@@ -1,0 +1,31 @@
+"""One way to launch a kernel, and the sizes that all of them need."""
+
+import torch
+import triton
+from torch import Tensor
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, stages: int = 2, **constants) -> None:
+    """Runs `kernel` on `grid` programs with positional arguments and constexpr keywords; nothing on an empty grid.
+
+    Multiply-adds are fused explicitly: Triton 3.10 no longer does it by default.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and `least`; `tl.dot` needs 16."""
+    return max(least, triton.next_power_of_2(n))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of `tl.dot`: exact products for float32 unless PyTorch's matrix products may use TF32 as well."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def rows(x_BNC: Tensor) -> Tensor:
+    """x with channels next to each other in memory, as every kernel reads them."""
+    return x_BNC if x_BNC.stride(-1) == 1 else x_BNC.contiguous()
