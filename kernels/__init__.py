@@ -17,17 +17,29 @@ from importlib import import_module
 
 from kernels.dispatch import reference as reference
 
+# modules, in the order in which they are listed everywhere
 OPERATIONS = (
     "depthwise_conv",
+    "routed_attention",
+    "window_attention",
+    "channel_attention",
+    "agent_attention",
+    "linear_attention",
+    "moh_attention",
+    "layer_norm",
 )
+from pathlib import Path  # TEMPORARY while the modules are being written
+
+OPERATIONS = tuple(n for n in OPERATIONS if Path(__file__).with_name(f"{n}.py").exists())
 
 
-def operation(name: str):
-    """The `Operation` of that name.
+def operations_of(module: str) -> tuple:
+    """The `Operation`s that a module of this folder defines.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such module.
     """
-    if name not in OPERATIONS:
-        raise ValueError(f"kernels: no operation is called {name}; choose from {', '.join(OPERATIONS)}")
-    return import_module(f"kernels.{name}").OPERATION
+    if module not in OPERATIONS:
+        raise ValueError(f"kernels: no operation is called {module}; choose from {', '.join(OPERATIONS)}")
+    found = import_module(f"kernels.{module}")
+    return getattr(found, "OPERATIONS", None) or (found.OPERATION,)

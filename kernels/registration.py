@@ -4,13 +4,27 @@
 these: `custom_op` with `register_autograd` costs two to three times the time per call on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "vision_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+_launching = False
+
+
+@contextmanager
+def launching_fakes() -> Iterator[None]:
+    """Fake tensors reach the launch functions inside, so that `kernels.compile` sees what would be launched."""
+    global _launching
+    _launching = True
+    try:
+        yield
+    finally:
+        _launching = False
 
 
 def define(schema: str, launch: Callable, fake: Callable, flops: Callable) -> torch._ops.OpOverload:
@@ -26,7 +40,11 @@ def define(schema: str, launch: Callable, fake: Callable, flops: Callable) -> to
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CUDA", "CPU"):  # CPU: only ever reached when the kernels are interpreted
         LIBRARY.impl(name, launch, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+    def fake_or_launch(*arguments):
+        return (launch if _launching else fake)(*arguments)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_or_launch, lib=LIBRARY)
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     register_flop_formula(packet)(flops)
     return packet.default

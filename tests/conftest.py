@@ -1,4 +1,9 @@
-"""Shared by all tests: the command line in this process, in a folder of its own."""
+"""Shared by all tests: the command line in this process, in a folder of its own, and which tests run interpreted.
+
+Fused paths run on a GPU, or interpreted in a process that was started with TRITON_INTERPRET=1. Without a GPU such a
+process runs the tests of `tests/kernels` and those marked `fused`; any other process runs the rest. `make test` starts
+both; `pytest tests/kernels` alone is interpreted by itself.
+"""
 
 import os
 import sys
@@ -7,7 +12,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "tests" / "kernels"
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+def pytest_configure(config):
+    paths = [Path(config.invocation_params.dir, argument.partition("::")[0]) for argument in config.args]
+    if all(path.is_relative_to(KERNELS) for path in paths) and not _gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    if _gpu():
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    chosen = [i for i in items if interpreted == (i.path.is_relative_to(KERNELS) or "fused" in i.keywords)]
+    config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
+    items[:] = chosen
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture

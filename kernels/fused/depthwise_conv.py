@@ -204,7 +204,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, in
         grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), K=K, BX=BX, BC=BC,
     )  # fmt: skip
     total = partial.sum(0)
-    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].contiguous()
+    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
 
 
 def backward(
@@ -233,5 +233,6 @@ def _convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=
         _convolve, (B * triton.cdiv(H, ROWS) * triton.cdiv(W, BX), triton.cdiv(C, BC)),
         x, taps, bias, other, out, H, W, C, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
         other.stride(0), other.stride(1),
-        K=K, BX=BX, BC=BC, BIAS=bias is not None, GELU=gelu, OTHER=has_other, SLOPE=slope, FLIP=flip,
+        warps=8 if K == 7 else 4, K=K, BX=BX, BC=BC, BIAS=bias is not None, GELU=gelu, OTHER=has_other, SLOPE=slope,
+        FLIP=flip,
     )  # fmt: skip

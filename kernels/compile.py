@@ -1,0 +1,194 @@
+"""Compiles the kernels ahead of time, on any machine, and prints what they take of a multiprocessor.
+
+    python -m kernels.compile                              every operation for sm_80 and sm_90, in bfloat16
+    python -m kernels.compile agent_attention --target sm_90 --dtype float32 --quick
+
+Nothing is listed by hand: the operations run on fake tensors of the benchmark's shapes, and every launch is recorded and
+compiled as it stands. Exit status 1 if a kernel spills registers or takes more shared memory than an sm_80 or sm_89
+multiprocessor is sure to give one program (99 KB).
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before kernels are defined
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import dispatch, registration
+from kernels.operation import Operation
+
+SHARED_LIMIT = 99 * 1024
+TARGETS = ("sm_80", "sm_90")
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
+    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types, constants and options that it was launched with."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # arguments that are multiples of 16
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler reports; bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: str
+
+    @property
+    def fits(self) -> bool:
+        return not self.spilled and self.shared <= SHARED_LIMIT
+
+
+def launches(operation: Operation, stages: list[str], dtype: torch.dtype) -> dict[Launch, str]:
+    """Every distinct launch of forward and backward on these stages, with the first stage that makes it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[Launch, str] = {}
+    for stage in stages:
+        with FakeTensorMode(), recorded(found, stage), registration.launching_fakes(), fused_on_cpu():
+            outputs = operation.run(**operation.inputs("cpu", dtype, **operation.stages[stage]), backend="triton")
+            differentiable = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+            if differentiable:
+                torch.autograd.backward(differentiable, [torch.ones_like(o) for o in differentiable])
+    return found
+
+
+@contextmanager
+def recorded(found: dict[Launch, str], stage: str) -> Iterator[None]:
+    """Launches inside are noted instead of run."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *arguments, **options: found.setdefault(_launch(kernel, arguments, options), stage)
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextmanager
+def fused_on_cpu() -> Iterator[None]:
+    before, dispatch.INTERPRETED = dispatch.INTERPRETED, True
+    try:
+        yield
+    finally:
+        dispatch.INTERPRETED = before
+
+
+def _launch(kernel: Any, arguments: tuple, options: dict) -> Launch:
+    """Types and constants as the launcher would specialise them: sizes of 1 are constants, multiples of 16 are known."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False))
+    named |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    signature, constants, aligned = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        if parameter.is_constexpr or value is None or (value is not True and isinstance(value, int) and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+            continue
+        signature.append((parameter.name, _type(value)))
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned.append(i)
+    return Launch(
+        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options["num_stages"]
+    )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """Compiles for `target`, e.g. "sm_90"; Triton keeps the result on disk."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    arch = int(target.removeprefix("sm_"))
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        name = f"sm_{arch}a" if arch >= 90 else target
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return Resources(
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spilled=int(spills[1]) + int(spills[2]),
+        shared=compiled.metadata.shared,
+        tensor_cores=next((n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in compiled.asm["ptx"]), "-"),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints one row per kernel; 1 if one of them does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.partition("\n")[0])
+    parser.add_argument("operations", nargs="*", help="names; all without any")
+    parser.add_argument("--target", action="append", help="sm_80, sm_90 ...; may be repeated; both of these without any")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--quick", action="store_true", help="only the first of each operation's shapes")
+    chosen = parser.parse_args(arguments)
+    for target in chosen.target or ():
+        if not re.fullmatch(r"sm_\d+", target):
+            parser.error(f"--target must be like sm_90, got {target}")
+    try:
+        operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{'operation':22} {'kernel':22} {'target':7} {'registers':>9} {'spilled':>7} {'shared KB':>9} {'cores':6} shape")
+    fit = True
+    for operation in operations:
+        stages = list(operation.stages)[: 1 if chosen.quick else None]
+        for launch, stage in launches(operation, stages, getattr(torch, chosen.dtype)).items():
+            for target in chosen.target or TARGETS:
+                found = resources(launch, target)
+                fit &= found.fits
+                print(
+                    f"{operation.name:22} {launch.kernel.__name__:22} {target:7} {found.registers:9} {found.spilled:7} "
+                    f"{found.shared / 1024:9.1f} {found.tensor_cores:6} {stage}{'' if found.fits else '   <- does not fit'}",
+                    flush=True,
+                )
+    return 0 if fit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
