@@ -155,7 +155,9 @@ def resources(launch: Launch, target: str) -> Resources:
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spilled=int(spills[1]) + int(spills[2]),
         shared=compiled.metadata.shared,
-        tensor_cores=next((n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in compiled.asm["ptx"]), "-"),
+        tensor_cores=next(
+            (n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in compiled.asm["ptx"]), "-"
+        ),
     )
 
 
@@ -163,7 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints one row per kernel; 1 if one of them does not fit."""
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.partition("\n")[0])
     parser.add_argument("operations", nargs="*", help="names; all without any")
-    parser.add_argument("--target", action="append", help="sm_80, sm_90 ...; may be repeated; both of these without any")
+    parser.add_argument(
+        "--target", action="append", help="sm_80, sm_90 ...; may be repeated; both of these without any"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="only the first of each operation's shapes")
     chosen = parser.parse_args(arguments)
@@ -174,7 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
         operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
     except ValueError as error:
         parser.error(str(error))
-    print(f"{'operation':22} {'kernel':22} {'target':7} {'registers':>9} {'spilled':>7} {'shared KB':>9} {'cores':6} shape")
+    print(
+        f"{'operation':22} {'kernel':22} {'target':7} {'registers':>9} {'spilled':>7} {'shared KB':>9} {'cores':6} shape"
+    )
     fit = True
     for operation in operations:
         stages = list(operation.stages)[: 1 if chosen.quick else None]

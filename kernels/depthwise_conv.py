@@ -228,7 +228,9 @@ STAGES = {
 def _channels_first(x_BNC: Tensor, grid: tuple[int, ...], weight: Tensor, bias: Tensor | None, **options) -> Tensor:
     """As the authors' codes do it: a contiguous (B, C, H, W) map, conv2d, and back."""
     x_BCHW = x_BNC.unflatten(1, grid[:2]).permute(0, 3, 1, 2).contiguous()
-    y = F.conv2d(x_BCHW, weight.to(x_BNC.dtype), bias.to(x_BNC.dtype), padding=weight.shape[-1] // 2, groups=len(weight))
+    y = F.conv2d(
+        x_BCHW, weight.to(x_BNC.dtype), bias.to(x_BNC.dtype), padding=weight.shape[-1] // 2, groups=len(weight)
+    )
     y = F.gelu(y) if options.get("gelu") else y
     return y.flatten(2).transpose(1, 2).contiguous()
 

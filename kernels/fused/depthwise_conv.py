@@ -2,7 +2,8 @@
 
 A program computes 4 rows × BX columns × BC channels. Going through the input rows it adds each shifted row to every
 output row that sees it, so an output costs k (4 + k - 1) / 4 loads instead of k². Channels are the fast axis of memory:
-loads are 128 bits wide, and the shifted ones hit the L1 cache.
+loads are 128 bits wide, and the shifted ones hit the L1 cache. The rows of one shift are loaded together, which hides
+their latency; the shifts are a loop, because the assembler would issue the loads of all of them and run out of registers.
 """
 
 import torch
@@ -11,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused.launch import launch, power_of_2, rows
-
-ROWS = 4
 
 
 @triton.jit
@@ -39,26 +38,25 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _finish(acc, y, image, x, c, inside, H, W, out, out_batch, out_row, other, other_batch, other_row,
-            GELU: tl.constexpr, OTHER: tl.constexpr, SLOPE: tl.constexpr):  # fmt: skip
+def _finish(
+    acc, keep, place, out, out_row, other, other_row, GELU: tl.constexpr, OTHER: tl.constexpr, SLOPE: tl.constexpr
+):
     """Stores one row: gelu(acc) + other, or with SLOPE other · gelu'(acc)."""
-    keep = inside & (y < H)
-    place = y * W + x[:, None]
     if SLOPE:
         acc = _gelu_slope(acc)
     elif GELU:
         acc = _gelu(acc)
     if OTHER:
-        more = tl.load(other + image * other_batch + place * other_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        more = tl.load(other + place * other_row, mask=keep, other=0.0).to(tl.float32)
         acc = acc * more if SLOPE else acc + more
-    tl.store(out + image * out_batch + place * out_row + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
+    tl.store(out + place * out_row, acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _convolve(
     x, weight, bias, other, out, H, W, C, x_batch, x_row, out_batch, out_row, other_batch, other_row,
-    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, OTHER: tl.constexpr,
-    SLOPE: tl.constexpr, FLIP: tl.constexpr,
+    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    OTHER: tl.constexpr, SLOPE: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     image, y, col, c = _tile(H, W, C, BX, BC)
     x += image * x_batch
@@ -69,7 +67,7 @@ def _convolve(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    for dx in tl.static_range(K):
+    for dx in range(K):
         seen = col + (dx - K // 2)
         columns = ((seen >= 0) & (seen < W))[:, None] & live[None, :]
         for i in tl.static_range(4 + K - 1):
@@ -89,10 +87,13 @@ def _convolve(
                     else:
                         acc3 += value * w
     inside = (col < W)[:, None] & live[None, :]
-    _finish(acc0, y, image, col, c, inside, H, W, out, out_batch, out_row, other, other_batch, other_row, GELU, OTHER, SLOPE)
-    _finish(acc1, y + 1, image, col, c, inside, H, W, out, out_batch, out_row, other, other_batch, other_row, GELU, OTHER, SLOPE)
-    _finish(acc2, y + 2, image, col, c, inside, H, W, out, out_batch, out_row, other, other_batch, other_row, GELU, OTHER, SLOPE)
-    _finish(acc3, y + 3, image, col, c, inside, H, W, out, out_batch, out_row, other, other_batch, other_row, GELU, OTHER, SLOPE)
+    place = y * W + col[:, None]
+    out += image * out_batch + c[None, :]
+    other += image * other_batch + c[None, :]
+    _finish(acc0, inside & (y < H), place, out, out_row, other, other_row, GELU, OTHER, SLOPE)
+    _finish(acc1, inside & (y + 1 < H), place + W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
+    _finish(acc2, inside & (y + 2 < H), place + 2 * W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
+    _finish(acc3, inside & (y + 3 < H), place + 3 * W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
 
 
 @triton.jit
@@ -182,7 +183,9 @@ def forward(
     return out
 
 
-def input_gradient(grad: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int, int], *, add: bool = False) -> Tensor:
+def input_gradient(
+    grad: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int, int], *, add: bool = False
+) -> Tensor:
     """The gradient of x (without GELU) into `out`, or on top of what is there."""
     _convolve_into(out, grad, weight, None, grid, other=out if add else None, flip=True)
     if grid[2] and not add:
@@ -230,9 +233,9 @@ def _convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=
     taps = weight.reshape(C, K * K).t().contiguous()
     BX, BC = tiles(W, C)
     launch(
-        _convolve, (B * triton.cdiv(H, ROWS) * triton.cdiv(W, BX), triton.cdiv(C, BC)),
+        _convolve, (B * triton.cdiv(H, 4) * triton.cdiv(W, BX), triton.cdiv(C, BC)),
         x, taps, bias, other, out, H, W, C, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
         other.stride(0), other.stride(1),
-        warps=8 if K == 7 else 4, K=K, BX=BX, BC=BC, BIAS=bias is not None, GELU=gelu, OTHER=has_other, SLOPE=slope,
+        K=K, BX=BX, BC=BC, BIAS=bias is not None, GELU=gelu, OTHER=has_other, SLOPE=slope,
         FLIP=flip,
     )  # fmt: skip

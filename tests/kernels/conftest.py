@@ -14,7 +14,9 @@ def poisoned(monkeypatch):
         return buffer.fill_(float("nan") if buffer.is_floating_point() else 97)
 
     def like(tensor, size=None, **options):
-        return poison(tensor.shape if size is None else size, **{"dtype": tensor.dtype, "device": tensor.device, **options})
+        return poison(
+            tensor.shape if size is None else size, **{"dtype": tensor.dtype, "device": tensor.device, **options}
+        )
 
     monkeypatch.setattr(torch, "empty", poison)
     monkeypatch.setattr(torch, "empty_like", like)

@@ -14,7 +14,9 @@ from kernels import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = {o.name: o for module in kernels.OPERATIONS for o in kernels.operations_of(module)}
-CASES = [pytest.param(o, shape, id=f"{o.name}: {name}") for o in OPERATIONS.values() for name, shape in o.checks.items()]
+CASES = [
+    pytest.param(o, shape, id=f"{o.name}: {name}") for o in OPERATIONS.values() for name, shape in o.checks.items()
+]
 # the first check of each operation is the one that is cheap and typical
 TYPICAL = [pytest.param(o, next(iter(o.checks.values())), id=o.name) for o in OPERATIONS.values()]
 HALF = [torch.float16, torch.bfloat16]
@@ -217,12 +219,12 @@ def test_reference_and_backends_choose_the_path(operation, shape, monkeypatch):
 
 @pytest.mark.parametrize(("operation", "shape"), TYPICAL)
 def test_refuses_what_no_kernel_takes(operation, shape, monkeypatch):
-    with pytest.raises(ValueError, match="the kernels take float32, float16 and bfloat16, got .* in float64; cast it"):
+    with pytest.raises(ValueError, match=r"the kernels take float32, float16 and bfloat16, got .* in float64; cast it"):
         operation.run(**converted(operation.inputs(DEVICE, torch.float32, **shape), torch.float64))
     inputs = operation.inputs(DEVICE, torch.float32, **shape)
-    first, *others = (name for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point())
+    _, *others = (name for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point())
     if others:
-        with pytest.raises(ValueError, match="all tensors must be on one device, got .* on meta"):
+        with pytest.raises(ValueError, match=r"all tensors must be on one device, got .* on meta"):
             operation.run(**{**inputs, others[0]: inputs[others[0]].detach().to("meta")})
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     if DEVICE == "cpu":

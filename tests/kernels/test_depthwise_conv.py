@@ -1,0 +1,65 @@
+"""What is particular to the depth-wise convolution."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.depthwise_conv import depthwise_conv, inputs, reference
+from kernels.fused import depthwise_conv as fused
+
+
+def test_is_conv2d():
+    x, weight, bias = torch.randn(2, 6 * 9, 16), torch.randn(16, 1, 5, 5), torch.randn(16)
+    wanted = F.conv2d(x.unflatten(1, (6, 9)).permute(0, 3, 1, 2), weight, bias, padding=2, groups=16)
+    found = depthwise_conv(x, (6, 9), weight, bias)
+    torch.testing.assert_close(found, wanted.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+def test_a_single_one_in_the_middle_is_the_identity():
+    x = torch.randn(1, 2 + 5 * 3, 24)
+    weight = torch.zeros(24, 1, 7, 7)
+    weight[:, :, 3, 3] = 1
+    y = depthwise_conv(x, (5, 3, 2), weight)
+    assert torch.equal(y[:, 2:], x[:, 2:]) and not y[:, :2].any()
+
+
+def test_adds_in_place_to_what_is_there(poisoned):
+    """Other operations add their convolution to their own output, and its gradient to one that they hold."""
+    kw = inputs("cpu", torch.float32, batch=2, grid=(5, 6, 1), dim=32)
+    x, weight, bias = kw["x_BNC"].detach(), kw["weight"].detach(), kw["bias"].detach()
+    there = torch.randn(x.shape)
+    wanted = there + reference(x, (5, 6, 1), weight, bias)
+    out = there.clone()
+    fused.forward(x, weight, bias, out, (5, 6, 1), residual=out)
+    torch.testing.assert_close(out, wanted)
+    total = there.clone()
+    fused.input_gradient(x, weight, total, (5, 6, 1), add=True)
+    flipped = reference(x, (5, 6, 1), weight.flip(2, 3))
+    torch.testing.assert_close(total, there + flipped)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 33), (13, 1), (49, 2)], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_any_map(size, kernel):
+    kw = inputs("cpu", torch.float32, batch=1, grid=size, dim=8, kernel=kernel)
+    torch.testing.assert_close(depthwise_conv(**kw), reference(**kw), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"grid": (4, 5)},
+            r"depthwise_conv: x must be \(B, 0 \+ 4\*5, C\), got \(1, 16, 8\); pass the grid of this map",
+        ),
+        ({"weight": torch.zeros(8, 1, 4, 4)}, r"weight must be \(8, 1, k, k\) with odd k, got \(8, 1, 4, 4\)"),
+        ({"weight": torch.zeros(8, 1, 9, 9)}, r"the kernels go up to 7x7 weights, got 9; use backend=torch"),
+        ({"bias": torch.zeros(4)}, r"bias must be \(8,\), got \(4,\); give one number per channel"),
+        ({"residual": torch.zeros(1, 9, 8)}, r"residual must be shaped as x \(1, 16, 8\), got \(1, 9, 8\)"),
+        ({"residual": torch.zeros(1, 16, 8).half()}, r"activations must have one dtype, got x torch.float32, residual"),
+    ],
+)
+def test_refuses(change, message):
+    kw = {"x_BNC": torch.zeros(1, 16, 8), "grid": (4, 4), "weight": torch.zeros(8, 1, 3, 3), "bias": torch.zeros(8)}
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(**{**kw, **change})
