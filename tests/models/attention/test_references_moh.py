@@ -122,6 +122,11 @@ def test_load_balance_and_its_gradients(name: str) -> None:
     loss.backward()
     recorded = reference.arrays(name)
     wg = module.router.wg.weight.grad
+    if module.router.routed == module.router.num_heads - module.router.shared:
+        # every routed head is chosen by every token, so the loss is constant: what is recorded is the rounding of zero
+        assert loss.item() == pytest.approx(module.router.routed) and np.abs(recorded["aux_grad_wg"]).max() < 1e-6
+        assert wg.abs().max() < 1e-6 and x.grad.abs().max() < 1e-6
+        return
     assert reference.compare(name, "aux_grad_wg", wg) <= parity.GRADIENT
     assert_first_values(name, "aux_grad_input", x.grad)
     theirs = dict(zip(reference.info(name)["param_names"], recorded["aux_grad_norms"], strict=True))
