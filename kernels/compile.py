@@ -3,8 +3,8 @@
     python -m kernels.compile                              every operation for sm_80 and sm_90, in bfloat16
     python -m kernels.compile agent_attention --target sm_90 --dtype float32 --quick
 
-Nothing is listed by hand: the operations run on fake tensors of the benchmark's shapes, and every launch is recorded and
-compiled as it stands. Exit status 1 if a kernel spills registers or takes more shared memory than an sm_80 or sm_89
+Nothing is listed by hand: the operations run on fake tensors of the benchmark's shapes, and every launch is recorded
+and compiled as it stands. Exit status 1 if a kernel spills registers or takes more shared memory than an sm_80 or sm_89
 multiprocessor is sure to give one program (99 KB).
 """
 
@@ -100,7 +100,7 @@ def fused_on_cpu() -> Iterator[None]:
 
 
 def _launch(kernel: Any, arguments: tuple, options: dict) -> Launch:
-    """Types and constants as the launcher would specialise them: sizes of 1 are constants, multiples of 16 are known."""
+    """Types and constants as the launcher specialises them: sizes of 1 are constants, multiples of 16 are known."""
     named = dict(zip(kernel.arg_names, arguments, strict=False))
     named |= {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, constants, aligned = [], [], []
@@ -178,9 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
         operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
     except ValueError as error:
         parser.error(str(error))
-    print(
-        f"{'operation':22} {'kernel':22} {'target':7} {'registers':>9} {'spilled':>7} {'shared KB':>9} {'cores':6} shape"
-    )
+    row = "{:22} {:22} {:7} {:>9} {:>7} {:>9} {:6} {}".format
+    print(row("operation", "kernel", "target", "registers", "spilled", "shared KB", "cores", "shape"))
     fit = True
     for operation in operations:
         stages = list(operation.stages)[: 1 if chosen.quick else None]
@@ -188,11 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
             for target in chosen.target or TARGETS:
                 found = resources(launch, target)
                 fit &= found.fits
-                print(
-                    f"{operation.name:22} {launch.kernel.__name__:22} {target:7} {found.registers:9} {found.spilled:7} "
-                    f"{found.shared / 1024:9.1f} {found.tensor_cores:6} {stage}{'' if found.fits else '   <- does not fit'}",
-                    flush=True,
-                )
+                numbers = found.registers, found.spilled, f"{found.shared / 1024:.1f}", found.tensor_cores
+                note = "" if found.fits else "   <- does not fit"
+                print(row(operation.name, launch.kernel.__name__, target, *numbers, stage + note), flush=True)
     return 0 if fit else 1
 
 

@@ -137,7 +137,8 @@ forward_op = define(
     _flops,
 )
 backward_op = define(
-    f"depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, {_SIZES}) -> (Tensor, Tensor, Tensor)",
+    f"depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, {_SIZES})"
+    " -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,

@@ -69,8 +69,8 @@ def check_tensors(who: str, activations: dict[str, Tensor], others: dict[str, Te
     for name, dtype in dtypes.items():
         if dtype not in DTYPES:
             raise ValueError(
-                f"{who}: the kernels take float32, float16 and bfloat16, got {name} in {str(dtype).removeprefix('torch.')}; "
-                "cast it, or use backend=torch"
+                f"{who}: the kernels take float32, float16 and bfloat16, "
+                f"got {name} in {str(dtype).removeprefix('torch.')}; cast it, or use backend=torch"
             )
     for name, t in named.items():
         # a program finds its image with 64-bit arithmetic, and its place in the image with 32-bit arithmetic
@@ -85,7 +85,8 @@ def check_head_dim(who: str, head_dim: int, most: int) -> None:
     """Refuses heads that are wider than the registers of a program allow."""
     if head_dim > most:
         raise ValueError(
-            f"{who}: the kernels take at most {most} channels per head, got {head_dim}; use more heads, or backend=torch"
+            f"{who}: the kernels take at most {most} channels per head, got {head_dim}; "
+            "use more heads, or backend=torch"
         )
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     "models.backbones": ["=models.attention", "models.layers"],  # the contract, no mechanism by name
     "models.checkpoints": [],
     "models.probes": ["models.layers"],
-    "models.tasks": ["models.checkpoints", "models.factory", "models.layers", "conf.cli"],
+    "models.tasks": ["models.attention.backend", "models.checkpoints", "models.factory", "models.layers", "conf.cli"],
     "models.factory": ["conf", "=models.backbones.base"],
     "models.tables": ["conf", "=models", "=models.attention", "models.factory"],
     "models": ["conf", "models.factory"],

@@ -3,7 +3,7 @@
 A program computes 4 rows × BX columns × BC channels. Going through the input rows it adds each shifted row to every
 output row that sees it, so an output costs k (4 + k - 1) / 4 loads instead of k². Channels are the fast axis of memory:
 loads are 128 bits wide, and the shifted ones hit the L1 cache. The rows of one shift are loaded together, which hides
-their latency; the shifts are a loop, because the assembler would issue the loads of all of them and run out of registers.
+their latency; the shifts are a loop, because the assembler would issue all their loads and run out of registers.
 """
 
 import torch

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+BACKENDS = ("auto", "triton", "torch")
 KINDS = frozenset({"vit", "hierarchical", "convnet", "hybrid"})
 
 
@@ -67,6 +68,19 @@ class Accepts:
     gates: bool = True
 
 
+class Runs(NamedTuple):
+    """How a mixer computes on a GPU: by one of our Triton kernels, or in PyTorch.
+
+    operation: the module of `kernels`, or what PyTorch calls it.
+    fused: whether it is a Triton kernel.
+    reason: why it is not, where a user may ask.
+    """
+
+    operation: str
+    fused: bool
+    reason: str = ""
+
+
 class Refused(ValueError):
     """Raised by a mechanism for a site that it cannot serve: the reason, and the setting that mends it."""
 
@@ -77,7 +91,11 @@ class Refused(ValueError):
 
 @runtime_checkable
 class Attention(Protocol):
-    """A mixer of tokens: output and input have the same shape, for any grid and batch size."""
+    """A mixer of tokens: output and input have the same shape, for any grid and batch size.
+
+    A mixer that has a Triton kernel also has `runs() -> Runs`, and an attribute `backend`: "auto" (the kernel on a GPU,
+    PyTorch elsewhere), "triton" (refused where it would not be the kernel) or "torch"; the results agree to rounding.
+    """
 
     accepts: Accepts
 
@@ -123,11 +141,22 @@ def check(mixer: nn.Module, site: Site) -> None:
             f"it works on the map alone and cannot take the {site.grid.prefix} class token(s) in front of it",
             "set model.class_token=false",
         )
+    backend, runs = runs_of(mixer)
+    if backend not in BACKENDS:
+        raise Refused(f"backend={backend} is unknown", f"set attention.backend to {', '.join(BACKENDS)}")
+    if backend == "triton" and not runs.fused:
+        raise Refused(f"{runs.operation} has no Triton kernel: {runs.reason}", "set attention.backend=auto")
     if site.kind not in mixer.accepts.kinds:
         raise Refused(
             f"it does not work in a backbone of kind {site.kind}",
             f"choose a model of kind {' or '.join(sorted(mixer.accepts.kinds))}",
         )
+
+
+def runs_of(mixer: nn.Module) -> tuple[str, Runs]:
+    """The backend that a mixer is asked for, and how it computes on a GPU if that is "auto"."""
+    runs = mixer.runs() if hasattr(mixer, "runs") else Runs(type(mixer).__name__, False, "it is written in PyTorch")
+    return getattr(mixer, "backend", "auto"), runs
 
 
 def _per_stage(attention: AttentionFactory | Sequence[AttentionFactory], stages: int) -> list[AttentionFactory]:

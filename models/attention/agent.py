@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Grid, Site
+from kernels.agent_attention import agent_attention as fused_agent_attention
+from kernels.depthwise_conv import LARGEST
+from models.attention import Grid, Runs, Site
 from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
 from models.layers.reduction import SpatialReduction
 
@@ -31,6 +33,7 @@ def agent_attention(
     bias: bool = True,
     bias_size: int = 7,
     qkv_bias: bool = True,
+    backend: str = "auto",
 ) -> MultiHead:
     """Attention through agents pooled from the queries: linear in tokens for a fixed number of agents.
 
@@ -46,6 +49,7 @@ def agent_attention(
         bias: learned agent biases B1 and B2, or none.
         bias_size: side of their coarse tables, interpolated to the map.
         qkv_bias: bias of the projection.
+        backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
@@ -65,7 +69,7 @@ def agent_attention(
         gather = AgentBias(site.num_heads, trained, reduce.reduced(grid) if reduce else grid, bias_size)
         scatter = AgentBias(site.num_heads, trained, grid, bias_size)
     core = AgentCore(site.num_heads, dim, agents, kernel_size=kernel_size, gather_bias=gather, scatter_bias=scatter)
-    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias)
+    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
 
 
 def agent_grid(agent_tokens: int | Sequence[int]) -> tuple[int, int]:
@@ -112,6 +116,8 @@ class AgentCore(nn.Module):
         gather_bias, scatter_bias: `AgentBias` of the keys (B1) and of the queries (B2), or None.
     """
 
+    finds_windows = False
+
     def __init__(
         self,
         num_heads: int,
@@ -127,6 +133,22 @@ class AgentCore(nn.Module):
         self.num_heads, self.agents, self.scale = num_heads, agents, head_dim**-0.5
         self.gather_bias, self.scatter_bias = gather_bias, scatter_bias
         self.dwc = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `models.attention.multihead.Core`."""
+        if self.dwc.kernel_size[0] > LARGEST:
+            return Runs("agent attention", False, f"the kernel goes up to {LARGEST}x{LARGEST} convolutions")
+        return Runs("agent_attention", True)
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `models.attention.multihead.Core`."""
+        gather_MAN = scatter_MNA = None
+        if self.gather_bias is not None:
+            gather_MAN, scatter_MNA = self.gather_bias(grid, self.agents), self.scatter_bias(grid, self.agents).mT
+        return fused_agent_attention(
+            qkv_BNC, grid, num_heads, self.agents, gather_bias_MAN=gather_MAN, scatter_bias_MNA=scatter_MNA,
+            weight=self.dwc.weight, bias=self.dwc.bias, scale=self.scale,
+        )  # fmt: skip
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         agents_BMAD = self.pool(q_BMND, grid)

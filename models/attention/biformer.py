@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Mixed, Refused, Site
-from models.attention.multihead import head_channels, split_heads
+from kernels.depthwise_conv import LARGEST, depthwise_conv
+from kernels.dispatch import is_fused
+from kernels.routed_attention import region_means, routed_attention, select_regions
+from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention.multihead import gated_heads, head_channels, split_heads
 from models.layers import window as windows
 from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
@@ -42,6 +45,7 @@ class BiLevelRoutingAttention(nn.Module):
         kv_pool: module (W, C, height, width) → (W, C, height', width') without parameters that thins out the keys and
             values of each region, e.g. `nn.AdaptiveAvgPool2d(2)`; None for none.
         output_projection: False leaves the last projection out.
+        backend: "auto", "triton" or "torch".
 
     Raises:
         Refused: the heads do not divide the channels, or the map has fewer than `topk` regions.
@@ -62,8 +66,10 @@ class BiLevelRoutingAttention(nn.Module):
         routing: str = "hard",
         kv_pool: nn.Module | None = None,
         output_projection: bool = True,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.topk = _topk(topk)
         _check_options(num_regions, lepe_kernel, padding, routing, self.topk)
         self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
@@ -78,6 +84,9 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         x, tiled, size = self._tile(x_BNC, grid)
+        if self.runs().fused and is_fused("routed_attention", self.backend, x):
+            o = self._forward_fused(x, tiled, size)
+            return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
         q_BNC, kv_BNC = self.qkv(x).split([self.qk_dim, self.qk_dim + self.dim], dim=-1)
         q_WTC, kv_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, kv_BNC))
         kv_WSC = self._pool(kv_WTC, size)
@@ -86,8 +95,36 @@ class BiLevelRoutingAttention(nn.Module):
         o_WTC = self._attend(q_WTC, kv_WSC)
         o = windows.merge(o_WTC, tiled.height, tiled.width, size)
         if self.lepe is not None:
-            o = o + _enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled)
-        return Mixed(self.proj(_gate(_crop(o, tiled, grid), gates_BNM)), {})
+            o = _enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled, o, self.backend)
+        return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
+
+    def runs(self) -> Runs:
+        """See `models.attention.Runs`."""
+        if self.router is None:
+            return Runs("scaled_dot_product_attention", False, "topk is all, so there is nothing to route")
+        if self.router.kind != "hard" or self.kv_pool is not None:
+            return Runs("routed attention", False, "soft routing and kv_pool are experiments that have no kernel")
+        if self.lepe is not None and self.lepe.kernel_size[0] > LARGEST:
+            return Runs("routed attention", False, f"the kernel goes up to {LARGEST}x{LARGEST} LePE weights")
+        return Runs("routed_attention", True)
+
+    def _forward_fused(self, x_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> Tensor:
+        """Attention and LePE straight from the packed projection; no region is copied."""
+        routes_BRK = self._routes_fused(x_BNC, tiled, size)
+        lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        return routed_attention(
+            self.qkv(x_BNC), routes_BRK, tiled[:2], size, self.num_heads, qk_dim=self.qk_dim, scale=self.scale,
+            lepe_weight=lepe_weight, lepe_bias=lepe_bias, backend=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _routes_fused(self, x_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> Tensor:
+        mean_BRC = region_means(x_BNC, tiled[:2], size, backend=self.backend)
+        with full_precision(x_BNC.device):
+            weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
+            q_BRC, k_BRC = F.linear(mean_BRC, weight, bias).chunk(2, dim=-1)
+        topk = min(self.router.topk, mean_BRC.shape[1])
+        return select_regions(q_BRC, k_BRC, topk, self.scale, backend=self.backend)
 
     @torch.no_grad()
     def routes(self, x_BNC: Tensor, grid: Grid) -> Tensor:
@@ -218,12 +255,22 @@ class LePEAttention(nn.Module):
         lepe_kernel: side of the convolution.
         lepe_input: what it convolves: "x", the input (the released BiFormer-T, S, B), or "v", the values.
         qkv_bias: bias of the projection.
+        backend: of the convolution: "auto", "triton" or "torch". The attention is PyTorch's own fused kernel.
     """
 
     accepts = Accepts()
 
-    def __init__(self, site: Site, *, lepe_kernel: int = 5, lepe_input: str = "x", qkv_bias: bool = False) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        lepe_kernel: int = 5,
+        lepe_input: str = "x",
+        qkv_bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
+        self.backend = backend
         if lepe_input not in ("x", "v"):
             raise ValueError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
         self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site) ** -0.5, lepe_input
@@ -236,7 +283,11 @@ class LePEAttention(nn.Module):
         q, k, v = split_heads(qkv_BNC, 3, self.num_heads)
         o = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
         source = x_BNC if self.lepe_input == "x" else qkv_BNC.chunk(3, dim=-1)[2]
-        return Mixed(self.proj(_gate(o + _enhance(self.lepe, source, grid), gates_BNM)), {})
+        return Mixed(self.proj(gated_heads(_enhance(self.lepe, source, grid, o, self.backend), gates_BNM)), {})
+
+    def runs(self) -> Runs:
+        """See `models.attention.Runs`."""
+        return Runs("scaled_dot_product_attention", False, "dense attention is PyTorch's own fused kernel")
 
 
 def _topk(topk: int | str) -> int | None:
@@ -273,15 +324,11 @@ def _depthwise(dim: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
 
-def _enhance(conv: nn.Module, x_BNC: Tensor, grid: Grid) -> Tensor:
-    """The convolution of the map; zero for class tokens in front of it."""
-    return F.pad(to_tokens(conv(to_map(x_BNC, grid))), (0, 0, grid.prefix, 0))
-
-
-def _gate(o_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
-    if gates_BNM is None:
-        return o_BNC
-    return (o_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(2)
+def _enhance(conv: nn.Conv2d, x_BNC: Tensor, grid: Grid, o_BNC: Tensor, backend: str) -> Tensor:
+    """o plus the convolution of the map; class tokens in front of it get none."""
+    if conv.kernel_size[0] > LARGEST:
+        backend = "torch"
+    return depthwise_conv(x_BNC, grid, conv.weight, conv.bias, residual=o_BNC, backend=backend)
 
 
 def _extend(x_BNC: Tensor, grid: Grid, larger: Grid) -> Tensor:

@@ -6,21 +6,22 @@ Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per he
 
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Mixed, Site
-from models.attention.multihead import head_channels
-from models.layers.tokens import to_map, to_tokens
+from kernels.depthwise_conv import LARGEST, depthwise_conv
+from models.attention import Accepts, Grid, Mixed, Runs, Site
+from models.attention.multihead import gated_heads, head_channels
 
 
-def conv(site: Site, *, kernel_size: int = 7) -> "DepthwiseConv":
+def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> "DepthwiseConv":
     """A depth-wise convolution with zero padding; the map keeps its size.
 
     Args:
         site: the place in the backbone.
         kernel_size: side of the kernel in cells, odd.
+        backend: "auto", "triton" or "torch".
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"conv: kernel_size must be odd, got {kernel_size}; set attention.kernel_size to 3, 5 or 7")
-    return DepthwiseConv(site, kernel_size)
+    return DepthwiseConv(site, kernel_size, backend)
 
 
 class DepthwiseConv(nn.Module):
@@ -33,16 +34,21 @@ class DepthwiseConv(nn.Module):
     accepts = Accepts(prefix="refused")
     prenorm = False
 
-    def __init__(self, site: Site, kernel_size: int) -> None:
+    def __init__(self, site: Site, kernel_size: int, backend: str = "auto") -> None:
         super().__init__()
-        self.num_heads = site.num_heads
+        self.num_heads, self.backend = site.num_heads, backend
         head_channels(site)
         self.proj = nn.Conv2d(site.dim, site.dim, kernel_size, padding=kernel_size // 2, groups=site.dim)
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
-        o_BNC = to_tokens(self.proj(to_map(x_BNC, grid)))
-        if gates_BNM is not None:
-            o_BNC = (o_BNC.unflatten(2, (self.num_heads, -1)) * gates_BNM.unsqueeze(-1)).flatten(2)
-        return Mixed(o_BNC, {})
+        backend = self.backend if self.runs().fused else "torch"
+        o_BNC = depthwise_conv(x_BNC, grid, self.proj.weight, self.proj.bias, backend=backend)
+        return Mixed(gated_heads(o_BNC, gates_BNM), {})
+
+    def runs(self) -> Runs:
+        """See `models.attention.Runs`."""
+        if self.proj.kernel_size[0] > LARGEST:
+            return Runs("conv2d", False, f"the kernel goes up to {LARGEST}x{LARGEST} weights")
+        return Runs("depthwise_conv", True)

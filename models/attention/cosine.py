@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Site
+from models.attention import Accepts, Grid, Runs, Site
 from models.attention.multihead import MultiHead, head_channels
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
@@ -27,6 +27,7 @@ def cosine_attention(
     hidden: int = 512,
     qkv_bias: bool = True,
     head_dim: int | None = None,
+    backend: str = "auto",
 ) -> MultiHead:
     """Cosine attention over the map; prefix tokens are refused, since they have no position.
 
@@ -37,12 +38,14 @@ def cosine_attention(
         hidden: hidden channels of the MLP of the bias.
         qkv_bias: bias of the projection.
         head_dim: channels per head D; C / M by default.
+        backend: "auto" or "torch", which are the same: PyTorch's scaled_dot_product_attention computes it.
     """
     if hidden < 1:
         raise ValueError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
     size = site.grid[:2] if pretrain_size is None else _pair(pretrain_size)
     dim = head_dim or head_channels(site)
-    mixer = MultiHead(site, CosineCore(site.num_heads, dim, size, hidden), qkv_bias=qkv_bias, head_dim=dim)
+    core = CosineCore(site.num_heads, dim, size, hidden)
+    mixer = MultiHead(site, core, qkv_bias=qkv_bias, head_dim=dim, backend=backend)
     mixer.accepts = Accepts(prefix="refused")
     return mixer
 
@@ -59,6 +62,10 @@ class CosineCore(nn.Module):
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, head_dim))
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
         self.bias = ContinuousPositionBias(num_heads, pretrain_size, hidden)
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `Core`."""
+        return Runs("scaled_dot_product_attention", False, "dense attention with a bias is PyTorch's own fused kernel")
 
     def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         q, k, bias = (t.to(v_BMND.dtype) for t in self._logit_terms(q_BMND, k_BMND, grid))

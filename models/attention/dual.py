@@ -11,7 +11,8 @@ Shapes: B = batch, N = tokens, C = channels, M = heads or groups, D = channels p
 
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Mixed, Site
+from kernels.channel_attention import channel_attention
+from models.attention import Accepts, Grid, Mixed, Runs, Site
 from models.attention.multihead import MultiHead, head_channels
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
@@ -27,6 +28,7 @@ def dual_attention(
     cpe_kernel: int = 3,
     qkv_bias: bool = True,
     scale: str = "head_dim",
+    backend: str = "auto",
 ) -> nn.Module:
     """Window attention in even blocks, channel attention in odd ones; a stage of one block has windows only.
 
@@ -38,6 +40,7 @@ def dual_attention(
         qkv_bias: bias of the projection.
         scale: of the channel logits, which are sums over all tokens: "head_dim" (the paper), whose logits grow with the
             map, or "tokens" (N^-1/2), which keeps their spread on every resolution.
+        backend: "auto", "triton" or "torch".
     """
     size = (window, window) if isinstance(window, int) else tuple(window)
     if min(size) < 1:
@@ -48,30 +51,44 @@ def dual_attention(
         raise ValueError(f"dual: scale must be {' or '.join(SCALES)}, got {scale}; choose one of them")
     dim = head_channels(site)
     if site.block % 2:
-        mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias)
+        mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias, backend=backend)
     else:
-        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=size, qkv_bias=qkv_bias)
+        core = SoftmaxCore(site.num_heads, dim)
+        mixer = MultiHead(site, core, window=size, qkv_bias=qkv_bias, backend=backend)
     # channel attention alone could take class tokens, but the windows that it alternates with cannot
     mixer.accepts = Accepts(prefix="refused")
-    return Positioned(ConvPosition(site.dim, cpe_kernel), mixer) if cpe_kernel else mixer
+    return Positioned(ConvPosition(site.dim, cpe_kernel, backend), mixer) if cpe_kernel else mixer
 
 
 class ChannelCore(nn.Module):
     """Attention of the D channels of each group on one another; the sum over tokens is taken in float32."""
 
+    finds_windows = False
+
     def __init__(self, head_dim: int, scale: str = "head_dim") -> None:
         super().__init__()
         self.head_dim, self.scale = head_dim, scale
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `Core`."""
+        return Runs("channel_attention", True)
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
+        return channel_attention(qkv_BNC, num_heads, scale=self._scale(qkv_BNC.shape[1]))
 
     def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         return q_BMND @ self.channel_matrix(k_BMND, v_BMND).to(q_BMND.dtype).mT
 
     def channel_matrix(self, k_BMND: Tensor, v_BMND: Tensor) -> Tensor:
         """Weights (B, M, D, D) of every channel on every channel, in float32."""
-        scale = (self.head_dim if self.scale == "head_dim" else k_BMND.shape[2]) ** -0.5
+        scale = self._scale(k_BMND.shape[2])
         with full_precision(k_BMND.device):
             # sums over thousands of tokens leave the range of float16
             return ((k_BMND.float() * scale).mT @ v_BMND.float()).softmax(-1)
+
+    def _scale(self, tokens: int) -> float:
+        return (self.head_dim if self.scale == "head_dim" else tokens) ** -0.5
 
 
 class Positioned(nn.Module):
@@ -80,7 +97,11 @@ class Positioned(nn.Module):
     def __init__(self, position: nn.Module, mixer: nn.Module) -> None:
         super().__init__()
         self.position, self.mixer = position, mixer
-        self.accepts = mixer.accepts
+        self.accepts, self.backend = mixer.accepts, mixer.backend
+
+    def runs(self) -> Runs:
+        """See `models.attention.Runs`."""
+        return self.mixer.runs()
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         return self.mixer(self.position(x_BNC, grid), grid, gates_BNM)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Grid, Site
+from kernels.depthwise_conv import LARGEST
+from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
+from models.attention import Grid, Runs, Site
 from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
 from models.layers.precision import full_precision
 from models.layers.reduction import PooledReduction, SpatialReduction
@@ -32,6 +34,7 @@ def focused_linear_attention(
     kv_pool: int | None = None,
     lepe: bool = False,
     qkv_bias: bool = True,
+    backend: str = "auto",
 ) -> MultiHead:
     """Linear attention with features raised to a power: linear in tokens.
 
@@ -44,6 +47,7 @@ def focused_linear_attention(
         kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
         lepe: also add a 3×3 depth-wise convolution of V with its own weights per channel (CSWin).
         qkv_bias: bias of the projection.
+        backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: a power below 1, an even kernel, or both sr_ratio and kv_pool.
@@ -68,7 +72,7 @@ def focused_linear_attention(
         reduce = SpatialReduction(site.dim, sr_ratio)
     kv_grid = reduce.reduced(grid) if reduce else grid
     core = FocusedLinearCore(site.num_heads, dim, kv_grid, power=power, kernel_size=kernel_size, lepe=lepe)
-    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias)
+    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
 
 
 def focus(x_BMND: Tensor, power: float) -> Tensor:
@@ -97,6 +101,8 @@ class FocusedLinearCore(nn.Module):
         power, kernel_size, lepe: see `focused_linear_attention`.
     """
 
+    finds_windows = False
+
     def __init__(
         self,
         num_heads: int,
@@ -114,6 +120,21 @@ class FocusedLinearCore(nn.Module):
         self.positional_encoding = nn.Parameter(torch.zeros(1, kv_grid.cells, dim))
         self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim)
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `models.attention.multihead.Core`."""
+        if self.dwc.kernel_size[0] > LARGEST:
+            return Runs("linear attention", False, f"the kernel goes up to {LARGEST}x{LARGEST} convolutions")
+        return Runs("linear_attention", True)
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `models.attention.multihead.Core`."""
+        lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        return fused_focused_linear_attention(
+            qkv_BNC, grid, num_heads, power=self.power, scale_C=F.softplus(self.scale.float()),
+            position_NC=self.position(grid).transpose(1, 2).flatten(2)[0], weight=self.dwc.weight, bias=self.dwc.bias,
+            lepe_weight=lepe_weight, lepe_bias=lepe_bias,
+        )  # fmt: skip
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         with full_precision(q_BMND.device):

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, Mixed, Refused, Site
+from kernels.dispatch import is_fused
+from kernels.moh_attention import route_heads
+from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
+from models.attention.multihead import MultiHead
 from models.layers.precision import full_precision
 
 
@@ -28,6 +31,7 @@ class MoHAttention(nn.Module):
         core: factory of the attention whose heads are gated, any with `accepts.gates`.
         shared_heads: heads that are always active, a number or a fraction of all heads.
         routed_heads: heads that each token chooses among the others, a number or a fraction of all heads.
+        backend: of the router: "auto", "triton" or "torch"; the gated attention has its own.
 
     1 is one head, 1.0 all of them. The defaults keep about three quarters of the heads active, half of those shared.
     Where fractions leave fewer than two heads to choose from, all heads are shared.
@@ -45,6 +49,7 @@ class MoHAttention(nn.Module):
         core: AttentionFactory,
         shared_heads: int | float = 0.375,
         routed_heads: int | float = 0.375,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         shared, routed = resolve_heads(site.num_heads, shared_heads, routed_heads)
@@ -55,7 +60,14 @@ class MoHAttention(nn.Module):
                 f"moh cannot gate the heads of {type(self.mixer).__name__}",
                 "choose another attention.core, e.g. softmax",
             )
-        self.router = HeadRouter(site.dim, site.num_heads, shared, routed)
+        if isinstance(self.mixer, MultiHead):
+            self.mixer.gated = True
+        self.backend = backend
+        self.router = HeadRouter(site.dim, site.num_heads, shared, routed, backend)
+
+    def runs(self) -> Runs:
+        """Of the gated attention; see `models.attention.Runs`."""
+        return self.mixer.runs()
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         gates, balance = self.router(x_BNC)
@@ -79,10 +91,12 @@ class HeadRouter(nn.Module):
         num_heads: M.
         shared: S, heads that are always active; they come first.
         routed: K, heads chosen among the other M - S.
+        backend: "auto", "triton" or "torch".
     """
 
-    def __init__(self, dim: int, num_heads: int, shared: int, routed: int) -> None:
+    def __init__(self, dim: int, num_heads: int, shared: int, routed: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.num_heads, self.shared, self.routed = num_heads, shared, routed
         self.wg = nn.Linear(dim, num_heads - shared, bias=False) if routed else None
         self.wg_0 = nn.Linear(dim, 2, bias=False) if routed and shared else None
@@ -90,6 +104,11 @@ class HeadRouter(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x_BNC.float()
+        layers = [layer for layer in (self.wg, self.wg_0, self.wg_1) if layer is not None]
+        if layers and is_fused("route_heads", self.backend, x):
+            with full_precision(x.device):
+                logits_BNL = F.linear(x, torch.cat([layer.weight.float() for layer in layers]))
+                return route_heads(logits_BNL, self.shared, self.routed, backend=self.backend)
         shared_BNS = x.new_ones(*x.shape[:2], self.shared)
         if self.wg_1 is not None:
             shared_BNS = self.shared * _probabilities(self.wg_1, x)

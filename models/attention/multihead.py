@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Mixed, Refused, Site
+from kernels.dispatch import is_fused
+from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.layers import window as windows
 from models.layers.tokens import to_map, to_tokens
 
@@ -23,11 +24,22 @@ class Core(Protocol):
 
     `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
     keys). `mask` is bool (R, T, T), True where a pair may attend; a core only receives one in shifted windows.
+
+    `runs(window, gated)` names the kernel that computes the same from the packed projection (B, N, 3·M·D), and
+    `fused(qkv, grid, num_heads, layout...)` calls it. Where that kernel finds the windows by itself, `finds_windows` is
+    true and `fused` also takes `window`, `shift` and the `padding` that completes the map; where it weights the heads,
+    `fused` takes `gates`.
     """
+
+    finds_windows: bool
 
     def __call__(
         self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
     ) -> Tensor: ...
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs: ...
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor: ...
 
 
 class MultiHead(nn.Module):
@@ -41,6 +53,7 @@ class MultiHead(nn.Module):
         reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that shortens the sequence of keys and values; None for none.
         qkv_bias: whether queries, keys and values have a bias.
         head_dim: channels per head D; None for C / M.
+        backend: "auto", "triton" or "torch"; see `models.attention.Attention`.
     """
 
     def __init__(
@@ -53,8 +66,10 @@ class MultiHead(nn.Module):
         reduce: nn.Module | None = None,
         qkv_bias: bool = True,
         head_dim: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend, self.gated = backend, False
         self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
@@ -62,7 +77,16 @@ class MultiHead(nn.Module):
         self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
         self.accepts = Accepts(prefix="attended" if window is None and reduce is None else "refused")
 
+    def runs(self) -> Runs:
+        """See `models.attention.Runs`."""
+        if self.reduce is not None:
+            return Runs(type(self.core).__name__, False, "its keys come from a map of another size than its queries")
+        return self.core.runs(self.window, self.gated)
+
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        runs = self.runs()
+        if runs.fused and is_fused(runs.operation, self.backend, x_BNC):
+            return Mixed(self._forward_fused(x_BNC, grid, gates_BNM), {})
         x, local = self._split(x_BNC, grid)
         q, k, v, kv_grid = self._project(x, local)
         mask = self._mask(grid, x.device)
@@ -74,6 +98,22 @@ class MultiHead(nn.Module):
         return Mixed(
             o if self.window is None else windows.merge(o, grid.height, grid.width, self.window, self.shift), {}
         )
+
+    def _forward_fused(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        """The same from the packed projection: queries, keys and values are never separated or copied."""
+        if self.window is not None and self.core.finds_windows:
+            layout = {"window": self.window, "shift": self.shift, "padding": self.qkv.bias}
+            o_BNC = self.core.fused(self.qkv(x_BNC), grid, self.num_heads, **layout)
+            return self.proj(gated_heads(o_BNC, gates_BNM))
+        if gates_BNM is not None and self.core.runs(self.window, gated=True).operation == "moh_attention":
+            return self.proj(self.core.fused(self.qkv(x_BNC), grid, self.num_heads, gates=gates_BNM))
+        x, local = self._split(x_BNC, grid)
+        o_BNC = self.core.fused(self.qkv(x), local, self.num_heads)
+        gates = None if gates_BNM is None else self._split(gates_BNM, grid)[0]
+        o_BNC = self.proj(gated_heads(o_BNC, gates))
+        if self.window is None:
+            return o_BNC
+        return windows.merge(o_BNC, grid.height, grid.width, self.window, self.shift)
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Weights (B, M, N, S) of every query on every key; of each window, (B·R, M, T, T), in a windowed layout.
@@ -127,6 +167,13 @@ def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
     """(B, M·D, H, W) → (B, M, N, D), with zeros for `prefix` tokens in front."""
     x_BMND = to_tokens(x_BCHW).unflatten(2, (num_heads, -1)).transpose(1, 2)
     return F.pad(x_BMND, (0, 0, prefix, 0)) if prefix else x_BMND
+
+
+def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
+    """The heads of every token, next to each other in its channels, times their gates; unchanged without gates."""
+    if gates_BNM is None:
+        return x_BNC
+    return (x_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(-2)
 
 
 def head_channels(site: Site) -> int:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Grid, Refused, Site
+from kernels.moh_attention import moh_attention
+from kernels.window_attention import window_attention
+from models.attention import Grid, Refused, Runs, Site
 from models.attention.multihead import MultiHead, head_channels, window_of
 
 
@@ -22,6 +24,7 @@ def softmax_attention(
     qkv_bias: bool = True,
     qk_norm: bool = False,
     head_dim: int | None = None,
+    backend: str = "auto",
 ) -> MultiHead:
     """Scaled dot-product attention, `softmax(q kᵀ / √D) v`, with whichever backend PyTorch finds fastest.
 
@@ -32,6 +35,7 @@ def softmax_attention(
         relative_position_bias: a learned bias per head and offset inside the window.
         qkv_bias, qk_norm: bias of the projection, LayerNorm on queries and keys.
         head_dim: channels per head D; C / M by default.
+        backend: "auto", "triton" or "torch"; over the whole map it is PyTorch's own fused kernel in any case.
     """
     size = window_of(window, site.grid)
     if size is None and (shift or relative_position_bias):
@@ -42,11 +46,13 @@ def softmax_attention(
         rolled = tuple(w // 2 if w < side else 0 for w, side in zip(size, site.grid[:2], strict=True))
     dim = head_dim or head_channels(site)
     core = SoftmaxCore(site.num_heads, dim, size if relative_position_bias else None, qk_norm)
-    return MultiHead(site, core, window=size, shift=rolled, qkv_bias=qkv_bias, head_dim=dim)
+    return MultiHead(site, core, window=size, shift=rolled, qkv_bias=qkv_bias, head_dim=dim, backend=backend)
 
 
 class SoftmaxCore(nn.Module):
     """`softmax(q kᵀ / √D + bias) v` per head."""
+
+    finds_windows = True
 
     def __init__(self, num_heads: int, head_dim: int, window: tuple[int, int] | None = None, qk_norm: bool = False):
         super().__init__()
@@ -54,6 +60,34 @@ class SoftmaxCore(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.bias = RelativePositionBias(num_heads, window) if window else None
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """The windows have a kernel, and so have gated heads; the rest is PyTorch's scaled_dot_product_attention."""
+        if not isinstance(self.q_norm, nn.Identity):
+            return Runs("scaled_dot_product_attention", False, "queries and keys are normalised first (qk_norm)")
+        if window is not None:
+            return Runs("window_attention", True)
+        if gated:
+            return Runs("moh_attention", True)
+        return Runs("scaled_dot_product_attention", False, "dense attention is PyTorch's own fused kernel")
+
+    def fused(
+        self,
+        qkv_BNC: Tensor,
+        grid: Grid,
+        num_heads: int,
+        *,
+        window: tuple[int, int] | None = None,
+        shift: tuple[int, int] = (0, 0),
+        padding: Tensor | None = None,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
+        if window is None:
+            return moh_attention(qkv_BNC, gates.float(), num_heads, scale=self.scale)
+        bias = None if self.bias is None else self.bias()
+        layout = {"shift": shift, "padding": padding, "bias_MTT": bias, "scale": self.scale}
+        return window_attention(qkv_BNC, grid[:2], num_heads, window, **layout)
 
     def forward(
         self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.depthwise_conv import depthwise_conv
 from models.layers.tokens import to_map, to_tokens
 
 
@@ -38,11 +39,12 @@ class ConvPosition(nn.Module):
     Source: conditional position encoding, Chu et al., arXiv:2102.10882; used by DaViT and BiFormer with a 3×3 kernel.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+    def __init__(self, dim: int, kernel_size: int = 3, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.proj = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
-        prefix = grid[2]
-        encoded = to_tokens(self.proj(to_map(x_BNC, grid)))
-        return x_BNC + (F.pad(encoded, (0, 0, prefix, 0)) if prefix else encoded)
+        return depthwise_conv(
+            x_BNC, tuple(grid), self.proj.weight, self.proj.bias, residual=x_BNC, backend=self.backend
+        )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.cli import RunFailed, UserError
+from models.attention.backend import describe
 from models.checkpoints import read_config, read_manifest
 from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.tasks.guard import NonFinite
@@ -54,10 +55,11 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     steps = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
     trainer = _trainer(cfg, config, run_dir, progress)
+    attention = _attention(task, trainer)
     trainer.loggers = _loggers(config, run_dir, steps)
     if trainer.is_global_zero:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(_headline(config, task, data, trainer, run_dir, checkpoint))
+        print(_headline(config, task, data, trainer, run_dir, checkpoint, attention))
     _fit(trainer, task, data, checkpoint, run_dir)
     if not trainer.is_global_zero:
         return None
@@ -75,6 +77,14 @@ def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | No
     except ValueError as error:
         raise UserError(str(error)) from error
     return checkpoint
+
+
+def _attention(task: pl.LightningModule, trainer: pl.Trainer) -> str:
+    """What computes the attention, in one line."""
+    try:
+        return describe(task.model, trainer.strategy.root_device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _loggers(config: dict[str, Any], run_dir: Path, step: int) -> list[pl.loggers.Logger]:
@@ -136,6 +146,7 @@ def _headline(
     trainer: pl.Trainer,
     run_dir: Path,
     checkpoint: Path | None,
+    attention: str,
 ) -> str:
     parameters = sum(p.numel() for p in task.model.parameters())
     device = (
@@ -145,6 +156,7 @@ def _headline(
         f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
         f"images of {config['image_size']} px, batch {data.batch_size} x {trainer.world_size}",
         f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
+        attention,
     ]
     if checkpoint is not None:
         lines.append(f"continues from {short(checkpoint)}")

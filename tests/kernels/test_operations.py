@@ -119,7 +119,7 @@ def _channels_apart(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("operation", "shape"), TYPICAL)
 def test_passes_opcheck(operation, shape):
-    """Schema, fake implementation and tracing of every operator, forward and backward, as the public function calls it."""
+    """Schema, fake implementation and tracing of every operator, with the arguments of the public function."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     calls = []

@@ -1,0 +1,1 @@
+"""`python -m kernels.bench`: checks, then times every operation; without a GPU, counts bytes, memory and launches."""

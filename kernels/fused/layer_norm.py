@@ -1,0 +1,257 @@
+"""Triton kernels of `kernels.layer_norm`: the two forwards, and one backward of the norm, without atomics.
+
+A program holds all channels of its tokens. The convolution goes through the rows of the map as in
+`kernels.fused.depthwise_conv`: each row that is read is added to all of the four output rows that see it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fused import depthwise_conv
+from kernels.fused.depthwise_conv import _tile
+from kernels.fused.launch import launch, power_of_2, rows
+
+FULL = 528  # programs: four for each of 132 multiprocessors
+
+
+@triton.jit
+def _standardise(x, real, live, C, eps):
+    """(x - mean) / √(var + ε) and the factor 1 / √(var + ε) of each row; x is 0 beyond C and in rows that are not real."""
+    centred = tl.where(live[None, :], x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    variance = tl.where(real, tl.sum(centred * centred, 1) / C, 1.0)
+    factor = 1.0 / tl.sqrt(variance + eps)
+    return centred * factor[:, None], factor
+
+
+@triton.jit
+def _finish(acc, keep, real, place, x, x_row, y, n, w, b, C, live, eps):
+    """Adds x to one row of the map, and stores it and its norm."""
+    acc += tl.load(x + place * x_row, mask=keep, other=0.0).to(tl.float32)
+    tl.store(y + place * C, acc.to(y.dtype.element_ty), mask=keep)
+    value = _standardise(acc, real, live, C, eps)[0] * w[None, :] + b[None, :]
+    tl.store(n + place * C, value.to(n.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _conv_norm(
+    x, taps, bias, norm_weight, norm_bias, y, n, eps, H, W, C, tokens, x_batch, x_row,
+    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    image, first, col, c = _tile(H, W, C, BX, BC)
+    x += image * x_batch
+    live = c < C
+    acc0 = tl.zeros([BX, BC], tl.float32)
+    if BIAS:
+        acc0 += tl.load(bias + c, mask=live, other=0.0).to(tl.float32)[None, :]
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    for dx in range(K):
+        seen = col + (dx - K // 2)
+        columns = ((seen >= 0) & (seen < W))[:, None] & live[None, :]
+        for i in tl.static_range(4 + K - 1):
+            row = first + (i - K // 2)
+            inside = columns & (row >= 0) & (row < H)
+            value = tl.load(x + (row * W + seen[:, None]) * x_row + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            for r in tl.static_range(4):
+                if (i >= r) & (i < r + K):
+                    w = tl.load(taps + ((i - r) * K + dx) * C + c, mask=live, other=0.0).to(tl.float32)[None, :]
+                    if r == 0:
+                        acc0 += value * w
+                    elif r == 1:
+                        acc1 += value * w
+                    elif r == 2:
+                        acc2 += value * w
+                    else:
+                        acc3 += value * w
+    w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
+    real = col < W
+    inside = real[:, None] & live[None, :]
+    place = first * W + col[:, None]
+    x += c[None, :]
+    y += image * tokens * C + c[None, :]
+    n += image * tokens * C + c[None, :]
+    _finish(acc0, inside & (first < H), real, place, x, x_row, y, n, w, b, C, live, eps)
+    _finish(acc1, inside & (first + 1 < H), real, place + W, x, x_row, y, n, w, b, C, live, eps)
+    _finish(acc2, inside & (first + 2 < H), real, place + 2 * W, x, x_row, y, n, w, b, C, live, eps)
+    _finish(acc3, inside & (first + 3 < H), real, place + 3 * W, x, x_row, y, n, w, b, C, live, eps)
+
+
+@triton.jit
+def _pooled_norm(
+    x, norm_weight, norm_bias, n, means, eps, H, W, C, prefix, region_height, region_width, x_batch, x_row,
+    BT: tl.constexpr, BC: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """One region, or after the last one the prefix tokens."""
+    across = tl.cdiv(W, region_width)
+    regions = tl.cdiv(H, region_height) * across
+    programs = regions + 1 if PREFIX else regions
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    region = tl.program_id(0) % programs
+    top = region // across * region_height
+    left = region % across * region_width
+    count = region_height * region_width
+    if PREFIX:
+        count = tl.where(region == regions, prefix, count)
+    c = tl.arange(0, BC)
+    live = c < C
+    w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
+    total = tl.zeros([BT, BC], tl.float32)
+    for start in range(0, count, BT):
+        i = start + tl.arange(0, BT)
+        row = top + i // region_width
+        col = left + i % region_width
+        real = (i < count) & (row < H) & (col < W)
+        token = prefix + row * W + col
+        if PREFIX:
+            real = tl.where(region == regions, i < count, real)
+            token = tl.where(region == regions, i, token)
+        keep = real[:, None] & live[None, :]
+        value = tl.load(x + image * x_batch + token[:, None] * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        value = _standardise(value, real, live, C, eps)[0] * w[None, :] + b[None, :]
+        place = n + image * (prefix + H * W) * C + token[:, None] * C + c[None, :]
+        tl.store(place, value.to(n.dtype.element_ty), mask=keep)
+        total += tl.where(keep, value, 0.0)
+    cells = (tl.minimum(top + region_height, H) - top) * (tl.minimum(left + region_width, W) - left)
+    mean = tl.sum(total, 0) / tl.maximum(cells, 1).to(tl.float32)
+    tl.store(means + (image * regions + region) * C + c, mean, mask=live & (region < regions))
+
+
+@triton.jit
+def _norm_backward(
+    x, dn, dy, norm_weight, dx, partial, eps, rows_total, tokens, C, programs,
+    x_batch, x_row, dn_batch, dn_row, dy_batch, dy_row,
+    BT: tl.constexpr, BC: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dx, with ADD on top of dy, and the sums for the weights over every `programs`-th tile of tokens of all images."""
+    c = tl.arange(0, BC)
+    live = c < C
+    w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
+    for_weight = tl.zeros([BT, BC], tl.float32)
+    for_bias = tl.zeros([BT, BC], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows_total, BT), programs):
+        row = tile * BT + tl.arange(0, BT)
+        real = row < rows_total
+        image = (row // tokens).to(tl.int64)[:, None]
+        token = (row % tokens)[:, None]
+        keep = real[:, None] & live[None, :]
+        value = tl.load(x + image * x_batch + token * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        slope = tl.load(dn + image * dn_batch + token * dn_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        value, factor = _standardise(value, real, live, C, eps)
+        for_weight += slope * value
+        for_bias += slope
+        slope *= w[None, :]
+        slope -= (tl.sum(slope, 1) / C)[:, None] + value * (tl.sum(slope * value, 1) / C)[:, None]
+        slope *= factor[:, None]
+        if ADD:
+            slope += tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        tl.store(dx + (image * tokens + token) * C + c[None, :], slope.to(dx.dtype.element_ty), mask=keep)
+    # (2, programs, C)
+    tl.store(partial + tl.program_id(0) * C + c, tl.sum(for_weight, 0), mask=live)
+    tl.store(partial + (programs + tl.program_id(0)) * C + c, tl.sum(for_bias, 0), mask=live)
+
+
+def tiles(positions: int, channels: int, elements: int) -> tuple[int, int, int]:
+    """Tokens and channels of a program that holds about so many elements, and its warps: 8 of 256 channels or more."""
+    width = power_of_2(channels)
+    warps = 8 if width >= 256 else 4
+    return min(max(1, elements * warps // 4 // width), power_of_2(positions, least=1)), width, warps
+
+
+def conv_forward(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: tuple[int, int, int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y and its norm."""
+    x, norm = rows(x), (rows(norm_weight), rows(norm_bias))
+    (_, N, C), (H, W, prefix), K = x.shape, grid, conv_weight.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n = torch.empty(x.shape, dtype=dtype, device=x.device)
+    taps = conv_weight.reshape(C, K * K).t().contiguous()
+    _conv_into(y[:, prefix:], n[:, prefix:], x[:, prefix:], taps, conv_bias, norm, (H, W, N), K, eps)
+    if prefix:
+        # a convolution of nothing
+        taps = torch.zeros(1, C, dtype=torch.float32, device=x.device)
+        _conv_into(y, n, x, taps, None, norm, (1, prefix, N), 1, eps)
+    return y, n
+
+
+def _conv_into(y, n, x, taps, bias, norm, sizes, K, eps) -> None:
+    B, C, (H, W, N) = x.shape[0], x.shape[2], sizes
+    BX, BC, warps = tiles(W, C, 1024)
+    launch(
+        _conv_norm, (B * triton.cdiv(H, 4) * triton.cdiv(W, BX),),
+        x, taps, bias, *norm, y, n, eps, H, W, C, N, x.stride(0), x.stride(1),
+        warps=warps, K=K, BX=BX, BC=BC, BIAS=bias is not None,
+    )  # fmt: skip
+
+
+def conv_backward(
+    dy: Tensor,
+    dn: Tensor,
+    x: Tensor,
+    y: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    grid: tuple[int, int, int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, the weight and bias of the convolution, and the weight and bias of the norm."""
+    total, norm_weight_grad, norm_bias_grad = norm_backward(dy, dn, y, norm_weight, eps)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    depthwise_conv.forward(total, conv_weight.flip(2, 3), None, dx, grid, residual=total)
+    weight_grad, bias_grad = depthwise_conv.weight_gradient(total, x, conv_weight, grid)
+    dtype = conv_weight.dtype
+    return dx, weight_grad.to(dtype), bias_grad.to(dtype), norm_weight_grad, norm_bias_grad
+
+
+def pooled_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: tuple[int, int, int],
+    region: tuple[int, int],
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The norm of x, and its means over regions."""
+    x, (B, _, C), (H, W, prefix) = rows(x), x.shape, grid
+    regions = triton.cdiv(H, region[0]) * triton.cdiv(W, region[1])
+    n = torch.empty(x.shape, dtype=dtype, device=x.device)
+    means = torch.empty(B, regions, C, dtype=torch.float32, device=x.device)
+    BT, BC, warps = tiles(region[0] * region[1], C, 8192 // x.element_size())
+    launch(
+        _pooled_norm, (B * (regions + (prefix > 0)),),
+        x, rows(norm_weight), rows(norm_bias), n, means, eps, H, W, C, prefix, *region, x.stride(0), x.stride(1),
+        warps=warps, BT=BT, BC=BC, PREFIX=prefix > 0,
+    )  # fmt: skip
+    return n, means
+
+
+def norm_backward(
+    dy: Tensor | None, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x through the norm, added to dy if there is one, and those of the weight and bias of the norm."""
+    x, dn, dy = rows(x), rows(dn), dn if dy is None else rows(dy)
+    B, N, C = x.shape
+    BT, BC, warps = tiles(B * N, C, 4096 // x.element_size())
+    programs = min(FULL, triton.cdiv(B * N, BT))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial = torch.empty(2, programs, C, dtype=torch.float32, device=x.device)
+    launch(
+        _norm_backward, (programs,),
+        x, dn, dy, rows(norm_weight), dx, partial, eps, B * N, N, C, programs,
+        x.stride(0), x.stride(1), dn.stride(0), dn.stride(1), dy.stride(0), dy.stride(1),
+        warps=warps, BT=BT, BC=BC, ADD=dy is not dn,
+    )  # fmt: skip
+    return dx, *(p.sum(0).to(norm_weight.dtype) for p in partial)

@@ -1,0 +1,467 @@
+"""Triton kernels of `kernels.moh_attention`: gated attention that can leave out heads, and the router's gates.
+
+Attention is computed online, a tile of queries against all keys, with the gate in the epilogue. Where heads are left
+out, a first kernel lists the tokens of every head, those with a gate first; a tile takes its queries through that list.
+The grid is that of dense attention, so the host needs no count: tiles behind the last gated token turn zero times
+through the loop and write the zeros that belong there. Keys and values are never left out.
+
+Gradients have one owner each: queries in one kernel, keys and values in another; with few tokens one kernel has all of
+them. A head of D channels is held as A + R, both powers of two, e.g. 72 as 64 + 16 instead of 128.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fused.launch import launch, power_of_2, precision, rows
+
+LOG2E = 1.4426950408889634
+SEPARATE_FROM = 512
+
+
+@triton.jit
+def _load(base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Channels START to START + WIDTH of a head, zero beyond D and in rows that are not kept."""
+    c = START + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
+    return tl.load(base + row[:, None] * stride + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(value, base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    c = START + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
+    tl.store(base + row[:, None] * stride + c[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tokens(row, index, pair, limit, N, SKIP: tl.constexpr):
+    """Tokens in these rows of the head's list, and whether they have a gate. Without a list, row is token."""
+    token = tl.load(index + pair * N + row, mask=row < N, other=0) if SKIP else row
+    return token, row < limit
+
+
+@triton.jit
+def _list(gates, index, count, N, M: tl.constexpr, CHUNK: tl.constexpr):
+    """Tokens with a gate from the front in their order, the others from the back."""
+    pair = tl.program_id(0).to(tl.int64)
+    gates += pair // M * N * M + pair % M
+    found = 0
+    for start in range(0, N, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        gate = tl.load(gates + n * M, mask=n < N, other=0.0).to(tl.float32)
+        live = gate != 0
+        one = live.to(tl.int32)
+        before = found + tl.cumsum(one, 0) - one
+        tl.store(index + pair * N + tl.where(live, before, N - 1 - n + before), n, mask=n < N)
+        found += tl.sum(one, 0)
+    tl.store(count + pair, found)
+
+
+@triton.jit
+def _forward(
+    qkv, gates, index, count, out, lse, N, qkv_batch, qkv_row, qk_scale,
+    M: tl.constexpr, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SKIP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(N, BM)
+    tile = tl.program_id(0) % tiles
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    image, head = pair // M, (pair % M).to(tl.int32)
+    q = qkv + image * qkv_batch + head * D
+    k = q + M * D
+    v = k + M * D
+    limit = tl.load(count + pair) if SKIP else N
+    row = tile * BM + tl.arange(0, BM)
+    token, live = _tokens(row, index, pair, limit, N, SKIP)
+    q0 = _load(q, token, qkv_row, live, 0, A, D)
+    acc0 = tl.zeros([BM, A], tl.float32)
+    if R:
+        q1 = _load(q, token, qkv_row, live, A, R, D)
+        acc1 = tl.zeros([BM, R], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for start in range(0, tl.where(tile * BM < limit, N, 0), BN):
+        n = start + tl.arange(0, BN)
+        here = n < N
+        s = tl.dot(q0, tl.trans(_load(k, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
+        if R:
+            s = tl.dot(q1, tl.trans(_load(k, n, qkv_row, here, A, R, D)), s, input_precision=PRECISION)
+        if not EVEN:
+            s = tl.where(here[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * qk_scale)
+        p = tl.exp2(s * qk_scale - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        p = p.to(qkv.dtype.element_ty)
+        acc0 = tl.dot(p, _load(v, n, qkv_row, here, 0, A, D), acc0 * fade[:, None], input_precision=PRECISION)
+        if R:
+            acc1 = tl.dot(p, _load(v, n, qkv_row, here, A, R, D), acc1 * fade[:, None], input_precision=PRECISION)
+        top = higher
+    gate = tl.load(gates + (image * N + token) * M + head, mask=live, other=0.0).to(tl.float32)
+    gated = live & (gate != 0)
+    total = tl.where(total > 0, total, 1.0)  # 0 where the loop did not turn
+    factor = (gate / total)[:, None]
+    out += image * N * (M * D) + head * D
+    # where, because 0 · inf would not be 0
+    _store(tl.where(gated[:, None], acc0 * factor, 0.0), out, token, M * D, row < N, 0, A, D)
+    if R:
+        _store(tl.where(gated[:, None], acc1 * factor, 0.0), out, token, M * D, row < N, A, R, D)
+    tl.store(lse + pair * N + row, tl.where(live, top + tl.log2(total), 0.0), mask=row < N)
+
+
+@triton.jit
+def _backward(
+    qkv, gates, index, count, out, grad, lse, dqkv, dgates, delta, N, qkv_batch, qkv_row, grad_batch, grad_row,
+    qk_scale, scale,
+    M: tl.constexpr, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SKIP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With QUERIES dq and dgates of OWN rows of the list, with KEYS dk and dv of OWN keys, each over steps of the others.
+
+    With QUERIES alone, Σ grad · out and the gates of the rows are left in `delta`, where KEYS alone reads them.
+    """
+    tiles = tl.cdiv(N, OWN)
+    own = tl.program_id(0) % tiles * OWN + tl.arange(0, OWN)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    image, head = pair // M, (pair % M).to(tl.int32)
+    q = qkv + image * qkv_batch + head * D
+    k = q + M * D
+    v = k + M * D
+    grad += image * grad_batch + head * D
+    out += image * N * (M * D) + head * D
+    dqkv += image * N * (3 * M * D) + head * D
+    gates += image * N * M + head
+    lse += pair * N
+    delta += pair * (2 * N)
+    limit = tl.load(count + pair) if SKIP else N
+    if QUERIES:
+        token, live = _tokens(own, index, pair, limit, N, SKIP)
+        q0 = _load(q, token, qkv_row, live, 0, A, D)
+        g0 = _load(grad, token, grad_row, live, 0, A, D)
+        d = tl.sum(g0.to(tl.float32) * _load(out, token, M * D, live, 0, A, D).to(tl.float32), 1)
+        dq0 = tl.zeros([OWN, A], tl.float32)
+        if R:
+            q1 = _load(q, token, qkv_row, live, A, R, D)
+            g1 = _load(grad, token, grad_row, live, A, R, D)
+            d += tl.sum(g1.to(tl.float32) * _load(out, token, M * D, live, A, R, D).to(tl.float32), 1)
+            dq1 = tl.zeros([OWN, R], tl.float32)
+        gate = tl.load(gates + token * M, mask=live, other=0.0).to(tl.float32)
+        height = tl.load(lse + own, mask=live, other=float("inf"))
+        dgate = tl.zeros([OWN], tl.float32)
+        for start in range(0, tl.where(tl.program_id(0) % tiles * OWN < limit, N, 0), STEP):
+            n = start + tl.arange(0, STEP)
+            here = n < N
+            k0 = _load(k, n, qkv_row, here, 0, A, D)
+            s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+            dp = tl.dot(g0, tl.trans(_load(v, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
+            if R:
+                k1 = _load(k, n, qkv_row, here, A, R, D)
+                s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+                dp = tl.dot(g1, tl.trans(_load(v, n, qkv_row, here, A, R, D)), dp, input_precision=PRECISION)
+            p = tl.exp2(s * qk_scale - height[:, None])
+            if not EVEN:
+                p = tl.where(here[None, :], p, 0.0)
+            dgate += tl.sum(p * dp, 1)
+            ds = (p * (gate[:, None] * dp - d[:, None])).to(qkv.dtype.element_ty)
+            dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+            if R:
+                dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        _store(dq0 * scale, dqkv, token, 3 * M * D, own < N, 0, A, D)
+        if R:
+            _store(dq1 * scale, dqkv, token, 3 * M * D, own < N, A, R, D)
+        dgate = tl.where(gate != 0, dgate, 0.0)
+        tl.store(dgates + image * N * M + head + token * M, dgate.to(dgates.dtype.element_ty), mask=own < N)
+        if not KEYS:
+            tl.store(delta + own, d, mask=own < N)
+            tl.store(delta + N + own, gate, mask=own < N)
+    if KEYS:
+        mine = own < N
+        kt0 = _load(k, own, qkv_row, mine, 0, A, D)
+        vt0 = _load(v, own, qkv_row, mine, 0, A, D)
+        dk0 = tl.zeros([OWN, A], tl.float32)
+        dv0 = tl.zeros([OWN, A], tl.float32)
+        if R:
+            kt1 = _load(k, own, qkv_row, mine, A, R, D)
+            vt1 = _load(v, own, qkv_row, mine, A, R, D)
+            dk1 = tl.zeros([OWN, R], tl.float32)
+            dv1 = tl.zeros([OWN, R], tl.float32)
+        for first in range(0, limit, STEP):
+            row = first + tl.arange(0, STEP)
+            at, there = _tokens(row, index, pair, limit, N, SKIP)
+            qs0 = _load(q, at, qkv_row, there, 0, A, D)
+            gs0 = _load(grad, at, grad_row, there, 0, A, D)
+            if R:
+                qs1 = _load(q, at, qkv_row, there, A, R, D)
+                gs1 = _load(grad, at, grad_row, there, A, R, D)
+            if QUERIES:
+                ds_row = tl.sum(gs0.to(tl.float32) * _load(out, at, M * D, there, 0, A, D).to(tl.float32), 1)
+                if R:
+                    ds_row += tl.sum(gs1.to(tl.float32) * _load(out, at, M * D, there, A, R, D).to(tl.float32), 1)
+                gate_row = tl.load(gates + at * M, mask=there, other=0.0).to(tl.float32)
+            else:
+                ds_row = tl.load(delta + row, mask=there, other=0.0)
+                gate_row = tl.load(delta + N + row, mask=there, other=0.0)
+            # scores are transposed, (keys, queries): left operands of the products as they are
+            st = tl.dot(kt0, tl.trans(qs0), input_precision=PRECISION)
+            dpt = tl.dot(vt0, tl.trans(gs0), input_precision=PRECISION)
+            if R:
+                st = tl.dot(kt1, tl.trans(qs1), st, input_precision=PRECISION)
+                dpt = tl.dot(vt1, tl.trans(gs1), dpt, input_precision=PRECISION)
+            pt = tl.exp2(st * qk_scale - tl.load(lse + row, mask=there, other=float("inf"))[None, :])
+            gated = (pt * gate_row[None, :]).to(qkv.dtype.element_ty)
+            dst = (pt * (gate_row[None, :] * dpt - ds_row[None, :])).to(qkv.dtype.element_ty)
+            dv0 = tl.dot(gated, gs0, dv0, input_precision=PRECISION)
+            dk0 = tl.dot(dst, qs0, dk0, input_precision=PRECISION)
+            if R:
+                dv1 = tl.dot(gated, gs1, dv1, input_precision=PRECISION)
+                dk1 = tl.dot(dst, qs1, dk1, input_precision=PRECISION)
+        _store(dk0 * scale, dqkv + M * D, own, 3 * M * D, mine, 0, A, D)
+        _store(dv0, dqkv + 2 * M * D, own, 3 * M * D, mine, 0, A, D)
+        if R:
+            _store(dk1 * scale, dqkv + M * D, own, 3 * M * D, mine, A, R, D)
+            _store(dv1, dqkv + 2 * M * D, own, 3 * M * D, mine, A, R, D)
+
+
+def split(head_dim: int) -> tuple[int, int]:
+    """D as A + R channels, powers of two of at least 16; R is 0 where it would not be fewer channels in all."""
+    whole = power_of_2(head_dim)
+    if head_dim in (whole, whole // 2) or head_dim < 32:
+        return whole, 0
+    rest = power_of_2(head_dim - whole // 2)
+    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+
+
+def tiles(backward: bool, tokens: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Rows that a program owns, rows of a step, warps, stages.
+
+    As large as registers allow, so that the other rows are read from cache seldom: a program takes 160 to 250 of the 255
+    registers. In float32 products have no tensor cores and keep both operands in registers.
+    """
+    wide, narrow = head_dim > 96, head_dim <= 32
+    if itemsize == 4:
+        found = (64, 64, 8, 2) if narrow else (32, 32, 8, 2) if backward else (32, 16 if wide else 64, 8, 2)
+    elif wide:
+        found = (64, 64, 8, 2) if backward else (128, 64, 8, 2)
+    elif backward:
+        found = (128, 64 if narrow or (head_dim <= 64 and tokens >= SEPARATE_FROM) else 32, 8, 2)
+    else:
+        found = (128, 64, 4 if head_dim <= 64 else 8, 3)
+    own, step, warps, stages = found
+    most = power_of_2(tokens)
+    return min(own, most), min(step, most), 4 if most < own else warps, stages
+
+
+def forward(
+    qkv: Tensor, gates: Tensor, scale: float, skip: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, log2 of the softmax's sum (B, M, N), tokens of every head (B, M, N) and their number (B, M)."""
+    qkv, gates = rows(qkv), gates.contiguous()
+    (B, N, M), C = gates.shape, qkv.shape[2] // 3
+    out = torch.empty(B, N, C, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(B, M, N, dtype=torch.float32, device=qkv.device)
+    index = torch.empty(B, M, N if skip else 0, dtype=torch.int32, device=qkv.device)
+    count = torch.empty(B, M if skip else 0, dtype=torch.int32, device=qkv.device)
+    if skip:
+        launch(_list, (B * M,), gates, index, count, N, M=M, CHUNK=min(2048, power_of_2(N)), warps=8)
+    BM, BN, warps, stages = tiles(False, N, C // M, qkv.element_size())
+    launch(
+        _forward, (B * M * triton.cdiv(N, BM),), qkv, gates, index, count, out, lse, N, qkv.stride(0), qkv.stride(1),
+        scale * LOG2E, EVEN=N % BN == 0, BM=BM, BN=BN, warps=warps, stages=stages, **_constants(qkv, M, skip),
+    )  # fmt: skip
+    return out, lse, index, count
+
+
+def backward(
+    grad: Tensor, qkv: Tensor, gates: Tensor, out: Tensor, lse: Tensor, index: Tensor, count: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and gates."""
+    grad, qkv, gates = rows(grad), rows(qkv), gates.contiguous()
+    (B, N, M), C, skip = gates.shape, out.shape[2], index.shape[2] > 0
+    dqkv = torch.empty(B, N, 3 * C, dtype=qkv.dtype, device=qkv.device)
+    dgates = torch.empty(B, N, M, dtype=gates.dtype, device=qkv.device)
+    # in few tokens one launch costs more than Σ grad · out once more
+    phases = [(True, True)] if N < SEPARATE_FROM else [(True, False), (False, True)]
+    delta = torch.empty(B, M, 2, N if len(phases) > 1 else 0, dtype=torch.float32, device=qkv.device)
+    OWN, STEP, warps, stages = tiles(True, N, C // M, qkv.element_size())
+    for queries, keys in phases:
+        launch(
+            _backward, (B * M * triton.cdiv(N, OWN),), qkv, gates, index, count, out, grad, lse, dqkv, dgates, delta, N,
+            qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), scale * LOG2E, scale,
+            OWN=OWN, STEP=STEP, QUERIES=queries, KEYS=keys, EVEN=N % STEP == 0, warps=warps, stages=stages,
+            **_constants(qkv, M, skip),
+        )  # fmt: skip
+    return dqkv, dgates
+
+
+def _constants(qkv: Tensor, num_heads: int, skip: bool) -> dict:
+    D = qkv.shape[2] // (3 * num_heads)
+    A, R = split(D)
+    return {"M": num_heads, "D": D, "A": A, "R": R, "SKIP": skip, "PRECISION": precision(qkv.dtype)}
+
+
+# The router
+
+
+@triton.jit
+def _softmax(base, row, stride, keep, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    """Of WIDTH logits in every row, 0 in the columns after them."""
+    c = tl.arange(0, PAD)
+    x = tl.load(base + row[:, None] * stride + c[None, :], mask=keep[:, None] & (c < WIDTH)[None, :], other=0.0)
+    x = tl.where((c < WIDTH)[None, :], x, float("-inf"))
+    e = tl.exp(x - tl.max(x, 1)[:, None])
+    return e / tl.sum(e, 1)[:, None]
+
+
+@triton.jit
+def _largest(scores, E: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr):
+    """1 at the K largest scores of a row; among equal ones, at the lowest index."""
+    c = tl.arange(0, PAD)[None, :]
+    ahead = tl.zeros(scores.shape, tl.int32)
+    for j in range(E):
+        other = tl.sum(tl.where(c == j, scores, 0.0), 1)[:, None]
+        ahead += ((other > scores) | ((other == scores) & (j < c))).to(tl.int32)
+    return tl.where((ahead < K) & (c < E), 1.0, 0.0)
+
+
+@triton.jit
+def _alphas(base, row, stride, keep):
+    """2 softmax of two logits."""
+    x = tl.load(base + row * stride, mask=keep, other=0.0) - tl.load(base + row * stride + 1, mask=keep, other=0.0)
+    return (2 * tl.sigmoid(x))[:, None], (2 * tl.sigmoid(-x))[:, None]
+
+
+@triton.jit
+def _route(
+    logits, gates, partial, T, stride,
+    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Gates of a share of the tokens, and of that share the sums of scores and choices."""
+    s_c = tl.arange(0, PS)[None, :]
+    e_c = tl.arange(0, PE)[None, :]
+    score_sum = tl.zeros([BT, PE], tl.float32)
+    choice_sum = tl.zeros([BT, PE], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
+        row = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+        keep = row < T
+        out = gates + row[:, None] * (S + E)
+        if S > 0:
+            shared = tl.full([BT, PS], 1.0, tl.float32)
+            if S > 1:
+                shared = S * _softmax(logits + E + (2 if K else 0), row, stride, keep, S, PS)
+        if K > 0:
+            r = _softmax(logits, row, stride, keep, E, PE)
+            mask = _largest(r, E, K, PE)
+            chosen = r * mask
+            routed = K * chosen / tl.sum(chosen, 1)[:, None]
+            score_sum += tl.where(keep[:, None], r, 0.0)
+            choice_sum += tl.where(keep[:, None], mask, 0.0)
+            if S > 0:
+                a1, a2 = _alphas(logits + E, row, stride, keep)
+                shared = a1 * shared
+                routed = a2 * routed
+            tl.store(out + S + e_c, routed, mask=keep[:, None] & (e_c < E))
+        if S > 0:
+            tl.store(out + s_c, shared, mask=keep[:, None] & (s_c < S))
+    if K > 0:
+        partial += tl.program_id(0) * (2 * PE) + tl.arange(0, PE)
+        tl.store(partial, tl.sum(score_sum, 0))
+        tl.store(partial + PE, tl.sum(choice_sum, 0))
+
+
+@triton.jit
+def _balance(partial, balance, load, programs, T, E: tl.constexpr, PE: tl.constexpr, BP: tl.constexpr):
+    """E Σ P f, and f."""
+    c = tl.arange(0, PE)
+    scores = tl.zeros([BP, PE], tl.float32)
+    choices = tl.zeros([BP, PE], tl.float32)
+    for start in range(0, programs, BP):
+        row = start + tl.arange(0, BP)
+        place = partial + row[:, None] * (2 * PE) + c[None, :]
+        scores += tl.load(place, mask=row[:, None] < programs, other=0.0)
+        choices += tl.load(place + PE, mask=row[:, None] < programs, other=0.0)
+    mean = tl.sum(choices, 0) / T
+    tl.store(balance, E * tl.sum(tl.sum(scores, 0) / T * mean, 0))
+    tl.store(load + c, mean, mask=c < E)
+
+
+@triton.jit
+def _route_backward(
+    grad, balance, logits, load, dlogits, T, stride,
+    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    s_c = tl.arange(0, PS)[None, :]
+    e_c = tl.arange(0, PE)[None, :]
+    row = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    keep = row < T
+    own = grad + row[:, None] * (S + E)
+    BOTH: tl.constexpr = 2 if K * S > 0 else 0
+    out = dlogits + row[:, None] * (E + BOTH + (S if S > 1 else 0))
+    if S > 0:
+        ds = tl.load(own + s_c, mask=keep[:, None] & (s_c < S), other=0.0)
+        shared = tl.full([BT, PS], 1.0, tl.float32)
+        if S > 1:
+            shared = S * _softmax(logits + E + BOTH, row, stride, keep, S, PS)
+        along = tl.sum(ds * shared, 1)[:, None]
+    if K > 0:
+        dg = tl.load(own + S + e_c, mask=keep[:, None] & (e_c < E), other=0.0)
+        r = _softmax(logits, row, stride, keep, E, PE)
+        mask = _largest(r, E, K, PE)
+        chosen = r * mask
+        total = tl.sum(chosen, 1)[:, None]
+        routed = K * chosen / total
+        across = tl.sum(dg * routed, 1)[:, None]
+        if S > 0:
+            a1, a2 = _alphas(logits + E, row, stride, keep)
+            slope = 0.5 * a1 * a2 * (along - across)
+            tl.store(out + E + tl.arange(0, 2)[None, :], tl.where(tl.arange(0, 2)[None, :] == 0, slope, -slope),
+                     mask=keep[:, None])  # fmt: skip
+            ds = a1 * ds
+            along = a1 * along
+            dg = a2 * dg
+            across = a2 * across
+        # r = softmax, so d(wg) = r (dr - Σ r dr); of the gates' part Σ r dr is 0
+        share = tl.load(balance) * E / T * tl.load(load + e_c, mask=e_c < E, other=0.0)
+        dwg = mask * (routed * dg - chosen / total * across) + r * (share - tl.sum(r * share, 1)[:, None])
+        tl.store(out + e_c, dwg, mask=keep[:, None] & (e_c < E))
+    if S > 1:
+        tl.store(out + E + BOTH + s_c, shared * ds - shared / S * along, mask=keep[:, None] & (s_c < S))
+
+
+def route(logits: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, load balance loss (0 without routed heads), and f (E)."""
+    B, N, L = logits.shape
+    T, constants = B * N, _router(L, shared, routed)
+    E, PE, BT = constants["E"], constants["PE"], constants["BT"]
+    flat = rows(logits).reshape(T, L)
+    gates = torch.empty(B, N, shared + E, dtype=torch.float32, device=logits.device)
+    # at most 512 programs, so that their sums are few
+    programs = min(triton.cdiv(T, BT), 512)
+    partial = torch.empty(programs, 2, PE, dtype=torch.float32, device=logits.device)
+    launch(_route, (programs,), flat, gates, partial, T, flat.stride(0), **constants)
+    if not routed:
+        return gates, torch.zeros((), device=logits.device), torch.empty(0, device=logits.device)
+    balance = torch.empty((), dtype=torch.float32, device=logits.device)
+    load = torch.empty(E, dtype=torch.float32, device=logits.device)
+    launch(_balance, (1,), partial, balance, load, programs, T, E=E, PE=PE, BP=BT)
+    return gates, balance, load
+
+
+def route_backward(grad: Tensor, balance: Tensor, logits: Tensor, load: Tensor, shared: int, routed: int) -> Tensor:
+    """Gradient of the logits from those of the gates and of the loss."""
+    B, N, L = logits.shape
+    constants = _router(L, shared, routed)
+    flat = rows(logits).reshape(B * N, L)
+    dlogits = torch.empty(B, N, L, dtype=torch.float32, device=logits.device)
+    launch(
+        _route_backward, (triton.cdiv(B * N, constants["BT"]),), grad.contiguous(), balance, flat, load, dlogits, B * N,
+        flat.stride(0), **constants,
+    )  # fmt: skip
+    return dlogits
+
+
+def _router(logits: int, shared: int, routed: int) -> dict:
+    E = logits - (shared if shared > 1 else 0) - (2 if shared else 0) if routed else 0
+    PS, PE = power_of_2(shared, least=2), power_of_2(E, least=2)
+    return {"S": shared, "E": E, "K": routed, "PS": PS, "PE": PE, "BT": max(16, min(128, 2048 // max(PS, PE)))}

@@ -1,0 +1,51 @@
+"""What computes the attention of a model on a device, in one line."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from kernels.dispatch import INTERPRETED
+from models.attention import Attention, Runs, runs_of
+
+
+def describe(model: nn.Module, device: torch.device) -> str:
+    """One line: which operations run as Triton kernels, which in PyTorch, and why.
+
+    Raises:
+        ValueError: `attention.backend=triton` on a device where no kernel runs.
+    """
+    mixers = list(_mixers(model))
+    if not mixers:
+        return "no attention"
+    if device.type != "cuda" and not INTERPRETED:
+        if any(runs_of(mixer)[0] == "triton" for mixer in mixers):
+            raise ValueError(
+                f"attention.backend=triton: Triton kernels run on CUDA devices, got {device.type}; "
+                "set attention.backend=auto, which computes the same in PyTorch there"
+            )
+        return f"attention in PyTorch: Triton kernels run on CUDA devices, this is a {device.type.upper()}"
+    counts = Counter(_runs(mixer) for mixer in mixers)
+    return "attention: " + ", ".join(_part(runs, count, len(mixers)) for runs, count in counts.items())
+
+
+def _mixers(module: nn.Module) -> Iterator[Attention]:
+    """The outermost mixers: what wraps another, such as MoH, speaks for both."""
+    for child in module.children():
+        if isinstance(child, Attention):
+            yield child
+        else:
+            yield from _mixers(child)
+
+
+def _runs(mixer: Attention) -> Runs:
+    backend, runs = runs_of(mixer)
+    return Runs(runs.operation, False, "attention.backend=torch") if backend == "torch" else runs
+
+
+def _part(runs: Runs, count: int, total: int) -> str:
+    where = "Triton" if runs.fused else "PyTorch"
+    share = "" if count == total else f"{count} of {total} places"
+    notes = ", ".join(note for note in (share, runs.reason) if note)
+    return f"{runs.operation} in {where}" + (f" ({notes})" if notes else "")

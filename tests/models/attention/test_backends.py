@@ -1,0 +1,149 @@
+"""The fused kernels inside the mechanisms: same outputs and gradients as in PyTorch, and a line that says what runs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import dispatch
+from models import create_model, list_attentions
+from models.attention import Grid, Refused, Site, build, check
+from models.attention.agent import agent_attention
+from models.attention.backend import describe
+from models.attention.biformer import BiLevelRoutingAttention
+from models.attention.conv import conv
+from models.attention.dual import dual_attention
+from models.attention.focused_linear import focused_linear_attention
+from models.attention.moh import MoHAttention
+from models.attention.softmax import softmax_attention
+from models.factory import compose_model, instantiate
+
+SITE = Site(dim=32, num_heads=2, grid=Grid(8, 8), stage=0, block=1, depth=2, kind="hierarchical")
+MECHANISMS = {
+    "swin": lambda site: softmax_attention(site, window=4, shift=True, relative_position_bias=True),
+    "windows without projection bias": lambda site: softmax_attention(site, window=3, qkv_bias=False),
+    "channel groups": lambda site: dual_attention(site, scale="tokens"),
+    "windows with position": lambda site: dual_attention(site._replace(block=0), window=5),
+    "agents": lambda site: agent_attention(site, agent_tokens=9),
+    "agents in windows": lambda site: agent_attention(site, agent_tokens=[2, 3], window=4, bias=False, kernel_size=5),
+    "focused": lambda site: focused_linear_attention(site, power=4, lepe=True),
+    "focused in windows": lambda site: focused_linear_attention(site, window=4),
+    "routed": lambda site: BiLevelRoutingAttention(site, num_regions=3, topk=2),
+    "routed, the other padding": lambda site: BiLevelRoutingAttention(site, num_regions=3, topk=2, padding="qkv"),
+    "routed, no lepe": lambda site: BiLevelRoutingAttention(site, num_regions=2, topk=1, lepe_kernel=0, qk_dim=16),
+    "heads routed": lambda site: MoHAttention(site, core=softmax_attention, shared_heads=0, routed_heads=1),
+    "heads of agents routed": lambda site: MoHAttention(site, core=agent_attention, shared_heads=0, routed_heads=1),
+    "conv": conv,
+}
+
+
+def outcome(mixer: nn.Module, x: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """Output, losses and every gradient of one training step."""
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_()
+    mixed = mixer.train()(x, grid)
+    total = (mixed.x * torch.randn(mixed.x.shape)).sum() + sum(mixed.losses.values())
+    leaves = {"x": x, **dict(mixer.named_parameters())}
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    named = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"output": mixed.x.detach(), **{k: v.detach() for k, v in mixed.losses.items()}, **named}
+
+
+def randomised(mixer: nn.Module) -> nn.Module:
+    """No parameter stays at an initial zero, which would hide what it does."""
+    torch.manual_seed(0)
+    for p in mixer.parameters():
+        nn.init.normal_(p, std=0.3)
+    return mixer
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("grid", [Grid(8, 8), Grid(5, 7)], ids=["8x8", "5x7"])
+def test_the_backend_changes_nothing_beyond_rounding(name, grid):
+    (mixer,) = build(MECHANISMS[name], [SITE])
+    assert mixer.runs().fused
+    randomised(mixer)
+    x = torch.randn(2, grid.tokens, 32)
+    fused = outcome(mixer, x, grid)
+    with kernels.reference():
+        plain = outcome(mixer, x, grid)
+    assert fused.keys() == plain.keys()
+    for key, value in plain.items():
+        scale = max(value.norm().item(), 1e-3 * plain["output"].norm().item())
+        assert (fused[key] - value).norm().item() < 2e-5 * scale, key
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", ["channel groups", "agents", "focused", "heads routed"])
+def test_class_tokens_take_the_same_path(name):
+    site = SITE._replace(grid=Grid(6, 6, prefix=1), kind="vit")
+    mixer = randomised(MECHANISMS[name](site))
+    x = torch.randn(2, site.grid.tokens, 32)
+    mixer = getattr(mixer, "mixer", mixer) if name == "channel groups" else mixer
+    fused = outcome(mixer, x, site.grid)
+    with kernels.reference():
+        plain = outcome(mixer, x, site.grid)
+    for key, value in plain.items():
+        torch.testing.assert_close(fused[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("attention", list_attentions())
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_models_agree(attention, precision):
+    """Under autocast the two paths round at different places: bfloat16 carries 3 digits through two dozen layers."""
+    torch.manual_seed(0)
+    model = create_model("coatnet_32px", attention=attention, num_classes=10).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        fused = model(images)
+        with kernels.reference():
+            plain = model(images)
+    tolerance = 1e-4 if precision == torch.float32 else 0.05
+    assert (fused - plain).norm() < tolerance * plain.norm()
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_yaml_has_the_key(name):
+    attention = compose_model("vit_32px", name).attention
+    assert attention.backend == "auto"
+    factory = instantiate({**attention, "backend": "cuda"})
+    with pytest.raises(ValueError, match=r"backend=cuda is unknown; set attention.backend to auto, triton, torch"):
+        build(factory, [SITE])
+
+
+def test_what_has_no_kernel_is_refused_when_triton_is_asked_for():
+    cases = {
+        "PyTorch's own fused kernel": softmax_attention(SITE, backend="triton"),
+        "keys come from a map of another size": agent_attention(SITE, agent_tokens=4, sr_ratio=2, backend="triton"),
+        "there is nothing to route": BiLevelRoutingAttention(SITE, topk="all", backend="triton"),
+        "up to 7x7": conv(SITE, kernel_size=9, backend="triton"),
+    }
+    for reason, mixer in cases.items():
+        with pytest.raises(Refused, match=rf"has no Triton kernel: .*{reason}.*; set attention.backend=auto"):
+            check(mixer, SITE)
+
+
+def test_the_line_says_what_runs_where(monkeypatch):
+    model = create_model("swin_32px", attention="dual", num_classes=10)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("models.attention.backend.INTERPRETED", False)
+    assert describe(model, cpu) == "attention in PyTorch: Triton kernels run on CUDA devices, this is a CPU"
+    line = describe(model, cuda)
+    assert "window_attention in Triton (" in line and "channel_attention in Triton (" in line
+    plain = create_model("vit_32px", num_classes=10)
+    assert describe(plain, cuda) == (
+        "attention: scaled_dot_product_attention in PyTorch (dense attention is PyTorch's own fused kernel)"
+    )
+    forced = nn.Sequential(dual_attention(SITE, backend="triton"))
+    with pytest.raises(ValueError, match=r"attention.backend=triton: Triton kernels run on CUDA devices, got cpu"):
+        describe(forced, cpu)
+    assert "(attention.backend=torch)" in describe(nn.Sequential(dual_attention(SITE, backend="torch")), cuda)
+
+
+def test_a_gpu_backend_on_a_cpu_is_one_error(command):
+    if torch.cuda.is_available() or dispatch.INTERPRETED:
+        pytest.skip("the device could run the kernels")
+    status, _, errors = command("train", "attention=dual", "attention.backend=triton", "logger=none")
+    assert status == 2 and "set attention.backend=auto" in errors
