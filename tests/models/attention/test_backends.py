@@ -31,8 +31,13 @@ MECHANISMS = {
     "routed": lambda site: BiLevelRoutingAttention(site, num_regions=3, topk=2),
     "routed, the other padding": lambda site: BiLevelRoutingAttention(site, num_regions=3, topk=2, padding="qkv"),
     "routed, no lepe": lambda site: BiLevelRoutingAttention(site, num_regions=2, topk=1, lepe_kernel=0, qk_dim=16),
-    "heads routed": lambda site: MoHAttention(site, core=softmax_attention, shared_heads=0, routed_heads=1),
-    "heads of agents routed": lambda site: MoHAttention(site, core=agent_attention, shared_heads=0, routed_heads=1),
+    # 2 of 3: with one active head its gate is 1, and the router's gradient is the rounding of zero
+    "heads routed": lambda site: MoHAttention(
+        site._replace(num_heads=4), core=softmax_attention, shared_heads=1, routed_heads=2
+    ),
+    "heads of agents routed": lambda site: MoHAttention(
+        site._replace(num_heads=4), core=agent_attention, shared_heads=1, routed_heads=2
+    ),
     "conv": conv,
 }
 
@@ -47,6 +52,13 @@ def outcome(mixer: nn.Module, x: Tensor, grid: Grid) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     named = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
     return {"output": mixed.x.detach(), **{k: v.detach() for k, v in mixed.losses.items()}, **named}
+
+
+def assert_same(fused: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """2e-5 of the norm: float32 through two projections and the sums over all tokens that weight gradients are."""
+    assert fused.keys() == plain.keys()
+    errors = {key: ((fused[key] - value).norm() / value.norm()).item() for key, value in plain.items()}
+    assert max(errors.values()) < 2e-5, errors
 
 
 def randomised(mixer: nn.Module) -> nn.Module:
@@ -68,10 +80,7 @@ def test_the_backend_changes_nothing_beyond_rounding(name, grid):
     fused = outcome(mixer, x, grid)
     with kernels.reference():
         plain = outcome(mixer, x, grid)
-    assert fused.keys() == plain.keys()
-    for key, value in plain.items():
-        scale = max(value.norm().item(), 1e-3 * plain["output"].norm().item())
-        assert (fused[key] - value).norm().item() < 2e-5 * scale, key
+    assert_same(fused, plain)
 
 
 @pytest.mark.fused
@@ -84,24 +93,36 @@ def test_class_tokens_take_the_same_path(name):
     fused = outcome(mixer, x, site.grid)
     with kernels.reference():
         plain = outcome(mixer, x, site.grid)
-    for key, value in plain.items():
-        torch.testing.assert_close(fused[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert_same(fused, plain)
 
 
 @pytest.mark.fused
 @pytest.mark.parametrize("attention", list_attentions())
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_whole_models_agree(attention, precision):
-    """Under autocast the two paths round at different places: bfloat16 carries 3 digits through two dozen layers."""
+def test_whole_models_agree(attention):
     torch.manual_seed(0)
     model = create_model("coatnet_32px", attention=attention, num_classes=10).eval()
     images = torch.randn(1, 3, 32, 32)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+    with torch.no_grad():
         fused = model(images)
         with kernels.reference():
             plain = model(images)
-    tolerance = 1e-4 if precision == torch.float32 else 0.05
-    assert (fused - plain).norm() < tolerance * plain.norm()
+    assert (fused - plain).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("name", ["swin", "channel groups", "agents", "focused", "routed", "heads routed", "conv"])
+def test_autocast_agrees(name):
+    """The two paths round at different places; bfloat16 carries not quite 3 digits."""
+    mixer = randomised(MECHANISMS[name](SITE)).eval()
+    x = torch.randn(2, 64, 32)
+    with torch.no_grad():
+        exact = mixer(x, SITE.grid).x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fused = mixer(x, SITE.grid).x
+            with kernels.reference():
+                plain = mixer(x, SITE.grid).x
+    assert fused.dtype == plain.dtype
+    assert (fused - exact).norm() < max(2 * (plain - exact).norm().item(), 0.01 * exact.norm().item())
 
 
 @pytest.mark.parametrize("name", list_attentions())

@@ -1,0 +1,140 @@
+"""What is particular to channel attention."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.channel_attention import (
+    channel_attention,
+    channel_attention_folded,
+    folded_inputs,
+    inputs,
+    reference,
+)
+from kernels.fused import channel_attention as fused
+
+
+def heads_of(qkv, num_heads):
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def gradient(function, given):
+    o = function(**given)
+    (found,) = torch.autograd.grad(o, given["qkv_BNC"], torch.linspace(-1, 1, o.numel()).view_as(o))
+    return o.detach(), found
+
+
+def test_is_dense_attention_with_channels_as_tokens():
+    given = inputs("cpu", torch.float32, batch=2, tokens=70, dim=64, heads=2)
+    q, k, v = heads_of(given["qkv_BNC"].detach(), 2)
+    wanted = F.scaled_dot_product_attention(k.mT, v.mT, q.mT, scale=32**-0.5).mT
+    torch.testing.assert_close(channel_attention(**given), wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 72, 96, 128])
+def test_any_head_width(width, poisoned):
+    given = inputs("cpu", torch.float32, batch=1, tokens=65, dim=3 * width, heads=3)
+    for found, wanted in zip(gradient(channel_attention, given), gradient(reference, given), strict=True):
+        assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_an_image_add_up_to_the_whole(dtype, monkeypatch, poisoned):
+    given = inputs("cpu", dtype, batch=2, tokens=150, dim=48, heads=2)
+    whole = gradient(channel_attention, given)
+    monkeypatch.setattr(fused, "parts", lambda *_: (3, 64))
+    parts = gradient(channel_attention, given)
+    for a, b in zip(parts, whole, strict=True):
+        assert (a.double() - b).norm() < (1e-6 if dtype == torch.float32 else 3e-3) * b.double().norm()
+
+
+def test_an_image_is_cut_only_where_images_and_heads_do_not_fill_the_machine():
+    assert fused.parts(128, 3136, 4, 2) == (1, 3136)
+    assert fused.parts(1, 196, 16, 2) == (1, 196)
+    count, size = fused.parts(1, 3136, 4, 2)
+    assert count > 1 and (count - 1) * size < 3136 <= count * size
+    assert fused.parts(0, 3136, 4, 2)[0] > 0
+
+
+def test_large_logits_choose_one_channel():
+    """Logits are sums over tokens: they leave the range of float16, and their exponentials that of float32."""
+    given = inputs("cpu", torch.float16, batch=1, tokens=100, dim=32, heads=1, scale=1e4)
+    o = channel_attention(**given)
+    q, k, v = heads_of(given["qkv_BNC"].detach().float(), 1)
+    chosen = (k.mT @ v).argmax(-1)
+    torch.testing.assert_close(
+        o.float(), q.gather(-1, chosen.unsqueeze(2).expand_as(q)).squeeze(1), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_scale_may_depend_on_the_number_of_tokens_in_one_graph():
+    torch._dynamo.reset()
+
+    def attend(qkv):
+        return channel_attention(qkv, 2, scale=qkv.shape[1] ** -0.5)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (33, 50):
+        qkv = torch.randn(1, tokens, 96)
+        torch.testing.assert_close(compiled(qkv), reference(qkv, 2, scale=tokens**-0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_folded_is_projection_attention_projection():
+    given = folded_inputs("cpu", torch.float32, batch=2, tokens=80, dim=64, heads=2, scale=0.03)
+    x, num_heads = given["x_BNC"], given["num_heads"]
+    qkv = F.linear(x, given["qkv_weight"], given["qkv_bias"])
+    wanted = F.linear(channel_attention(qkv, num_heads, scale=0.03), given["proj_weight"], given["proj_bias"])
+    torch.testing.assert_close(channel_attention_folded(**given), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gram(parts, poisoned):
+    """Tiles left of the diagonal are copies, and channels beyond the last tile's are no part of the result."""
+    x = torch.randn(2, parts * 512, 72)
+    gram, total = fused.gram(x)
+    torch.testing.assert_close(gram, x.mT @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(total, x.sum(1), rtol=1e-4, atol=1e-3)
+    assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "message"),
+    [
+        (
+            (1, 4, 50),
+            2,
+            r"channel_attention: qkv must be \(B, N, 3 \* 2 heads \* D\), got \(1, 4, 50\); pass the output",
+        ),
+        ((4, 48), 2, r"qkv must be \(B, N, 3 \* 2 heads \* D\), got \(4, 48\)"),
+        ((1, 4, 48), 0, r"qkv must be \(B, N, 3 \* 0 heads \* D\), got \(1, 4, 48\)"),
+        (
+            (1, 4, 3 * 160),
+            1,
+            r"the kernels take at most 128 channels per head, got 160; use more heads, or backend=torch",
+        ),
+    ],
+)
+def test_refuses(shape, heads, message):
+    with pytest.raises(ValueError, match=message):
+        channel_attention(torch.zeros(shape), heads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x_BNC": torch.zeros(1, 4, 30)},
+            r"channel_attention_folded: x must be \(B, N, 4 heads \* D\), got \(1, 4, 30\)",
+        ),
+        (
+            {"qkv_weight": torch.zeros(32, 32)},
+            r"qkv_weight must be \(96, 32\), got \(32, 32\); pass those of nn.Linear",
+        ),
+        ({"proj_bias": torch.zeros(8)}, r"proj_bias must be \(32,\), got \(8,\)"),
+        ({"proj_weight": None}, r"proj_bias needs proj_weight, got None; pass both or neither"),
+    ],
+)
+def test_folded_refuses(change, message):
+    given = folded_inputs("cpu", torch.float32, batch=1, tokens=4, dim=32, heads=4)
+    with pytest.raises(ValueError, match=message):
+        channel_attention_folded(**{**given, **change})
