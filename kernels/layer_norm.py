@@ -7,8 +7,8 @@ x is (B, N, C) with N = prefix + H·W tokens in row-major order and may be strid
 weights per channel, zero padding, and passes by the prefix tokens, for which y = x. A program holds all channels of a
 token, so that x is read once. Statistics, sums and means are float32. LayerNorm(y) = (y - mean) / √(var + ε) · w + b.
 
-Source: Ba et al., 2016, arXiv:1607.06450; conditional position encoding, Chu et al., arXiv:2102.10882, as in DaViT, Ding
-et al., arXiv:2204.03645; region means as BiFormer routes by, Zhu et al., CVPR 2023, arXiv:2303.08810, equation 3.
+Source: Ba et al., 2016, arXiv:1607.06450; conditional position encoding, Chu et al., arXiv:2102.10882, as in DaViT,
+Ding et al., arXiv:2204.03645; region means as BiFormer routes by, Zhu et al., CVPR 2023, arXiv:2303.08810, equation 3.
 """
 
 import torch

@@ -91,9 +91,7 @@ def _check(qkv: Tensor, gates: Tensor, num_heads: int, scale: float | None, skip
         )
 
 
-def route_heads(
-    logits_BNL: Tensor, shared: int, routed: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor | None]:
+def route_heads(logits_BNL: Tensor, shared: int, routed: int, *, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Gates (B, N, M) of all heads and the load balance loss (a scalar), both float32; no loss without routed heads.
 
     Args:
@@ -158,7 +156,7 @@ def _check_router(logits: Tensor, shared: int, routed: int) -> None:
             f"{' or more' if routed else ''}), got {tuple(logits.shape)}; pass wg, w0 and w1 next to each other"
         )
     if not logits.is_floating_point():
-        raise ValueError(f"{ROUTE}: logits must be floating, got {logits.dtype}; cast them")
+        raise ValueError(f"{ROUTE}: logits must be floating, got {str(logits.dtype).removeprefix('torch.')}; cast them")
 
 
 # Registration
@@ -323,9 +321,12 @@ def inputs(
     }
 
 
-def cost(itemsize: int, *, batch: int, tokens: int, heads: int, head_dim: int, active: int, **_) -> Cost:
-    """Forward reads the gated queries, keys and values and writes the output; backward reads also output and gradient
-    of what is gated, and writes the gradient of all."""
+def cost(
+    itemsize: int, *, batch: int, tokens: int, heads: int, head_dim: int, active: int, skip: str = "auto", **_
+) -> Cost:
+    """Forward reads the gated queries, all keys and values, and writes the output; backward reads also output and
+    gradient of what is gated, and writes the gradient of all. With skip="never" every head counts as gated."""
+    active = heads if skip == "never" else active
     part = active / heads
     tensor, gates = batch * tokens * heads * head_dim * itemsize, batch * tokens * heads * 4
     flops = int(4 * batch * tokens**2 * active * head_dim)
@@ -333,9 +334,16 @@ def cost(itemsize: int, *, batch: int, tokens: int, heads: int, head_dim: int, a
 
 
 def route_inputs(
-    device: str | torch.device, dtype: torch.dtype, seed: int = 0, *, batch: int, tokens: int, experts: int, shared: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    batch: int,
+    tokens: int,
+    experts: int,
+    shared: int,
     routed: int,
-) -> dict:  # fmt: skip
+) -> dict:
     """Keyword arguments of `route_heads`; the logits are float32 whatever the dtype."""
     generator = torch.Generator(device).manual_seed(seed)
     width = experts + (2 if shared else 0) + (shared if shared > 1 else 0)
@@ -354,15 +362,16 @@ def _heads(tokens: int, head_dim: int, **shape) -> dict:
 
 
 CHECKS = {
-    "one token": _heads(1, 16, batch=2, heads=3, shared=1, active=2, skip="always"),
     "7 tokens": _heads(7, 24, batch=2, heads=3, shared=1, active=2, skip="never"),
+    "one token, skipped": _heads(1, 16, batch=2, heads=3, shared=1, active=2, skip="always"),
     "13 tokens, skipped": _heads(13, 48, batch=2, heads=3, active=2, skip="always"),
     "49 tokens, skipped, strided": _heads(49, 32, skip="always", strided=True),
     "63 tokens, strided": _heads(63, 72, skip="never", strided=True),
     "63 tokens, a head without tokens": _heads(63, 72, heads=3, active=2, unused=1, skip="always"),
     "100 tokens, skipped": _heads(100, 96, skip="always"),
     "100 tokens": _heads(100, 64, skip="never"),
-    "7x9 tokens, all heads, skipped": _heads(63, 64, shared=2, active=2, skip="always"),
+    "63 tokens, all heads, skipped": _heads(63, 64, shared=2, active=2, skip="always"),
+    "520 tokens": _heads(520, 16),
 }
 _VIT = {"heads": 12, "head_dim": 64, "shared": 4}
 _DIT = {"heads": 16, "head_dim": 72, "shared": 6}
@@ -381,7 +390,7 @@ ROUTE_CHECKS = {
     "7 tokens": {"batch": 2, "tokens": 7, "experts": 8, "shared": 4, "routed": 5},
     "100 tokens, none shared": {"batch": 2, "tokens": 100, "experts": 6, "shared": 0, "routed": 3},
     "13 tokens, all routed": {"batch": 3, "tokens": 13, "experts": 3, "shared": 2, "routed": 3},
-    "196 tokens": {"batch": 3, "tokens": 196, "experts": 27, "shared": 5, "routed": 16},
+    "63 tokens, 32 heads": {"batch": 1, "tokens": 63, "experts": 27, "shared": 5, "routed": 16},
 }
 ROUTE_STAGES = {
     "ViT-B 196 tokens, 75 %": {"batch": 128, "tokens": 196, "experts": 8, "shared": 4, "routed": 5},
@@ -405,6 +414,22 @@ def _dense(qkv_BNC: Tensor, gates_BNM: Tensor, num_heads: int, **_) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def _route_official(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor]:
+    """As the authors' code does it: torch.topk, a one-hot tensor (B·N, K, E) of integers, one step per operation."""
+    E = _routed_heads(logits_BNL.shape[2], shared, routed)
+    wg, w0, w1 = logits_BNL.flatten(0, 1).split([E, 2 if shared else 0, shared if shared > 1 else 0], dim=1)
+    scores = wg.softmax(1)
+    mask = F.one_hot(scores.topk(routed, dim=1).indices, E).sum(1)
+    balance = (scores.mean(0) * mask.float().mean(0)).mean() * E**2
+    gates = scores * mask
+    gates = gates / gates.sum(1, keepdim=True).clamp_min(torch.finfo(gates.dtype).eps) * routed
+    if shared:
+        shared_gates = w1.softmax(1) * shared if shared > 1 else torch.ones_like(wg[:, :1])
+        alphas = w0.softmax(1) * 2
+        gates = torch.cat([alphas[:, :1] * shared_gates, alphas[:, 1:] * gates], dim=1)
+    return gates.unflatten(0, logits_BNL.shape[:2]), balance
+
+
 OPERATION = Operation(
     name=WHO,
     run=moh_attention,
@@ -423,6 +448,6 @@ ROUTER = Operation(
     checks=ROUTE_CHECKS,
     stages=ROUTE_STAGES,
     cost=route_cost,
-    baselines={"pytorch": route_reference},
+    baselines={"official": _route_official, "pytorch": route_reference},
 )
 OPERATIONS = (OPERATION, ROUTER)

@@ -109,9 +109,7 @@ def select_regions(q_BRC: Tensor, k_BRC: Tensor, topk: int, scale: float, *, bac
         )
     R = q_BRC.shape[1]
     if not 1 <= topk <= R:
-        raise ValueError(
-            f"{who}: topk must be between 1 and the {R} regions, got {topk}; lower it, or use more regions"
-        )
+        raise ValueError(f"{who}: topk must be from 1 to the {R} regions, got {topk}; lower it, or use more regions")
     q_BRC, k_BRC = q_BRC.detach(), k_BRC.detach()
     if not is_fused(who, backend, q_BRC):
         return reference_selection(q_BRC, k_BRC, topk, scale)
@@ -142,7 +140,7 @@ def reference(
     q_WTC, kv_WTC = (_split(t, grid, region) for t in (q_BNC, kv_BNC))
     B, R, K = routes_BRK.shape
     chosen = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
-    kv_WSC = kv_WTC.index_select(0, chosen.flatten()).view(B * R, K * kv_WTC.shape[1], -1)
+    kv_WSC = kv_WTC.index_select(0, chosen.flatten()).view(B * R, K * kv_WTC.shape[1], kv_WTC.shape[2])
     k_WSC, v_WSC = kv_WSC.split([qk_dim, kv_WSC.shape[-1] - qk_dim], -1)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q_WTC, k_WSC, v_WSC))
     o_WTC = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
@@ -182,8 +180,8 @@ def _split(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Ten
 
 def _merge(x_WTC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Tensor:
     """The inverse of `_split`, without what it added."""
-    (rows, columns), (h, w) = _regions(grid, region), region
-    x = x_WTC.reshape(-1, rows, columns, h, w, x_WTC.shape[-1]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    rows, columns = _regions(grid, region)
+    x = x_WTC.unflatten(1, region).unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return x[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
@@ -192,7 +190,7 @@ def _check_map(who: str, x: Tensor, grid: tuple[int, ...], region: tuple[int, in
         raise ValueError(f"{who}: class tokens belong to no region, got {grid[2]} of them; take them off first")
     if min(*grid[:2], *region) < 1:
         raise ValueError(
-            f"{who}: grid and region must be positive, got {tuple(grid)} and {tuple(region)}; give the height and width "
+            f"{who}: grid and region must be positive, got {tuple(grid)} and {tuple(region)}; give the sides "
             "of the map and of a region"
         )
     if x.dim() != 3 or x.shape[1] != grid[0] * grid[1]:
@@ -215,13 +213,14 @@ def _check(
     C = qkv.shape[2] - 2 * qk_dim
     if heads < 1 or qk_dim < 1 or C < 1 or qk_dim % heads or C % heads:
         raise ValueError(
-            f"{WHO}: {heads} heads must divide queries and values of a projection (B, N, 2*qk_dim + C), got {qk_dim} and "
-            f"{C} channels; set num_heads and qk_dim as in the projection"
+            f"{WHO}: {heads} heads must divide queries and values of a projection (B, N, 2*qk_dim + C), got {qk_dim} "
+            f"and {C} channels; set num_heads and qk_dim as in the projection"
         )
     rows, columns = _regions(grid, region)
     if routes.dim() != 3 or routes.shape[:2] != (qkv.shape[0], rows * columns) or not routes.shape[2]:
         raise ValueError(
-            f"{WHO}: routes must be ({qkv.shape[0]}, {rows}*{columns}, K), got {tuple(routes.shape)}; use select_regions"
+            f"{WHO}: routes must be ({qkv.shape[0]}, {rows}*{columns}, K), got {tuple(routes.shape)}; "
+            "use select_regions"
         )
     if routes.shape[2] > rows * columns or routes.is_floating_point():
         raise ValueError(
@@ -337,7 +336,8 @@ selection_op = define(
     "select_regions(Tensor q, Tensor k, int topk, float scale) -> Tensor", _selection, _fake_selection, _flops_selection
 )
 forward_op = define(
-    f"routed_attention_forward(Tensor qkv, Tensor? lepe_weight, Tensor? lepe_bias, {_SIZES}) -> (Tensor, Tensor, Tensor)",
+    "routed_attention_forward(Tensor qkv, Tensor? lepe_weight, Tensor? lepe_bias, "
+    f"{_SIZES}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _flops,
@@ -442,9 +442,10 @@ def cost(
 
 
 CHECKS = {
-    "2 of 6 regions of 4x4, LePE": {
-        "batch": 2, "grid": (8, 12), "dim": 32, "heads": 2, "region": (4, 4), "topk": 2, "lepe": 3,
+    "2 of 4 regions of 4x4, LePE": {
+        "batch": 2, "grid": (8, 8), "dim": 16, "heads": 1, "region": (4, 4), "topk": 2, "lepe": 3,
     },
+    "3 of 6 regions of 4x4": {"batch": 1, "grid": (8, 12), "dim": 32, "heads": 2, "region": (4, 4), "topk": 3},
     "1 of 4 regions of 8x8": {"batch": 1, "grid": (16, 16), "dim": 32, "heads": 1, "region": (8, 8), "topk": 1},
     "4 of 9 regions of 2x2, LePE": {
         "batch": 1, "grid": (6, 6), "dim": 72, "heads": 3, "region": (2, 2), "topk": 4, "lepe": 5,
@@ -497,7 +498,7 @@ def _gathered(qkv_BNC, routes_BRK, grid, region, num_heads, *, qk_dim, scale=Non
     kv = torch.gather(source, 2, routes_BRK.view(B, R, K, 1, 1).expand(-1, -1, -1, T, width))
     k, v = kv.split([qk_dim, width - qk_dim], -1)
     q = q_WTC.unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous()
-    k = k.unflatten(-1, (num_heads, -1)).permute(0, 1, 4, 5, 2, 3).reshape(B * R, num_heads, -1, K * T)
+    k = k.unflatten(-1, (num_heads, -1)).permute(0, 1, 4, 5, 2, 3).reshape(B * R, num_heads, qk_dim // num_heads, K * T)
     v = v.unflatten(-1, (num_heads, -1)).permute(0, 1, 4, 2, 3, 5).reshape(B * R, num_heads, K * T, -1)
     weights = ((q * (qk_dim**-0.5 if scale is None else scale)) @ k).softmax(-1)
     o_BNC = _merge((weights @ v).transpose(1, 2).flatten(2), grid, region)

@@ -103,20 +103,19 @@ def _tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _convolve(x, row, weight, t, d, first, H, W, P, N, D, K: tl.constexpr, FLIP: tl.constexpr):
+def _convolve(x, row, taps, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr, UNROLL: tl.constexpr = 1):
     """The depth-wise convolution of the map x at tokens t, its transpose with FLIP; zero for prefix tokens."""
     y = (t - P) // W
     col = (t - P) % W
     acc = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
-    for i in range(K):
-        dy = (K // 2 - i) if FLIP else (i - K // 2)
-        for j in tl.static_range(K):
-            dx = (K // 2 - j) if FLIP else (j - K // 2)
-            seen = (t >= P) & (t < N) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
-            place = (t + dy * W + dx)[:, None] * row + d[None, :]
-            value = tl.load(x + place, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            w = tl.load(weight + (first + d) * (K * K) + i * K + j, mask=d < D, other=0.0).to(tl.float32)
-            acc += value * w[None, :]
+    for tap in tl.range(0, K * K, loop_unroll_factor=UNROLL):
+        dy = (K // 2 - tap // K) if FLIP else (tap // K - K // 2)
+        dx = (K // 2 - tap % K) if FLIP else (tap % K - K // 2)
+        seen = (t >= P) & (t < N) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
+        place = (t + dy * W + dx)[:, None] * row + d[None, :]
+        value = tl.load(x + place, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(taps + tap * C + first + d, mask=d < D, other=0.0).to(tl.float32)
+        acc += value * w[None, :]
     return acc
 
 
@@ -135,7 +134,7 @@ def _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, B
 
 @triton.jit
 def _answer(
-    qkv, row, tables, weight, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
+    qkv, row, tables, taps, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
     D: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +143,7 @@ def _answer(
     p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS, BT, AP, IP)
     o = tl.dot(p.to(gathered.dtype), gathered, input_precision=IP)
     if K > 0:
-        o += _convolve(qkv + 2 * M * D, row, weight, t, d, head * D, H, W, P, N, D, K, False)
+        o += _convolve(qkv + 2 * M * D, row, taps, t, d, head * D, H, W, P, N, M * D, D, K, False)
         if CONV_BIAS:
             b = tl.load(conv_bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)
             o += tl.where((t >= P)[:, None], b[None, :], 0.0)
@@ -174,7 +173,7 @@ def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constex
 
 @triton.jit
 def _gather(
-    qkv, tables, weight, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
+    qkv, tables, taps, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POOL: tl.constexpr, ANSWER: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
@@ -232,7 +231,7 @@ def _gather(
         for start in range(0, N, BT):
             t = start + tl.arange(0, BT)
             _answer(
-                qkv, row, tables, weight, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
+                qkv, row, tables, taps, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
                 D, BIAS2, K, CONV_BIAS, BT, AP, IP,
             )  # fmt: skip
 
@@ -266,7 +265,7 @@ def _combine(parts, part_lse, gathered, lse, pairs, splits, D: tl.constexpr, A: 
 
 @triton.jit
 def _scatter(
-    qkv, tables, weight, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
+    qkv, tables, taps, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
     D: tl.constexpr, A: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -283,7 +282,7 @@ def _scatter(
     agents = tl.load(pooled + place, mask=inside, other=0.0)
     values = tl.load(gathered + place, mask=inside, other=0.0)
     _answer(
-        qkv + image * batch + head * D, row, tables, weight, conv_bias, out + image * N * M * D + head * D,
+        qkv + image * batch + head * D, row, tables, taps, conv_bias, out + image * N * M * D + head * D,
         agents, values, t, a, d, head, M, H, W, P, N, A, scale, D, BIAS2, K, CONV_BIAS, BT, AP, IP,
     )  # fmt: skip
 
@@ -350,7 +349,7 @@ def _agent_gradients(
 
 @triton.jit
 def _token_gradients(
-    grad, qkv, tables, weight, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
+    grad, qkv, tables, taps, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
@@ -372,8 +371,8 @@ def _token_gradients(
     place = a[:, None] * D + d[None, :]
     out = t[:, None] * (3 * C) + head * D + d[None, :]
     kept = (t < N)[:, None] & (d < D)[None, :]
-    dtable = tl.zeros([BT, AP], tl.float32)
     if side == 0:
+        dtable = tl.zeros([BT, AP], tl.float32)
         within = _within(a[None, :], t[:, None], H, W, P, DOWN, ACROSS).to(qkv.dtype.element_ty)
         for image in range(first, last):
             pair = (image * M + head) * A * D
@@ -394,6 +393,7 @@ def _token_gradients(
             table = ((2 * group + 1) * M + head) * (tl.cdiv(N, BT) * BT * AP)
             tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
     else:
+        dtransposed = tl.zeros([AP, BT], tl.float32)
         for image in range(first, last):
             pair = image * M + head
             agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
@@ -403,26 +403,26 @@ def _token_gradients(
             x = qkv + image * batch + head * D
             k = _load(x + C, row, t, d, N, D)
             v = _load(x + 2 * C, row, t, d, N, D)
-            s = tl.dot(k, tl.trans(agents), input_precision=IP) * (scale * 1.4426950408889634)
+            s = tl.dot(agents, tl.trans(k), input_precision=IP) * (scale * 1.4426950408889634)
             if BIAS1:
-                s += _table(tables, 0, M, head, t[:, None], a[None, :], N, BT, AP)
+                s += _table(tables, 0, M, head, t[None, :], a[:, None], N, BT, AP)
             else:
-                s = tl.where((t < N)[:, None], s, float("-inf"))
-            p = tl.exp2(s - log[None, :])
-            dp = tl.dot(v, tl.trans(dvalues), input_precision=IP)
-            ds = p * (dp - total[None, :])
+                s = tl.where((t < N)[None, :], s, float("-inf"))
+            p = tl.exp2(s - log[:, None])
+            dp = tl.dot(dvalues, tl.trans(v), input_precision=IP)
+            ds = p * (dp - total[:, None])
             if BIAS1:
-                dtable += ds
-            dk = tl.dot(ds.to(k.dtype), agents, input_precision=IP) * scale
+                dtransposed += ds
+            dk = tl.dot(tl.trans(ds.to(k.dtype)), agents, input_precision=IP) * scale
             tl.store(dqkv + image * N * 3 * C + C + out, dk.to(dqkv.dtype.element_ty), mask=kept)
-            dv = tl.dot(p.to(k.dtype), dvalues, input_precision=IP)
+            dv = tl.dot(tl.trans(p.to(k.dtype)), dvalues, input_precision=IP)
             if K > 0:
                 g = grad + image * grad_batch + head * D
-                dv += _convolve(g, grad_row, weight, t, d, head * D, H, W, P, N, D, K, True)
+                dv += _convolve(g, grad_row, taps, t, d, head * D, H, W, P, N, C, D, K, True)
             tl.store(dqkv + image * N * 3 * C + 2 * C + out, dv.to(dqkv.dtype.element_ty), mask=kept)
         if BIAS1:
             table = (2 * group * M + head) * (tl.cdiv(N, BT) * BT * AP)
-            tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
+            tl.store(dtables + table + t[None, :] * AP + a[:, None], dtransposed)
 
 
 def tiles(tokens: int, agents: int, head_dim: int, itemsize: int) -> dict:
@@ -481,7 +481,7 @@ def forward(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
             D=D, DOWN=down, ACROSS=across, **pool_tile,
         )  # fmt: skip
-    local = (qkv if weight is None else weight.contiguous()), (qkv if bias is None else bias)
+    local = _taps(qkv, weight), (qkv if bias is None else bias)
     answer = {
         "BIAS2": scatter is not None, "K": 0 if weight is None else weight.shape[-1], "CONV_BIAS": bias is not None,
         "D": D, "IP": precision(qkv.dtype), **tile,
@@ -530,7 +530,7 @@ def backward(
     parts = saved[2].new_empty((groups, 2, heads, token_tiles * tile["BT"], tile["AP"]) if any(flags.values()) else 0)
     launch(
         _token_gradients, (groups * token_tiles * heads * 2,),
-        grad, qkv, tables, qkv if weight is None else weight.contiguous(), *saved, *state, dqkv, parts,
+        grad, qkv, tables, _taps(qkv, weight), *saved, *state, dqkv, parts,
         B, heads, *grid, N, scale, images, *strides,
         K=0 if weight is None else weight.shape[-1], stages=1, **constants,
     )  # fmt: skip
@@ -586,3 +586,8 @@ def _padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, a
         A=agents, BIAS1=gather is not None, BIAS2=scatter is not None, BT=tile["BT"], AP=tile["AP"],
     )  # fmt: skip
     return tables
+
+
+def _taps(qkv: Tensor, weight: Tensor | None) -> Tensor:
+    """The weights (k·k, C); something harmless without."""
+    return qkv if weight is None else weight.flatten(1).t().contiguous()

@@ -1,9 +1,9 @@
 """Triton kernels of `kernels.channel_attention`: forward, the gradient of the projection, and the Gram matrix.
 
 A program holds the D×D matrices of a few neighbouring heads as the diagonal blocks of one matrix, and drops what is
-outside the blocks: 64 channels of 16 bits are one line of memory, and fill the matrix unit. With enough images and heads
-a program goes over all tokens of an image, and forward and backward are one launch each. Otherwise the tokens are cut
-into parts, whose sums are added in a fixed order by a launch in between.
+outside the blocks: 64 channels of 16 bits are one line of memory, and fill the matrix unit. With enough images and
+heads a program goes over all tokens of an image, and forward and backward are one launch each. Otherwise the tokens are
+cut into parts, whose sums are added in a fixed order by a launch in between.
 """
 
 import torch

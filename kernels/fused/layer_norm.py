@@ -18,7 +18,7 @@ FULL = 528  # programs: four for each of 132 multiprocessors
 
 @triton.jit
 def _standardise(x, real, live, C, eps):
-    """(x - mean) / √(var + ε) and the factor 1 / √(var + ε) of each row; x is 0 beyond C and in rows that are not real."""
+    """(x - mean) / √(var + ε), and 1 / √(var + ε), of each row; x is 0 beyond C and in rows that are not real."""
     centred = tl.where(live[None, :], x - (tl.sum(x, 1) / C)[:, None], 0.0)
     variance = tl.where(real, tl.sum(centred * centred, 1) / C, 1.0)
     factor = 1.0 / tl.sqrt(variance + eps)
@@ -141,6 +141,8 @@ def _norm_backward(
         keep = real[:, None] & live[None, :]
         value = tl.load(x + image * x_batch + token * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         slope = tl.load(dn + image * dn_batch + token * dn_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        if ADD:
+            more = tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         value, factor = _standardise(value, real, live, C, eps)
         for_weight += slope * value
         for_bias += slope
@@ -148,7 +150,7 @@ def _norm_backward(
         slope -= (tl.sum(slope, 1) / C)[:, None] + value * (tl.sum(slope * value, 1) / C)[:, None]
         slope *= factor[:, None]
         if ADD:
-            slope += tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+            slope += more
         tl.store(dx + (image * tokens + token) * C + c[None, :], slope.to(dx.dtype.element_ty), mask=keep)
     # (2, programs, C)
     tl.store(partial + tl.program_id(0) * C + c, tl.sum(for_weight, 0), mask=live)

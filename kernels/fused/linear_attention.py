@@ -150,15 +150,18 @@ def _state_of(state, h, D: tl.constexpr, BD: tl.constexpr, EXTRA: tl.constexpr, 
 def _convolve(acc, x, row, taps, n, there, c, live, W, H, prefix, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
     """acc + the convolution of tokens n of the map, or with FLIP the transposed one."""
     place = n - prefix
-    y = place // W
-    col = place % W
-    for tap in tl.static_range(K * K):
-        dy = tap // K - K // 2
-        dx = tap % K - K // 2
-        seen = there & (place >= 0) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
-        value = _load(x, n + dy * W + dx, row, c, seen[:, None] & live[None, :])
-        weight = tl.load(taps + ((K * K - 1 - tap) if FLIP else tap) * C + c, mask=live, other=0.0)
-        acc += value * weight[None, :]
+    y = place // W - K // 2
+    col = place % W - K // 2
+    there = there & (place >= 0)
+    for dy in range(0, K):  # a loop of the machine: unrolled, its loads would take all registers
+        line = there & (y + dy >= 0) & (y + dy < H)
+        for dx in tl.static_range(K):
+            seen = line & (col + dx >= 0) & (col + dx < W)
+            value = _load(x, n + (dy - K // 2) * W + (dx - K // 2), row, c, seen[:, None] & live[None, :])
+            tap = dy * K + dx
+            if FLIP:
+                tap = K * K - 1 - tap
+            acc += value * tl.load(taps + tap * C + c, mask=live, other=0.0)[None, :]
     return acc
 
 
@@ -306,11 +309,11 @@ def _backward_q(
     d = tl.arange(0, BD)
     live = d < D
     if FEATURE == "focused":
-        for n0 in range(start, stop, BT):
+        for n0 in tl.range(start, stop, BT):
             n = n0 + t
             total = tl.zeros([BT], tl.float32)
             square = tl.zeros([BT], tl.float32)
-            for h in range(0, tl.minimum(groups * per, M)):
+            for h in tl.range(0, tl.minimum(groups * per, M), num_stages=1):
                 c = h * D + d
                 inside = (n < stop)[:, None] & live[None, :]
                 inverse = _inverse(scale, c, live)
@@ -331,8 +334,8 @@ def _backward_q(
             inverse = _inverse(scale, c, live)
         S, z, _ = _state_of(state, h, D, BD, EXTRA, PRECISION)
         acc = tl.zeros([BD, BD], tl.float32)
-        below = tl.zeros([BT, BD], tl.float32)
-        scales = tl.zeros([BT, BD], tl.float32)
+        below = tl.zeros([BD], tl.float32)
+        scales = tl.zeros([BD], tl.float32)
         for n0 in range(start, stop, BT):
             n = n0 + t
             inside = (n < stop)[:, None] & live[None, :]
@@ -340,23 +343,23 @@ def _backward_q(
             phi = _feature(x, inverse, stats, plane, n, n < stop, FEATURE, POWER)
             g = _load(grad, n, grad_row, c, inside)
             if EXTRA == 4:
-                below += g
+                below += tl.sum(g, 0)
             dphi, g, pull = _query_gradient(phi, g, S, z, eps, factor, NORMALISE, PRECISION)
             if NORMALISE:
-                below -= pull[:, None] * phi
-            acc = tl.dot(tl.trans(_operand(phi, PRECISION)), _operand(g, PRECISION), acc, input_precision=PRECISION)
+                below -= tl.sum(pull[:, None] * phi, 0)
             b = x
             if FEATURE == "focused":
                 b = _positive(x, inverse)
                 pull = tl.load(pulls + n, mask=n < stop, other=0.0)
             dx, log_b = _through_feature(dphi, x, phi, b, pull, FEATURE, POWER)
-            scales += log_b
+            scales += tl.sum(log_b, 0)
             tl.store(dqkv + n[:, None] * 3 * C + c[None, :], dx.to(dqkv.dtype.element_ty), mask=inside)
+            acc = tl.dot(tl.trans(_operand(phi, PRECISION)), _operand(g, PRECISION), acc, input_precision=PRECISION)
         out = dstate + ((image * chunks + chunk) * M + h) * (D + 1) * D
         tl.store(out + d[:, None] * D + d[None, :], acc, mask=live[:, None] & live[None, :])
-        tl.store(out + D * D + d, tl.sum(below, 0), mask=live)
+        tl.store(out + D * D + d, below, mask=live)
         if FEATURE == "focused":
-            tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(scales, 0) * inverse, mask=live)
+            tl.store(dscale + (image * chunks + chunk) * C + c, -scales * inverse, mask=live)
 
 
 @triton.jit
@@ -417,10 +420,7 @@ def _backward_k(
         else:
             phi = _feature(key, inverse, stats, plane, n, there, FEATURE, POWER)
         dphi = tl.dot(value, tl.trans(dS), input_precision=PRECISION)
-        dvalue = tl.dot(_operand(phi, PRECISION), dS, input_precision=PRECISION)
-        if EXTRA == 4:
-            dvalue += dz[None, :]
-        else:
+        if EXTRA != 4:
             dphi += dz[None, :]
         b = key
         if FEATURE == "focused":
@@ -430,6 +430,9 @@ def _backward_k(
         if FEATURE == "focused":
             log_b = tl.where(inside, log_b, 0.0)
             tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(log_b, 0) * inverse, mask=live)
+        dvalue = tl.dot(_operand(phi, PRECISION), dS, input_precision=PRECISION)
+        if EXTRA == 4:
+            dvalue += dz[None, :]
         dvalue *= inverse_N
         if K > 0:
             dvalue = _convolve(dvalue, grad, grad_row, taps, n, there, c, live, W, H, prefix, C, K, True)
@@ -494,11 +497,12 @@ def _correlate(grad, v, partial, N, W, H, prefix, C, splits, grad_batch, grad_ro
     tl.store(out + 2, tl.sum(acc2, 0).to(partial.dtype.element_ty), mask=live)
 
 
-def tiles(D: int, N: int) -> tuple[int, int, int]:
-    """Tokens and padded channels of a tile, and warps: a thread holds 32 numbers of it."""
+def tiles(D: int, N: int, backward: bool) -> tuple[int, int, int]:
+    """Tokens and padded channels of a tile, and warps: few numbers per thread, of which backward holds ten tiles."""
     BD = power_of_2(D)
-    BT = min(128 if BD <= 32 else 64, power_of_2(N))
-    return BT, BD, 8 if BT * BD > 4096 else 4
+    if backward:
+        return min(64 if BD <= 32 else 32, power_of_2(N)), BD, 8 if BD <= 64 else 16
+    return min(64 if BD <= 64 else 32, power_of_2(N)), BD, 4 if BD <= 32 else 8
 
 
 def shares(B: int, N: int, M: int, BT: int, span: int, together: bool) -> tuple[int, int, int, int]:
@@ -529,7 +533,7 @@ def forward(
     stats = torch.empty((4, B, N) if together else 0, dtype=torch.float32, device=qkv.device)
     K = _side(weight, lepe_weight)
     taps = _taps(weight, bias, lepe_weight, lepe_bias, C, K, feature, qkv.device)
-    BT, BD, warps = tiles(D, N)
+    BT, BD, warps = tiles(D, N, backward=False)
     common = _common(qkv, M, feature, constant) | {"BT": BT, "BD": BD, "warps": warps}
     common |= {"BC": power_of_2(C), "BP": max(1, 4096 // power_of_2(C)), "EXTRA": extra}
     strides = (qkv.stride(0), qkv.stride(1), B * N)
@@ -559,7 +563,7 @@ def backward(
     H, W, prefix = grid
     D, together = C // M, feature == "focused"
     dqkv = torch.empty(B, N, 3 * C, dtype=qkv.dtype, device=qkv.device)
-    BT, BD, warps = tiles(D, N)
+    BT, BD, warps = tiles(D, N, backward=True)
     common = _common(qkv, M, feature, constant) | {"BT": BT, "BD": BD, "warps": warps, "EXTRA": _extra(feature)}
     strides = (qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), B * N)
     span, chunks, groups, per = shares(B, N, M, BT, max(8 * BD, 512), together)

@@ -5,8 +5,9 @@ out, a first kernel lists the tokens of every head, those with a gate first; a t
 The grid is that of dense attention, so the host needs no count: tiles behind the last gated token turn zero times
 through the loop and write the zeros that belong there. Keys and values are never left out.
 
-Gradients have one owner each: queries in one kernel, keys and values in another; with few tokens one kernel has all of
-them. A head of D channels is held as A + R, both powers of two, e.g. 72 as 64 + 16 instead of 128.
+A gradient has one owner: a program has that of its queries, or of its keys and values, or with few tokens, where a
+launch counts, first the one and then the other. A head of D channels is held as A + R, both powers of two: 72 as
+64 + 16 instead of 128.
 """
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from kernels.fused.launch import launch, power_of_2, precision, rows
 
 LOG2E = 1.4426950408889634
-SEPARATE_FROM = 512
+SEPARATE_FROM = 512  # tokens: from here on queries have a backward launch of their own
+PROGRAMS = 512  # of the router, at most, so that their sums are few
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _backward(
     M: tl.constexpr, D: tl.constexpr, A: tl.constexpr, R: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SKIP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With QUERIES dq and dgates of OWN rows of the list, with KEYS dk and dv of OWN keys, each over steps of the others.
+    """With QUERIES dq and dgates of OWN rows of the list, with KEYS dk and dv of OWN keys, each over all of the others.
 
     With QUERIES alone, Σ grad · out and the gates of the rows are left in `delta`, where KEYS alone reads them.
     """
@@ -205,17 +207,18 @@ def _backward(
                 gate_row = tl.load(delta + N + row, mask=there, other=0.0)
             # scores are transposed, (keys, queries): left operands of the products as they are
             st = tl.dot(kt0, tl.trans(qs0), input_precision=PRECISION)
-            dpt = tl.dot(vt0, tl.trans(gs0), input_precision=PRECISION)
             if R:
                 st = tl.dot(kt1, tl.trans(qs1), st, input_precision=PRECISION)
-                dpt = tl.dot(vt1, tl.trans(gs1), dpt, input_precision=PRECISION)
             pt = tl.exp2(st * qk_scale - tl.load(lse + row, mask=there, other=float("inf"))[None, :])
             gated = (pt * gate_row[None, :]).to(qkv.dtype.element_ty)
-            dst = (pt * (gate_row[None, :] * dpt - ds_row[None, :])).to(qkv.dtype.element_ty)
             dv0 = tl.dot(gated, gs0, dv0, input_precision=PRECISION)
-            dk0 = tl.dot(dst, qs0, dk0, input_precision=PRECISION)
+            dpt = tl.dot(vt0, tl.trans(gs0), input_precision=PRECISION)
             if R:
                 dv1 = tl.dot(gated, gs1, dv1, input_precision=PRECISION)
+                dpt = tl.dot(vt1, tl.trans(gs1), dpt, input_precision=PRECISION)
+            dst = (pt * (gate_row[None, :] * dpt - ds_row[None, :])).to(qkv.dtype.element_ty)
+            dk0 = tl.dot(dst, qs0, dk0, input_precision=PRECISION)
+            if R:
                 dk1 = tl.dot(dst, qs1, dk1, input_precision=PRECISION)
         _store(dk0 * scale, dqkv + M * D, own, 3 * M * D, mine, 0, A, D)
         _store(dv0, dqkv + 2 * M * D, own, 3 * M * D, mine, 0, A, D)
@@ -236,8 +239,8 @@ def split(head_dim: int) -> tuple[int, int]:
 def tiles(backward: bool, tokens: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """Rows that a program owns, rows of a step, warps, stages.
 
-    As large as registers allow, so that the other rows are read from cache seldom: a program takes 160 to 250 of the 255
-    registers. In float32 products have no tensor cores and keep both operands in registers.
+    As large as registers allow, so that the other rows are read from cache seldom: a program takes 160 to 250 of the
+    255 registers. In float32 products have no tensor cores and keep both operands in registers.
     """
     wide, narrow = head_dim > 96, head_dim <= 32
     if itemsize == 4:
@@ -253,9 +256,7 @@ def tiles(backward: bool, tokens: int, head_dim: int, itemsize: int) -> tuple[in
     return min(own, most), min(step, most), 4 if most < own else warps, stages
 
 
-def forward(
-    qkv: Tensor, gates: Tensor, scale: float, skip: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(qkv: Tensor, gates: Tensor, scale: float, skip: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, log2 of the softmax's sum (B, M, N), tokens of every head (B, M, N) and their number (B, M)."""
     qkv, gates = rows(qkv), gates.contiguous()
     (B, N, M), C = gates.shape, qkv.shape[2] // 3
@@ -436,8 +437,7 @@ def route(logits: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor, Ten
     E, PE, BT = constants["E"], constants["PE"], constants["BT"]
     flat = rows(logits).reshape(T, L)
     gates = torch.empty(B, N, shared + E, dtype=torch.float32, device=logits.device)
-    # at most 512 programs, so that their sums are few
-    programs = min(triton.cdiv(T, BT), 512)
+    programs = min(triton.cdiv(T, BT), PROGRAMS)
     partial = torch.empty(programs, 2, PE, dtype=torch.float32, device=logits.device)
     launch(_route, (programs,), flat, gates, partial, T, flat.stride(0), **constants)
     if not routed:
@@ -464,4 +464,4 @@ def route_backward(grad: Tensor, balance: Tensor, logits: Tensor, load: Tensor, 
 def _router(logits: int, shared: int, routed: int) -> dict:
     E = logits - (shared if shared > 1 else 0) - (2 if shared else 0) if routed else 0
     PS, PE = power_of_2(shared, least=2), power_of_2(E, least=2)
-    return {"S": shared, "E": E, "K": routed, "PS": PS, "PE": PE, "BT": max(16, min(128, 2048 // max(PS, PE)))}
+    return {"S": shared, "E": E, "K": routed, "PS": PS, "PE": PE, "BT": max(16, min(128, 1024 // max(PS, PE)))}

@@ -162,7 +162,7 @@ def _list_routes(
 
 
 @triton.jit
-def _where(H, W, M, groups, G: tl.constexpr, h: tl.constexpr, w: tl.constexpr, BM: tl.constexpr, ROLES: tl.constexpr):
+def _where(M, groups, G: tl.constexpr, h: tl.constexpr, w: tl.constexpr, BM: tl.constexpr, ROLES: tl.constexpr):
     """Image, head, role, group of regions and part of the group of this program, the last one changing fastest."""
     parts: tl.constexpr = (G * h * w + BM - 1) // BM
     tile = tl.program_id(0)
@@ -180,7 +180,7 @@ def _attend(
     out_row, K: tl.constexpr, G: tl.constexpr, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr,
     DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    image, head, role, group, part = _where(H, W, M, groups, G, h, w, BM, 1)
+    image, head, _role, group, part = _where(M, groups, G, h, w, BM, 1)
     token, inside, place = _own(group, part, H, W, R, G, GW, h, w, BM)
     qkv += image * qkv_batch
     k_base = qkv + qk_dim + head * DQ
@@ -196,14 +196,12 @@ def _attend(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
     for start in range(0, count, BN):
-        other, there, allowed, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
+        other, there, exists, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
         k = _load(k_base, other, there, qkv_row, DQ, BQ)
         v = _load(v_base, other, there, qkv_row, DV, BV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if G == 1:
-            s = tl.where(allowed[None, :], s, float("-inf"))
-        else:
-            s = tl.where((bits[None, :] >> place[:, None]) & 1 != 0, s, float("-inf"))
+        concerned = exists[None, :] if G == 1 else (bits[None, :] >> place[:, None]) & 1 != 0
+        s = tl.where(concerned, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         # none of the keys so far may concern this query: -inf - -inf is not a number
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -230,14 +228,12 @@ def _query_gradients(
     norm = tl.load(lse + token, mask=inside, other=0.0)
     dq = tl.zeros([BM, BQ], tl.float32)
     for start in range(0, count, BN):
-        other, there, allowed, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
+        other, there, exists, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
         k = _load(k_base, other, there, qkv_row, DQ, BQ)
         v = _load(v_base, other, there, qkv_row, DV, BV)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634) - norm[:, None])
-        if G == 1:
-            p = tl.where(allowed[None, :], p, 0.0)
-        else:
-            p = tl.where((bits[None, :] >> place[:, None]) & 1 != 0, p, 0.0)
+        concerned = exists[None, :] if G == 1 else (bits[None, :] >> place[:, None]) & 1 != 0
+        p = tl.where(concerned, p, 0.0)
         ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     _store(dq_base, dq * scale, token, inside, d_row, DQ, BQ)
@@ -255,7 +251,7 @@ def _key_gradients(
     dk = tl.zeros([BM, BQ], tl.float32)
     dv = tl.zeros([BM, BV], tl.float32)
     for start in range(0, count, BN):
-        other, there, allowed, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
+        other, there, _exists, bits = _listed(entries, start, count, H, W, GW, h, w, BN)
         q = _load(q_base, other, there, qkv_row, DQ, BQ)
         g = _load(grad, other, there, grad_row, DV, BV)
         delta = _delta(_load(out, other, there, out_row, DV, BV), g)
@@ -279,7 +275,7 @@ def _differentiate(
     BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first half of the programs of a head own queries, the second half keys: they share what they read in L2."""
-    image, head, role, group, part = _where(H, W, M, groups, G, h, w, BM, 2)
+    image, head, role, group, part = _where(M, groups, G, h, w, BM, 2)
     token, inside, place = _own(group, part, H, W, R, G, GW, h, w, BM)
     q = qkv + image * qkv_batch + head * DQ
     k = q + qk_dim
@@ -293,15 +289,21 @@ def _differentiate(
     place_of_list = image * groups + group
     if role == 1:
         count = tl.load(routing_count + place_of_list) * (h * w)
-        _key_gradients(grad, q, k, v, out, lse, dk, dv, routing + place_of_list * R, count, scale, token, inside, place,
-                       H, W, grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BK, BQ, BV, PRECISION)  # fmt: skip
+        _key_gradients(
+            grad, q, k, v, out, lse, dk, dv, routing + place_of_list * R, count, scale, token, inside, place, H, W,
+            grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BK, BQ, BV, PRECISION,
+        )  # fmt: skip
     elif G == 1:
-        _query_gradients(grad, q, k, v, out, lse, dq, routes + (image * R + group) * K, K * h * w, scale, token, inside,
-                         place, H, W, grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BN, BQ, BV, PRECISION)  # fmt: skip
+        _query_gradients(
+            grad, q, k, v, out, lse, dq, routes + (image * R + group) * K, K * h * w, scale, token, inside, place, H, W,
+            grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BN, BQ, BV, PRECISION,
+        )  # fmt: skip
     else:
         count = tl.load(routed_count + place_of_list) * (h * w)
-        _query_gradients(grad, q, k, v, out, lse, dq, routed + place_of_list * routed_size, count, scale, token, inside,
-                         place, H, W, grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BN, BQ, BV, PRECISION)  # fmt: skip
+        _query_gradients(
+            grad, q, k, v, out, lse, dq, routed + place_of_list * routed_size, count, scale, token, inside, place, H, W,
+            grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BN, BQ, BV, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -375,13 +377,14 @@ def _differentiate_dense(
     q = _load(qkv + head * DQ, token, inside, qkv_row, DQ, BQ)
     g = _load(grad + image * grad_batch + head * DV, token, inside, grad_row, DV, BV)
     delta = _delta(_load(out + image * H * W * out_row + head * DV, token, inside, out_row, DV, BV), g)
-    norm = tl.load(lse + (image * M + head) * H * W + token, mask=inside, other=0.0)
     log2_scale = scale * 1.4426950408889634
     dq = tl.zeros([BM, BQ], tl.float32)
     for start in range(0, R * h * w, BN):
         other, there, ahead = _all(start, H, W, R, GW, h, w, BN)
         k = _load(qkv + qk_dim + head * DQ, other, there, qkv_row, DQ, BQ)
         v = _load(qkv + 2 * qk_dim + head * DV, other, there, qkv_row, DV, BV)
+        # loaded in every step to free registers, which an A100 would spill
+        norm = tl.load(lse + (image * M + head) * H * W + token, mask=inside, other=0.0)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale - norm[:, None])
         here = (word >> (start // (h * w))).to(tl.int32)
         p = tl.where((here[:, None] >> ahead[None, :]) & 1 != 0, p, 0.0)
@@ -408,7 +411,7 @@ def dense_tiles(tokens: int, backward: bool) -> tuple[int, int, int]:
     return rows, 16 if backward else 32, max(4, rows // (32 if backward else 16))
 
 
-def tiles(cells: int, widest: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def tiles(cells: int, widest: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
     """Regions and rows of a tile, columns of a step, and warps.
 
     64 rows are what a tensor core takes at once, and as many as a tile of several small regions fills; large regions
@@ -418,7 +421,9 @@ def tiles(cells: int, widest: int, dtype: torch.dtype) -> tuple[int, int, int, i
     most = 32 if exact else 128 if cells >= 128 and widest <= 64 else 64
     regions = max(1, min(16, most // cells))
     rows = min(most, power_of_2(regions * cells))
-    return regions, rows, 32 if exact or widest > 64 else 64, 8 if rows == 128 else 4
+    if exact:
+        return regions, rows, 32 if widest <= 32 else 16, 4 if widest <= 64 else 8
+    return regions, rows, 64 if widest <= (32 if backward else 64) else 32, max(2, rows // 16)
 
 
 def region_means(x: Tensor, grid: tuple[int, int], region: tuple[int, int]) -> Tensor:
@@ -458,15 +463,15 @@ class _Plan:
         self.scale = qk_dim**-0.5 if scale is None else scale
         DQ, DV = qk_dim // heads, (channels - 2 * qk_dim) // heads
         self.dense = is_dense(self.R, h * w, max(DQ, DV))
-        self.G, BM, BN, self.warps = tiles(h * w, max(DQ, DV), qkv.dtype)
+        self.G, BM, BN, self.warps = tiles(h * w, max(DQ, DV), qkv.dtype, backward)
         if self.dense:
             BM, BN, self.warps = dense_tiles(self.R * h * w, backward)
         self.groups = triton.cdiv(self.R, self.G)
         self.programs = self.groups * triton.cdiv(self.G * h * w, BM)
-        self.constants = dict(
-            GW=triton.cdiv(W, w), h=h, w=w, DQ=DQ, DV=DV, BM=BM, BN=BN, BQ=power_of_2(DQ), BV=power_of_2(DV),
-            PRECISION=precision(qkv.dtype),
-        )  # fmt: skip
+        self.constants = {
+            "GW": triton.cdiv(W, w), "h": h, "w": w, "DQ": DQ, "DV": DV, "BM": BM, "BN": BN, "BQ": power_of_2(DQ),
+            "BV": power_of_2(DV), "PRECISION": precision(qkv.dtype),
+        }  # fmt: skip
 
     def lists(self, *, backward: bool) -> list:
         """Where each group of regions is routed to, and, for the backward pass, from where."""
@@ -506,8 +511,8 @@ def forward(
         )  # fmt: skip
     else:
         launch(
-            _attend, (B * heads * plan.programs,), *tensors, *plan.lists(backward=False), plan.scale * LOG2E, *plan.size,
-            qk_dim, plan.groups, min(plan.R, plan.G * plan.K), *strides,
+            _attend, (B * heads * plan.programs,), *tensors, *plan.lists(backward=False), plan.scale * LOG2E,
+            *plan.size, qk_dim, plan.groups, min(plan.R, plan.G * plan.K), *strides,
             K=plan.K, G=plan.G, **plan.constants, warps=plan.warps,
         )  # fmt: skip
     return out, lse
@@ -534,7 +539,7 @@ def backward(
     if plan.dense:
         launch(
             _differentiate_dense, (qkv.shape[0] * heads,), *tensors, plan.scale, *plan.size, plan.K, qk_dim, *strides,
-            **plan.constants, warps=plan.warps,
+            **plan.constants, warps=plan.warps, stages=1,
         )  # fmt: skip
     else:
         launch(

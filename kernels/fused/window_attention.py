@@ -165,8 +165,7 @@ def _backward_whole(
     if BIAS:
         cell = _cell(r, T, G)
         place = cell[:, None] * T + cell[None, :]
-        added = tl.load(bias + head.to(tl.int64) * (T * T) + place, mask=_same(r, T, G), other=0.0).to(tl.float32)
-        added *= LOG2E
+        bias += head.to(tl.int64) * (T * T)
         dadded = tl.zeros([BT, BT], tl.float32)
     for turn in range(0, turns):
         fresh = r + (turn >> 30)
@@ -179,7 +178,9 @@ def _backward_whole(
         do = _load(grad + image * grad_batch + first, token, grad_row, inside, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision=IP) * (scale * LOG2E)
         if BIAS:
-            s += added
+            cells = _cell(fresh, T, G)
+            pairs = bias + cells[:, None] * T + cells[None, :]
+            s += tl.load(pairs, mask=_same(fresh, T, G), other=0.0).to(tl.float32) * LOG2E
         p, inverse = _softmax(s, _may_attend(fresh, live, seam, T, G, SY + SX > 0))
         p *= inverse[:, None]
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
@@ -435,13 +436,13 @@ def forward(
         each = 1 if bias is None else turns(work * heads, 8)
         launch(
             _forward_whole, (triton.cdiv(work, each) * heads,), *given, each, B, heads, *grid, *strides, scale,
-            warps=_warps(constants), G=G, BT=BT, **constants,
+            G=G, BT=BT, **constants,
         )  # fmt: skip
         return
     BM, BN = blocks(T)
     launch(
         _forward_tiled, (B * windows * triton.cdiv(T, BM) * heads,), *given, lse, heads, *grid, *strides, scale,
-        warps=_warps(constants), BM=BM, BN=BN, **constants,
+        BM=BM, BN=BN, **constants,
     )  # fmt: skip
 
 
@@ -483,7 +484,7 @@ def _backward_of_tiles(given: tuple, dqkv: Tensor, sizes: tuple, constants: dict
     dbias = _shares(dqkv, splits * G, heads, T, T) if has_bias else dqkv
     launch(
         _backward_whole, (splits * heads,), *given, dqkv, dpadding, dbias, each, B, *sizes,
-        warps=_warps(constants, backward=True), G=G, BT=BT, BIAS=has_bias, **constants,
+        G=G, BT=BT, BIAS=has_bias, **constants,
     )  # fmt: skip
     return _padding(dpadding) if constants["PAD"] else None, dbias.sum(0) if has_bias else None
 
@@ -497,7 +498,6 @@ def _backward_in_passes(
     parts = B * windows * triton.cdiv(T, own)
     delta = torch.empty_like(lse)
     dpadding = _shares(dqkv, parts, 2, dqkv.shape[2] // 3) if constants["PAD"] else dqkv
-    constants = constants | {"warps": _warps(constants, backward=True)}
     launch(
         _backward_queries, (parts * heads,), *given, out, lse, delta, dqkv, *sizes,
         BM=own, BN=visit, BIAS=has_bias, **constants,
@@ -531,16 +531,19 @@ def _shares(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _warps(constants: dict, backward: bool = False) -> int:
-    return 4
+def schedule(constants: dict) -> dict:
+    """Warps, and stages of the loads' pipeline: float32 products are made of plain multiplications, and take registers."""
+    exact = constants["IP"] == "ieee"
+    return {"warps": 8 if exact or constants["BD"] > 64 else 4, "stages": 1 if exact else 2}
 
 
 def _constants(
     qkv: Tensor, padding: Tensor | None, heads: int, window: tuple[int, int], shift: tuple[int, int]
 ) -> dict:
     D = qkv.shape[2] // 3 // heads
-    sizes = {"D": D, "WH": window[0], "WW": window[1], "SY": shift[0], "SX": shift[1], "BD": power_of_2(D)}
-    return sizes | {"PAD": padding is not None, "IP": precision(qkv.dtype)}
+    constants = {"D": D, "WH": window[0], "WW": window[1], "SY": shift[0], "SX": shift[1], "BD": power_of_2(D)}
+    constants |= {"PAD": padding is not None, "IP": precision(qkv.dtype)}
+    return constants | schedule(constants)
 
 
 def _windows(grid: tuple[int, int], window: tuple[int, int]) -> int:

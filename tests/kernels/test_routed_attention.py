@@ -1,4 +1,4 @@
-"""Routing and routed attention: what holds for them alone. Parity, and what PyTorch wraps around, is in test_operations."""
+"""What holds for routing and routed attention alone; their parity with the definitions is in test_operations."""
 
 import pytest
 import torch
@@ -101,9 +101,9 @@ def test_means_leave_out_what_is_outside_the_map(grid, region, dtype, poisoned):
     torch.testing.assert_close(found, reference_means(x, grid, region), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("regions", "topk"), [(1, 1), (9, 4), (49, 16), (100, 100)])
+@pytest.mark.parametrize(("regions", "topk"), [(1, 1), (9, 4), (18, 18), (70, 3)])
 def test_selection_is_a_stable_descending_sort(regions, topk, poisoned):
-    q, k = torch.randn(2, 2, regions, 40, device=DEVICE).unbind()
+    q, k = torch.randn(2, 1, regions, 40, device=DEVICE).unbind()
     found = select_regions(q, k, topk, 40**-0.5)
     assert torch.equal(found, reference_selection(q, k, topk, 40**-0.5))
 
