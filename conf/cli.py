@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -100,6 +101,15 @@ def take_config_from_checkpoint() -> None:
     ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
 
 
+def _with_backend(node: Any, backend: str) -> Any:
+    """The configuration with what computes the attention replaced: it is no property of the trained weights."""
+    if isinstance(node, list):
+        return [_with_backend(part, backend) for part in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: backend if key == "backend" else _with_backend(value, backend) for key, value in node.items()}
+
+
 def _of_checkpoint(arguments: dict[str, str]) -> dict:
     """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
     from models.checkpoints import check_config, read_config
@@ -120,6 +130,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
             f"eval: the checkpoint holds {run.get('model')} with {run.get('attention')} attention, this command asks "
             f"for {group}={arguments[group]}; leave {group}= out"
         )
+    kept = _with_backend(kept, "${backend}")
     if "data" in arguments:
         del kept["data"]
         return kept

@@ -103,12 +103,12 @@ def _tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _convolve(x, row, taps, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr, UNROLL: tl.constexpr = 1):
+def _convolve(x, row, taps, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
     """The depth-wise convolution of the map x at tokens t, its transpose with FLIP; zero for prefix tokens."""
     y = (t - P) // W
     col = (t - P) % W
     acc = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
-    for tap in tl.range(0, K * K, loop_unroll_factor=UNROLL):
+    for tap in tl.range(0, K * K, loop_unroll_factor=3 if d.shape[0] <= 32 else 1):
         dy = (K // 2 - tap // K) if FLIP else (tap // K - K // 2)
         dx = (K // 2 - tap % K) if FLIP else (tap % K - K // 2)
         seen = (t >= P) & (t < N) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
@@ -426,11 +426,11 @@ def _token_gradients(
 
 
 def tiles(tokens: int, agents: int, head_dim: int, itemsize: int) -> dict:
-    """Tokens, agents and channels of a tile, and warps: the scores of a tile are 32 numbers or fewer per thread."""
+    """Tokens, agents and channels of a tile, and warps: what a program keeps in registers between images must fit."""
     AP, DP = power_of_2(agents), power_of_2(head_dim)
-    BT = 128 if max(AP, DP) <= 32 else 64
-    BT = min(BT if itemsize == 2 else BT // 2, power_of_2(tokens))
-    return {"BT": BT, "AP": AP, "DP": DP, "warps": 8 if max(AP, DP) > 64 else 4}
+    wide = max(AP, DP) > 64
+    BT = (32 if wide else 64) * 2 // itemsize
+    return {"BT": min(BT, power_of_2(tokens)), "AP": AP, "DP": DP, "warps": 8 if wide else 4}
 
 
 def splits(pairs: int, tokens: int, tile: int) -> tuple[int, int]:

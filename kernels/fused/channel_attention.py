@@ -213,11 +213,15 @@ def _part_outputs(
 def tiles(tokens: int, num_heads: int, head_dim: int, itemsize: int) -> dict:
     """Heads and tokens of a program: 128 bytes of channels, or one wider head, and up to 64 tokens at a time.
 
-    Exact products of float32 run outside the matrix unit and take its operands from registers: 32 tokens then.
+    Exact products of float32 run outside the matrix unit and take their operands from registers, and the matrices of
+    wide heads leave less room for tokens.
     """
     heads = max(1, min(num_heads, 128 // itemsize // head_dim))
     channels = power_of_2(heads * head_dim)
-    return {"D": head_dim, "HEADS": heads, "BC": channels, "BT": min(64 if itemsize == 2 else 32, power_of_2(tokens))}
+    most = 16 if channels * itemsize > 256 or (itemsize == 4 and channels > 32) else 128 // itemsize
+    if itemsize == 2 and channels > 64:
+        most = 32
+    return {"D": head_dim, "HEADS": heads, "BC": channels, "BT": min(most, power_of_2(tokens))}
 
 
 def parts(batch: int, tokens: int, num_heads: int, heads: int) -> tuple[int, int]:

@@ -175,7 +175,7 @@ def conv_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y and its norm."""
-    x, norm = rows(x), (rows(norm_weight), rows(norm_bias))
+    x, norm = rows(x), (norm_weight.contiguous(), norm_bias.contiguous())
     (_, N, C), (H, W, prefix), K = x.shape, grid, conv_weight.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -234,8 +234,8 @@ def pooled_forward(
     BT, BC, warps = tiles(region[0] * region[1], C, 8192 // x.element_size())
     launch(
         _pooled_norm, (B * (regions + (prefix > 0)),),
-        x, rows(norm_weight), rows(norm_bias), n, means, eps, H, W, C, prefix, *region, x.stride(0), x.stride(1),
-        warps=warps, BT=BT, BC=BC, PREFIX=prefix > 0,
+        x, norm_weight.contiguous(), norm_bias.contiguous(), n, means, eps, H, W, C, prefix, *region,
+        x.stride(0), x.stride(1), warps=warps, BT=BT, BC=BC, PREFIX=prefix > 0,
     )  # fmt: skip
     return n, means
 
@@ -252,7 +252,7 @@ def norm_backward(
     partial = torch.empty(2, programs, C, dtype=torch.float32, device=x.device)
     launch(
         _norm_backward, (programs,),
-        x, dn, dy, rows(norm_weight), dx, partial, eps, B * N, N, C, programs,
+        x, dn, dy, norm_weight.contiguous(), dx, partial, eps, B * N, N, C, programs,
         x.stride(0), x.stride(1), dn.stride(0), dn.stride(1), dy.stride(0), dy.stride(1),
         warps=warps, BT=BT, BC=BC, ADD=dy is not dn,
     )  # fmt: skip

@@ -317,11 +317,11 @@ def _backward_q(
                 c = h * D + d
                 inside = (n < stop)[:, None] & live[None, :]
                 inverse = _inverse(scale, c, live)
-                S, z, _ = _state_of(state, h, D, BD, EXTRA, PRECISION)
+                S, z, unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
                 x = _load(q, n, row, c, inside)
                 phi = _feature(x, inverse, stats, plane, n, n < stop, FEATURE, POWER)
                 g = _load(grad, n, grad_row, c, inside)
-                _, _, pull = _query_gradient(phi, g, S, z, eps, factor, NORMALISE, PRECISION)
+                unused, g, pull = _query_gradient(phi, g, S, z, eps, factor, NORMALISE, PRECISION)
                 b = _positive(x, inverse)
                 total += pull
                 square += tl.sum(b * b, 1)
@@ -332,7 +332,7 @@ def _backward_q(
         inverse = live
         if FEATURE == "focused":
             inverse = _inverse(scale, c, live)
-        S, z, _ = _state_of(state, h, D, BD, EXTRA, PRECISION)
+        S, z, unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
         acc = tl.zeros([BD, BD], tl.float32)
         below = tl.zeros([BD], tl.float32)
         scales = tl.zeros([BD], tl.float32)
@@ -392,7 +392,7 @@ def _backward_k(
         for h in range(0, tl.minimum(groups * per, M)):
             c = h * D + d
             inverse = _inverse(scale, c, live)
-            dS, dz, _ = _state_of(dstate, h, D, BD, 1, PRECISION)
+            dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
             key = _load(k, n, row, c, inside)
             if POSITION:
                 key += _load(position, n, C, c, inside)
@@ -408,13 +408,13 @@ def _backward_k(
         inverse = live
         if FEATURE == "focused":
             inverse = _inverse(scale, c, live)
-        dS, dz, _ = _state_of(dstate, h, D, BD, 1, PRECISION)
+        dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
         key = _load(k, n, row, c, inside)
         value = _load(v, n, row, c, inside)
         if POSITION:
             key += _load(position, n, C, c, inside)
         if EXTRA == 4:
-            _, k_mean, v_mean = _state_of(state, h, D, BD, EXTRA, PRECISION)
+            unused, k_mean, v_mean = _state_of(state, h, D, BD, EXTRA, PRECISION)
             value = _operand(value - v_mean[None, :], PRECISION)
             phi = key - k_mean[None, :]
         else:
@@ -430,6 +430,8 @@ def _backward_k(
         if FEATURE == "focused":
             log_b = tl.where(inside, log_b, 0.0)
             tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(log_b, 0) * inverse, mask=live)
+        if BD > 64:  # read again: two forms of it at once would not fit in shared memory
+            dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
         dvalue = tl.dot(_operand(phi, PRECISION), dS, input_precision=PRECISION)
         if EXTRA == 4:
             dvalue += dz[None, :]
@@ -497,12 +499,16 @@ def _correlate(grad, v, partial, N, W, H, prefix, C, splits, grad_batch, grad_ro
     tl.store(out + 2, tl.sum(acc2, 0).to(partial.dtype.element_ty), mask=live)
 
 
-def tiles(D: int, N: int, backward: bool) -> tuple[int, int, int]:
-    """Tokens and padded channels of a tile, and warps: few numbers per thread, of which backward holds ten tiles."""
+def tiles(kernel: str, D: int, N: int) -> dict:
+    """Tokens BT and padded channels BD of a tile, and warps, such that what a thread holds fits in its registers."""
     BD = power_of_2(D)
-    if backward:
-        return min(64 if BD <= 32 else 32, power_of_2(N)), BD, 8 if BD <= 64 else 16
-    return min(64 if BD <= 64 else 32, power_of_2(N)), BD, 4 if BD <= 32 else 8
+    BT, warps = {
+        "state": {32: (64, 4), 64: (64, 8), 128: (32, 8)},
+        "output": {32: (64, 8), 64: (64, 8), 128: (32, 8)},
+        "backward_q": {32: (64, 4), 64: (16, 8), 128: (16, 8)},
+        "backward_k": {32: (64, 4), 64: (32, 4), 128: (16, 8)},
+    }[kernel][max(32, BD)]
+    return {"BT": min(BT, power_of_2(N)), "BD": BD, "warps": warps}
 
 
 def shares(B: int, N: int, M: int, BT: int, span: int, together: bool) -> tuple[int, int, int, int]:
@@ -533,21 +539,23 @@ def forward(
     stats = torch.empty((4, B, N) if together else 0, dtype=torch.float32, device=qkv.device)
     K = _side(weight, lepe_weight)
     taps = _taps(weight, bias, lepe_weight, lepe_bias, C, K, feature, qkv.device)
-    BT, BD, warps = tiles(D, N, backward=False)
-    common = _common(qkv, M, feature, constant) | {"BT": BT, "BD": BD, "warps": warps}
-    common |= {"BC": power_of_2(C), "BP": max(1, 4096 // power_of_2(C)), "EXTRA": extra}
+    common = _common(qkv, M, feature, constant) | {"EXTRA": extra}
+    common |= {"BC": power_of_2(C), "BP": max(1, 4096 // power_of_2(C))}
     strides = (qkv.stride(0), qkv.stride(1), B * N)
-    span, chunks, groups, per = shares(B, N, M, BT, max(8 * BD, 512), together)
+    tile = tiles("state", D, N)
+    span, chunks, groups, per = shares(B, N, M, tile["BT"], max(8 * D, 512), together)
     partial = torch.empty(B, chunks, M, D + extra, D, dtype=torch.float32, device=qkv.device)
     launch(
         _state, (B * chunks * groups,), qkv, scale, _whole(position), stats, partial, N, span, chunks, groups, per,
-        *strides, 1 / N, 1 / min(N, BT), POSITION=position is not None, **common,
+        *strides, 1 / N, 1 / min(N, tile["BT"]), POSITION=position is not None, **common, **tile,
     )  # fmt: skip
     state = partial.sum(1) if chunks > 1 else partial.view(B, M, D + extra, D)
-    span, chunks, groups, per = shares(B, N, M, BT, 128, together)
+    tile = tiles("output", D, N)
+    span, chunks, groups, per = shares(B, N, M, tile["BT"], 128, together)
     launch(
         _output, (B * chunks * groups,), qkv, scale, stats, state, taps, out, N, W, H, prefix, span, chunks, groups,
-        per, *strides, _per_image(taps), *_constants(feature, constant, normalise, N), K=K, NORMALISE=normalise, **common,
+        per, *strides, _per_image(taps), *_constants(feature, constant, normalise, N), K=K, NORMALISE=normalise,
+        **common, **tile,
     )  # fmt: skip
     return out, state, stats, taps
 
@@ -563,24 +571,25 @@ def backward(
     H, W, prefix = grid
     D, together = C // M, feature == "focused"
     dqkv = torch.empty(B, N, 3 * C, dtype=qkv.dtype, device=qkv.device)
-    BT, BD, warps = tiles(D, N, backward=True)
-    common = _common(qkv, M, feature, constant) | {"BT": BT, "BD": BD, "warps": warps, "EXTRA": _extra(feature)}
+    common = _common(qkv, M, feature, constant) | {"EXTRA": _extra(feature)}
     strides = (qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), B * N)
-    span, chunks, groups, per = shares(B, N, M, BT, max(8 * BD, 512), together)
+    tile, tile_k = tiles("backward_q", D, N), tiles("backward_k", D, N)
+    span, chunks, groups, per = shares(B, N, M, tile["BT"], max(8 * D, 512), together)
+    chunks_k = triton.cdiv(N, tile_k["BT"])
     partial = torch.empty(B, chunks, M, D + 1, D, dtype=torch.float32, device=qkv.device)
     pulls = torch.empty((B, N) if together else 0, dtype=torch.float32, device=qkv.device)
-    tiles_k = triton.cdiv(N, BT)
-    dscale = torch.empty((B * (chunks + tiles_k), C) if together else 0, dtype=torch.float32, device=qkv.device)
+    dscale = torch.empty((B * (chunks + chunks_k), C) if together else 0, dtype=torch.float32, device=qkv.device)
     launch(
         _backward_q, (B * chunks * groups,), qkv, grad, scale, stats, state, pulls, dqkv, partial, dscale, N, span,
         chunks, groups, per, *strides, *_constants(feature, constant, normalise, N), NORMALISE=normalise, **common,
+        **tile,
     )  # fmt: skip
     dstate = partial.sum(1) if chunks > 1 else partial
-    _, _, groups, per = shares(B, N, M, BT, BT, together)
+    _, _, groups, per = shares(B, N, M, tile_k["BT"], tile_k["BT"], together)
     launch(
-        _backward_k, (B * tiles_k * groups,), qkv, grad, scale, _whole(position), stats, state, dstate, taps, dqkv,
-        dscale[B * chunks :], N, W, H, prefix, tiles_k, groups, per, *strides, _per_image(taps), 1 / N,
-        K=_side(weight, lepe_weight), POSITION=position is not None, **common,
+        _backward_k, (B * chunks_k * groups,), qkv, grad, scale, _whole(position), stats, state, dstate, taps, dqkv,
+        dscale[B * chunks :], N, W, H, prefix, chunks_k, groups, per, *strides, _per_image(taps), 1 / N,
+        stages=1, K=_side(weight, lepe_weight), POSITION=position is not None, **common, **tile_k,
     )  # fmt: skip
     dposition = _none(qkv) if position is None else dqkv[:, :, C : 2 * C].sum(0, dtype=torch.float32)
     return (
@@ -593,7 +602,9 @@ def backward(
 
 def _common(qkv: Tensor, M: int, feature: str, constant: float) -> dict:
     power = float(constant) if feature == "focused" else 1.0
-    return {"M": M, "D": qkv.shape[2] // (3 * M), "FEATURE": feature, "POWER": power, "PRECISION": precision(qkv.dtype)}
+    # TF32 keeps as many bits as float16, which is not more than the results show
+    exact = "tf32x3" if qkv.dtype == torch.float16 else precision(qkv.dtype)
+    return {"M": M, "D": qkv.shape[2] // (3 * M), "FEATURE": feature, "POWER": power, "PRECISION": exact}
 
 
 def _extra(feature: str) -> int:

@@ -402,13 +402,14 @@ def is_dense(regions: int, cells: int, widest: int) -> bool:
     return cells < 16 and regions < 64 and power_of_2(regions * cells) * power_of_2(widest) <= 8192
 
 
-def dense_tiles(tokens: int, backward: bool) -> tuple[int, int, int]:
-    """Rows, columns of a step, and warps of a program that holds all queries of a head.
+def dense_tiles(tokens: int, small: bool) -> tuple[int, int, int]:
+    """Rows, columns of a step, and warps of a program that holds all queries of a head; `small` steps for the backward
+    pass and exact float32 products.
 
     With 256 rows, two programs fit the registers of a multiprocessor: 16 warps of 64 forward, 8 of 128 backward.
     """
     rows = power_of_2(tokens)
-    return rows, 16 if backward else 32, max(4, rows // (32 if backward else 16))
+    return rows, 16 if small else 32, max(4, rows // (32 if small else 16))
 
 
 def tiles(cells: int, widest: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
@@ -465,7 +466,7 @@ class _Plan:
         self.dense = is_dense(self.R, h * w, max(DQ, DV))
         self.G, BM, BN, self.warps = tiles(h * w, max(DQ, DV), qkv.dtype, backward)
         if self.dense:
-            BM, BN, self.warps = dense_tiles(self.R * h * w, backward)
+            BM, BN, self.warps = dense_tiles(self.R * h * w, backward or qkv.dtype == torch.float32)
         self.groups = triton.cdiv(self.R, self.G)
         self.programs = self.groups * triton.cdiv(self.G * h * w, BM)
         self.constants = {

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.cli import UserError
+from models.attention.backend import describe
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.tasks.classification import Classification
 from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
+from models.tasks.resume import without_backend
 from models.tasks.running import title
 
 
@@ -26,7 +28,7 @@ def evaluate(cfg: DictConfig) -> float:
     """
     quiet()
     path, config = _read(cfg.ckpt)
-    if resolved(cfg)["model"] != config["model"]:
+    if without_backend(resolved(cfg)["model"]) != without_backend(config["model"]):
         raise UserError("eval: the configuration is of another checkpoint than ckpt; give one checkpoint per command")
     data = build(cfg, "data")
     if data.num_classes != config["model"]["num_classes"]:
@@ -40,6 +42,8 @@ def evaluate(cfg: DictConfig) -> float:
     task = Classification(model, {}, {}, data.num_classes, label_smoothing=config["task"]["label_smoothing"])
     task.ema_model = ema
     trainer = build(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
+    if trainer.is_global_zero:
+        print(_attention(model, trainer.strategy.root_device))
     figures = trainer.validate(task, data, verbose=False)[0]
     size = data.evaluation.size or data.image_size
     with trainer.precision_plugin.forward_context():
@@ -51,6 +55,14 @@ def evaluate(cfg: DictConfig) -> float:
         write_json(output, figures | {"checkpoint": str(path), "step": manifest["step"]})
         print(f"metrics: {output}")
     return figures["val/top1"]
+
+
+def _attention(model: nn.Module, device: torch.device) -> str:
+    """What computes the attention, in one line."""
+    try:
+        return describe(model, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @torch.no_grad()

@@ -243,8 +243,8 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
 def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Compares what a continued run must have in common with its checkpoint: model, data, augmentation, optimisation.
 
-    Free to change are the trainer (a longer run, other devices), loggers, callbacks, and where data lies and how it is
-    read.
+    Free to change are the trainer (a longer run, other devices), loggers, callbacks, where data lies and how it is
+    read, and what computes the attention (`backend`), which changes it by rounding only.
 
     Args:
         saved: the configuration in the checkpoint.
@@ -253,6 +253,7 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names every difference, with both values.
     """
+    saved, current = without_backend(saved), without_backend(current)
     before, after = saved.get("attention"), current.get("attention")
     differences = []
     if before != after and None not in (before, after):
@@ -268,6 +269,15 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"resume: the checkpoint was trained with {', '.join(differences)} as this command asks; "
             "give the same options, or start a new run with another run.name"
         )
+
+
+def without_backend(node: Any) -> Any:
+    """A configuration without what computes its attention."""
+    if isinstance(node, list):
+        return [without_backend(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: without_backend(value) for key, value in node.items() if key != "backend"}
 
 
 def _settings(node: Any, path: str) -> Iterator[tuple[str, Any]]:
