@@ -188,10 +188,12 @@ def inline_reference(
         return o_BNC
     height, width, prefix = (*grid, 0)[:3]
     B, _, C = o_BNC.shape
+    if B == 0:  # conv2d refuses no groups
+        return o_BNC + dynamic_weight_BC33.sum()
     v_BCHW = qkv_BNC[:, prefix:, 2 * C :].transpose(1, 2).reshape(1, B * C, height, width)
     weight = dynamic_weight_BC33.to(o_BNC.dtype).reshape(B * C, 1, 3, 3)
-    local_BNC = F.conv2d(v_BCHW, weight, padding=1, groups=B * C).view(B, C, -1).transpose(1, 2) if B else o_BNC
-    return o_BNC + F.pad(local_BNC, (0, 0, prefix, 0)) if B else o_BNC
+    local_BNC = F.conv2d(v_BCHW, weight, padding=1, groups=B * C).view(B, C, -1).transpose(1, 2)
+    return o_BNC + F.pad(local_BNC, (0, 0, prefix, 0))
 
 
 def linear_reference(
@@ -525,8 +527,12 @@ CHECKS = {
     "7x7": {"batch": 2, "grid": (7, 7), "heads": 2, "dim": 32, "kernel": 3},
     "one token, power 1": {"batch": 1, "grid": (1, 1), "heads": 1, "dim": 16, "power": 1.0, "learned": False},
     "7 tokens, head width 24, no convolution": {"batch": 2, "grid": (1, 7), "heads": 3, "dim": 72, "kernel": 0},
-    "9x7, prefix, head width 72, lepe": {"batch": 1, "grid": (9, 7, 1), "heads": 2, "dim": 144, "kernel": 3, "lepe": True},
-    "5x20, power 4.5, head width 16, lepe": {"batch": 1, "grid": (5, 20), "heads": 3, "dim": 48, "power": 4.5, "lepe": True},
+    "9x7, prefix, head width 72, lepe": {
+        "batch": 1, "grid": (9, 7, 1), "heads": 2, "dim": 144, "kernel": 3, "lepe": True,
+    },
+    "5x20, power 4.5, head width 16, lepe": {
+        "batch": 1, "grid": (5, 20), "heads": 3, "dim": 48, "power": 4.5, "lepe": True,
+    },
     "13 tokens, power 8, no position, lepe alone": {
         "batch": 2, "grid": (13, 1), "heads": 2, "dim": 192, "power": 8.0, "position": False, "kernel": 0, "lepe": True,
     },

@@ -64,13 +64,12 @@ def _sum(x, y, row, first, last, c, live, BC: tl.constexpr, BT: tl.constexpr, PR
 
 
 @triton.jit
-def _attend(q, o, weights, q_row, o_row, first, last, c, live, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """o = q Aᵀ."""
-    weights = tl.trans(weights.to(q.dtype.element_ty))
+def _times(x, out, matrix, row, out_row, first, last, c, live, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """x times a matrix, in the precision of that matrix, for the tokens from `first` to `last`."""
     for start in range(first, last, BT):
         token = start + tl.arange(0, BT)
-        value = tl.dot(_tile(q, q_row, token, last, c, live), weights, input_precision=PRECISION)
-        _keep(o, o_row, token, last, c, live, value)
+        x_tile = _tile(x, row, token, last, c, live).to(matrix.dtype)
+        _keep(out, out_row, token, last, c, live, tl.dot(x_tile, matrix, input_precision=PRECISION))
 
 
 @triton.jit
@@ -89,14 +88,16 @@ def _sum_and_dq(q, grad, dq, weights, q_row, grad_row, dq_row, first, last, c, l
 
 
 @triton.jit
+def _attend(q, o, weights, q_row, o_row, first, last, c, live, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """o = q Aᵀ."""
+    _times(q, o, tl.trans(weights.to(q.dtype.element_ty)), q_row, o_row, first, last, c, live, BT, PRECISION)
+
+
+@triton.jit
 def _dk_and_dv(qkv, dqkv, slope, row, out_row, C, first, last, c, live, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """dk = v Gᵀ and dv = k G for the gradient G of the products kᵀ v, which keeps 11 bits also for 16-bit values."""
-    for start in range(first, last, BT):
-        token = start + tl.arange(0, BT)
-        k = _tile(qkv + C, row, token, last, c, live).to(tl.float32)
-        v = _tile(qkv + 2 * C, row, token, last, c, live).to(tl.float32)
-        _keep(dqkv + C, out_row, token, last, c, live, tl.dot(v, tl.trans(slope), input_precision=PRECISION))
-        _keep(dqkv + 2 * C, out_row, token, last, c, live, tl.dot(k, slope, input_precision=PRECISION))
+    """dk = v Gᵀ and dv = k G for the gradient G of kᵀ v, which is float32 and keeps at least 11 bits."""
+    _times(qkv + 2 * C, dqkv + C, tl.trans(slope), row, out_row, first, last, c, live, BT, PRECISION)
+    _times(qkv + C, dqkv + 2 * C, slope, row, out_row, first, last, c, live, BT, PRECISION)
 
 
 @triton.jit

@@ -1,15 +1,17 @@
 """Triton kernels of `kernels.linear_attention`: two passes over the tokens forward, two and a convolution's backward.
 
-Forward: `_state` reduces the keys and values of a share of the tokens to one D×D state per head; the shares are added in
-a fixed order; `_output` reads the state with every query, and adds the convolution of the values before it stores.
-Backward: `_backward_q` gives the gradient of the queries and, again in shares, that of the state; `_backward_k` those of
-keys and values, with the transposed convolution. Everything else that they need is computed again.
+Forward: `_state` reduces the keys and values of a share of the tokens to one D×D state per head; the shares are added
+in a fixed order; `_output` reads the state with every query, and adds the convolution of the values before it stores.
+Backward: `_backward_q` gives the gradient of the queries and, again in shares, that of the state; `_backward_k` those
+of keys and values, with the transposed convolution. Everything else that they need is computed again.
 
-The focused feature of a channel depends on all channels of its token. A program therefore goes through its tokens twice:
-over all heads first, for what they share (two numbers per token, written to `stats`), then head by head; the second time
-the tokens come from the cache. Between the two is a barrier, because other threads read what was written.
+The focused feature of a channel depends on all channels of its token. A program therefore goes through its tokens
+twice: over all heads first, for what they share (two numbers per token, written to `stats`), then head by head; the
+second time the tokens come from the cache. Between the two is a barrier: other threads read what was written. Programs
+that share tokens write the same numbers.
 
-Products run on tensor cores in TF32 with rounded operands for half precision: features are not rounded to 8 or 11 bits.
+Products run on tensor cores in TF32 with rounded operands, for float16 in three TF32 products: what cancels in the
+gradients of features would show a rounding of features and states to the dtype of the activations.
 """
 
 import torch
@@ -232,7 +234,7 @@ def _output(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """φ(q) S / (φ(q) z + eps), or φ(q) S · factor, for "inline" + the mean of v; + the convolution of v."""
-    image, chunk, start, stop, first, last = _place(N, span, chunks, groups, per, M)
+    image, _chunk, start, stop, first, last = _place(N, span, chunks, groups, per, M)
     C: tl.constexpr = M * D
     q = qkv + image * batch
     out += image * N * C
@@ -317,11 +319,11 @@ def _backward_q(
                 c = h * D + d
                 inside = (n < stop)[:, None] & live[None, :]
                 inverse = _inverse(scale, c, live)
-                S, z, unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
+                S, z, _unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
                 x = _load(q, n, row, c, inside)
                 phi = _feature(x, inverse, stats, plane, n, n < stop, FEATURE, POWER)
                 g = _load(grad, n, grad_row, c, inside)
-                unused, g, pull = _query_gradient(phi, g, S, z, eps, factor, NORMALISE, PRECISION)
+                _unused, g, pull = _query_gradient(phi, g, S, z, eps, factor, NORMALISE, PRECISION)
                 b = _positive(x, inverse)
                 total += pull
                 square += tl.sum(b * b, 1)
@@ -332,7 +334,7 @@ def _backward_q(
         inverse = live
         if FEATURE == "focused":
             inverse = _inverse(scale, c, live)
-        S, z, unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
+        S, z, _unused = _state_of(state, h, D, BD, EXTRA, PRECISION)
         acc = tl.zeros([BD, BD], tl.float32)
         below = tl.zeros([BD], tl.float32)
         scales = tl.zeros([BD], tl.float32)
@@ -392,7 +394,7 @@ def _backward_k(
         for h in range(0, tl.minimum(groups * per, M)):
             c = h * D + d
             inverse = _inverse(scale, c, live)
-            dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
+            dS, dz, _unused = _state_of(dstate, h, D, BD, 1, PRECISION)
             key = _load(k, n, row, c, inside)
             if POSITION:
                 key += _load(position, n, C, c, inside)
@@ -408,13 +410,13 @@ def _backward_k(
         inverse = live
         if FEATURE == "focused":
             inverse = _inverse(scale, c, live)
-        dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
+        dS, dz, _unused = _state_of(dstate, h, D, BD, 1, PRECISION)
         key = _load(k, n, row, c, inside)
         value = _load(v, n, row, c, inside)
         if POSITION:
             key += _load(position, n, C, c, inside)
         if EXTRA == 4:
-            unused, k_mean, v_mean = _state_of(state, h, D, BD, EXTRA, PRECISION)
+            _unused, k_mean, v_mean = _state_of(state, h, D, BD, EXTRA, PRECISION)
             value = _operand(value - v_mean[None, :], PRECISION)
             phi = key - k_mean[None, :]
         else:
@@ -431,7 +433,7 @@ def _backward_k(
             log_b = tl.where(inside, log_b, 0.0)
             tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(log_b, 0) * inverse, mask=live)
         if BD > 64:  # read again: two forms of it at once would not fit in shared memory
-            dS, dz, unused = _state_of(dstate, h, D, BD, 1, PRECISION)
+            dS, dz, _unused = _state_of(dstate, h, D, BD, 1, PRECISION)
         dvalue = tl.dot(_operand(phi, PRECISION), dS, input_precision=PRECISION)
         if EXTRA == 4:
             dvalue += dz[None, :]
@@ -443,7 +445,8 @@ def _backward_k(
 
 @triton.jit
 def _tap_rows(weight, bias, more, more_bias, taps, channels, C, D,
-              K: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              K: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, MORE: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
     """Weights (…, 1, k, k) as rows (k·k, C) with the bias below: of one, of heads, or of images; plus a 3×3 if MORE."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = c < channels
@@ -458,9 +461,8 @@ def _tap_rows(weight, bias, more, more_bias, taps, channels, C, D,
                 if (tap // K >= edge) & (tap // K < K - edge) & (tap % K >= edge) & (tap % K < K - edge):
                     place = (y + OWN // 2) * OWN + x + OWN // 2
                     w += tl.load(weight + c % D * (OWN * OWN) + place, mask=live, other=0.0).to(tl.float32)
-            if MORE:
-                if (y >= -1) & (y <= 1) & (x >= -1) & (x <= 1):
-                    w += tl.load(more + c * 9 + (y + 1) * 3 + x + 1, mask=live, other=0.0).to(tl.float32)
+            if MORE and (y >= -1 and y <= 1 and x >= -1 and x <= 1):
+                w += tl.load(more + c * 9 + (y + 1) * 3 + x + 1, mask=live, other=0.0).to(tl.float32)
         else:
             if BIAS & 1:
                 w += tl.load(bias + c % D, mask=live, other=0.0).to(tl.float32)
@@ -631,7 +633,7 @@ def _side(weight: Tensor | None, lepe_weight: Tensor | None) -> int:
 
 
 def _taps(weight, bias, lepe_weight, lepe_bias, C: int, K: int, feature: str, device) -> Tensor:
-    """Weights as (k·k + 1, C) with the bias last, for "inline" (B, k·k + 1, C); the second convolution added to them."""
+    """Weights as (k·k + 1, C) with the bias last, for "inline" (B, k·k + 1, C); with the second convolution's."""
     if not K:
         return torch.empty(0, dtype=torch.float32, device=device)
     images = (weight.shape[0],) if feature == "inline" else ()

@@ -86,6 +86,12 @@ def _cell(r, T: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def _fresh(r, turn):
+    """r; but the compiler has to find places anew every turn, where it would keep all of them in registers."""
+    return r + (turn >> 30)
+
+
+@triton.jit
 def _whole_tile(r, turn, B, M, H, W, WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
                 G: tl.constexpr):  # fmt: skip
     """Image of this turn's tile, and of its rows what `_cells` says and whether they are a cell at all."""
@@ -136,7 +142,7 @@ def _forward_whole(
         added = tl.load(bias + cell[:, None] * T + cell[None, :], mask=_same(r, T, G), other=0.0).to(tl.float32)
         added *= LOG2E
     for turn in range(0, turns):
-        fresh = r + (turn >> 30)
+        fresh = _fresh(r, turn)
         image, token, inside, outside, seam, live = _whole_tile(fresh, turn, B, M, H, W, WH, WW, SY, SX, G)
         base = qkv + image * batch + first
         q = _load(base, token, row, inside, D, BD)
@@ -168,7 +174,7 @@ def _backward_whole(
         bias += head.to(tl.int64) * (T * T)
         dadded = tl.zeros([BT, BT], tl.float32)
     for turn in range(0, turns):
-        fresh = r + (turn >> 30)
+        fresh = _fresh(r, turn)
         image, token, inside, outside, seam, live = _whole_tile(fresh, turn, B, M, H, W, WH, WW, SY, SX, G)
         base = qkv + image * batch + first
         to = dqkv + image * (3 * H * W * C) + first
@@ -459,23 +465,31 @@ def backward(
     shift: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, padding and bias; empty ones for what is None."""
-    grad, qkv, T = rows(grad), rows(qkv), window[0] * window[1]
+    """Gradients of qkv, padding and bias; empty ones for what is None. `out` and `lse` are those of larger windows."""
+    grad, qkv = rows(grad), rows(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     given = (grad, qkv, qkv if padding is None else padding.contiguous(), qkv if bias is None else bias.contiguous())
     constants = _constants(qkv, padding, heads, window, shift)
     sizes = (heads, *grid, grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1), scale)
-    if T <= TILE:
-        sums = _backward_of_tiles(given, dqkv, sizes, constants, bias is not None)
+    if window[0] * window[1] <= TILE:
+        shares = _backward_of_tiles(given, dqkv, sizes, constants, bias is not None)
     else:
-        sums = _backward_in_passes(given, out, lse, dqkv, sizes, constants, bias is not None)
-    dpadding, dbias = (qkv.new_empty(0) if s is None else s for s in sums)
-    return dqkv, dpadding.to(qkv.dtype if padding is None else padding.dtype), dbias.to(qkv.dtype if bias is None else bias.dtype)
+        shares = _backward_in_passes(given, out, lse, dqkv, sizes, constants, bias is not None)
+    dpadding = dbias = qkv.new_empty(0)
+    if padding is not None:
+        # queries that complete the map are dropped
+        dpadding = torch.zeros(3, qkv.shape[2] // 3, dtype=torch.float32, device=qkv.device)
+        torch.sum(shares[0], 0, out=dpadding[1:])
+        dpadding = dpadding.flatten().to(padding.dtype)
+    if bias is not None:
+        dbias = shares[1].sum(0).to(bias.dtype)
+    return dqkv, dpadding, dbias
 
 
 def _backward_of_tiles(given: tuple, dqkv: Tensor, sizes: tuple, constants: dict, has_bias: bool) -> tuple:
-    B, heads, grid, window = len(dqkv), sizes[0], sizes[1:3], (constants["WH"], constants["WW"])
-    T, windows = window[0] * window[1], _windows(grid, window)
+    """Writes `dqkv`; what sums up to the gradients of padding (keys and values) and bias."""
+    B, heads, window = len(dqkv), sizes[0], (constants["WH"], constants["WW"])
+    T, windows = window[0] * window[1], _windows(sizes[1:3], window)
     G, BT = tiles(T, windows)
     work = B * triton.cdiv(windows, G)
     each = turns(work * heads, work) if has_bias else 1
@@ -486,16 +500,17 @@ def _backward_of_tiles(given: tuple, dqkv: Tensor, sizes: tuple, constants: dict
         _backward_whole, (splits * heads,), *given, dqkv, dpadding, dbias, each, B, *sizes,
         G=G, BT=BT, BIAS=has_bias, **constants,
     )  # fmt: skip
-    return _padding(dpadding) if constants["PAD"] else None, dbias.sum(0) if has_bias else None
+    return dpadding, dbias
 
 
 def _backward_in_passes(
     given: tuple, out: Tensor, lse: Tensor, dqkv: Tensor, sizes: tuple, constants: dict, has_bias: bool
 ) -> tuple:
-    B, heads, grid, window = len(dqkv), sizes[0], sizes[1:3], (constants["WH"], constants["WW"])
-    T, windows = window[0] * window[1], _windows(grid, window)
+    """As `_backward_of_tiles`."""
+    B, heads, window = len(dqkv), sizes[0], (constants["WH"], constants["WW"])
+    T, windows = window[0] * window[1], B * _windows(sizes[1:3], window)
     own, visit = blocks(T)
-    parts = B * windows * triton.cdiv(T, own)
+    parts = windows * triton.cdiv(T, own)
     delta = torch.empty_like(lse)
     dpadding = _shares(dqkv, parts, 2, dqkv.shape[2] // 3) if constants["PAD"] else dqkv
     launch(
@@ -507,43 +522,37 @@ def _backward_in_passes(
         BM=visit, BN=own, BIAS=has_bias, **constants,
     )  # fmt: skip
     if not has_bias:
-        return _padding(dpadding) if constants["PAD"] else None, None
+        return dpadding, None
     pairs = triton.cdiv(T, own) * triton.cdiv(T, visit)
-    each = turns(B * windows * heads * pairs, B * windows)
-    splits = triton.cdiv(B * windows, each)
+    each = turns(windows * heads * pairs, windows)
+    splits = triton.cdiv(windows, each)
     dbias = _shares(dqkv, splits, heads, T, T)
     launch(
         _backward_bias, (splits * pairs * heads,), *given, lse, delta, dbias, each, B, *sizes,
         BM=own, BN=visit, **constants,
     )  # fmt: skip
-    return _padding(dpadding) if constants["PAD"] else None, dbias.sum(0)
-
-
-def _padding(shares: Tensor) -> Tensor:
-    """The sum (3C,) of shares of keys and values; queries that complete the map are dropped and have no part in it."""
-    total = torch.zeros(3, shares.shape[2], dtype=torch.float32, device=shares.device)
-    torch.sum(shares, 0, out=total[1:])
-    return total.flatten()
+    return dpadding, dbias
 
 
 def _shares(like: Tensor, *shape: int) -> Tensor:
-    """What the programs add to a sum, each in its own place."""
+    """What programs add to a sum, each in its own place."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def schedule(constants: dict) -> dict:
-    """Warps, and stages of the loads' pipeline: float32 products are made of plain multiplications, and take registers."""
-    exact = constants["IP"] == "ieee"
-    return {"warps": 8 if exact or constants["BD"] > 64 else 4, "stages": 1 if exact else 2}
 
 
 def _constants(
     qkv: Tensor, padding: Tensor | None, heads: int, window: tuple[int, int], shift: tuple[int, int]
 ) -> dict:
+    """Constants of every kernel, and its warps and stages.
+
+    Products of float32 are plain multiplications, whose operands take the registers of 8 warps; wide heads take them
+    too, and the shared memory of a second stage.
+    """
     D = qkv.shape[2] // 3 // heads
-    constants = {"D": D, "WH": window[0], "WW": window[1], "SY": shift[0], "SX": shift[1], "BD": power_of_2(D)}
-    constants |= {"PAD": padding is not None, "IP": precision(qkv.dtype)}
-    return constants | schedule(constants)
+    BD, IP = power_of_2(D), precision(qkv.dtype)
+    large, exact = BD > 64, IP == "ieee"
+    tile = {"D": D, "WH": window[0], "WW": window[1], "SY": shift[0], "SX": shift[1], "BD": BD}
+    schedule = {"warps": 8 if large or exact else 4, "stages": 1 if large or exact else 2}
+    return tile | schedule | {"PAD": padding is not None, "IP": IP}
 
 
 def _windows(grid: tuple[int, int], window: tuple[int, int]) -> int:
