@@ -179,8 +179,8 @@ def _backward(
 
 def _fake_forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, down, across, scale):
     B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    state = qkv.new_empty(B, heads, down * across, C // heads)
-    return qkv.new_empty(B, N, C), state, torch.empty_like(state), state.new_empty(state.shape[:3], dtype=torch.float32)
+    state = qkv.new_empty((B, heads, down * across, C // heads))
+    return qkv.new_empty((B, N, C)), state, torch.empty_like(state), state.new_empty(state.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(grad, qkv, agents, gathered, lse, gather, scatter, weight, *_):

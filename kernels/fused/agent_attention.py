@@ -319,15 +319,18 @@ def _agent_gradients(
             q = _load(qkv, row, t, d, N, D)
             g = _load(grad, grad_row, t, d, N, D)
             p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS2, BT, AP, IP)
-            dvalues += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=IP)
             dp = tl.dot(g, tl.trans(values), input_precision=IP)
+            dvalues += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=IP)
             ds = p * (dp - tl.sum(p * dp, 1)[:, None])
             dagents += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=IP)
         tl.store(dgathered + part * A * D + place, dvalues.to(dgathered.dtype.element_ty), mask=inside)
     else:
         dvalues = tl.load(dgathered + pair * A * D + place, mask=inside, other=0.0)
     if KEYS:
-        dv = dvalues.to(values.dtype)
+        dv = dvalues.to(agents.dtype)
+        # loaded again: from before the first loop they would take registers all the way
+        agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
+        values = tl.load(gathered + pair * A * D + place, mask=inside, other=0.0)
         total = tl.sum(dv.to(tl.float32) * values.to(tl.float32), 1)
         log = tl.load(lse + pair * A + a, mask=a < A, other=0.0)
         tl.store(delta + part * A + a, total, mask=a < A)
@@ -393,7 +396,7 @@ def _token_gradients(
             table = ((2 * group + 1) * M + head) * (tl.cdiv(N, BT) * BT * AP)
             tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
     else:
-        dtransposed = tl.zeros([AP, BT], tl.float32)
+        dtable = tl.zeros([BT, AP], tl.float32)
         for image in range(first, last):
             pair = image * M + head
             agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
@@ -403,34 +406,38 @@ def _token_gradients(
             x = qkv + image * batch + head * D
             k = _load(x + C, row, t, d, N, D)
             v = _load(x + 2 * C, row, t, d, N, D)
-            s = tl.dot(agents, tl.trans(k), input_precision=IP) * (scale * 1.4426950408889634)
+            s = tl.dot(k, tl.trans(agents), input_precision=IP) * (scale * 1.4426950408889634)
             if BIAS1:
-                s += _table(tables, 0, M, head, t[None, :], a[:, None], N, BT, AP)
+                s += _table(tables, 0, M, head, t[:, None], a[None, :], N, BT, AP)
             else:
-                s = tl.where((t < N)[None, :], s, float("-inf"))
-            p = tl.exp2(s - log[:, None])
-            dp = tl.dot(dvalues, tl.trans(v), input_precision=IP)
-            ds = p * (dp - total[:, None])
+                s = tl.where((t < N)[:, None], s, float("-inf"))
+            p = tl.exp2(s - log[None, :])
+            dp = tl.dot(v, tl.trans(dvalues), input_precision=IP)
+            ds = p * (dp - total[None, :])
             if BIAS1:
-                dtransposed += ds
-            dk = tl.dot(tl.trans(ds.to(k.dtype)), agents, input_precision=IP) * scale
+                dtable += ds
+            dk = tl.dot(ds.to(k.dtype), agents, input_precision=IP) * scale
             tl.store(dqkv + image * N * 3 * C + C + out, dk.to(dqkv.dtype.element_ty), mask=kept)
-            dv = tl.dot(tl.trans(p.to(k.dtype)), dvalues, input_precision=IP)
+            dv = tl.dot(p.to(k.dtype), dvalues, input_precision=IP)
             if K > 0:
                 g = grad + image * grad_batch + head * D
                 dv += _convolve(g, grad_row, taps, t, d, head * D, H, W, P, N, C, D, K, True)
             tl.store(dqkv + image * N * 3 * C + 2 * C + out, dv.to(dqkv.dtype.element_ty), mask=kept)
         if BIAS1:
             table = (2 * group * M + head) * (tl.cdiv(N, BT) * BT * AP)
-            tl.store(dtables + table + t[None, :] * AP + a[:, None], dtransposed)
+            tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
 
 
-def tiles(tokens: int, agents: int, head_dim: int, itemsize: int) -> dict:
-    """Tokens, agents and channels of a tile, and warps: what a program keeps in registers between images must fit."""
+def tiles(tokens: int, agents: int, head_dim: int, itemsize: int, *, backward: bool = False) -> dict:
+    """Tokens, agents and channels of a tile, and warps.
+
+    64 tokens are what a tensor core of sm_90 takes at once. Half where a program would not hold a row of tiles in its
+    registers: wide agents or heads, float32, and in the backward pass already from 64 agents with 64 channels.
+    """
     AP, DP = power_of_2(agents), power_of_2(head_dim)
     wide = max(AP, DP) > 64
-    BT = (32 if wide else 64) * 2 // itemsize
-    return {"BT": min(BT, power_of_2(tokens)), "AP": AP, "DP": DP, "warps": 8 if wide else 4}
+    BT = 128 // itemsize // (2 if wide else 1) // (2 if backward and not wide and AP + DP > 96 else 1)
+    return {"BT": min(max(BT, 16), power_of_2(tokens)), "AP": AP, "DP": DP, "warps": 8 if wide else 4}
 
 
 def splits(pairs: int, tokens: int, tile: int) -> tuple[int, int]:
@@ -475,13 +482,13 @@ def forward(
     lse = torch.empty(B, heads, A, dtype=torch.float32, device=qkv.device)
     parts, part_lse = gathered, lse
     if count > 1:
-        parts, part_lse = lse.new_empty(count, *pooled.shape), lse.new_empty(count, *lse.shape)
+        parts, part_lse = lse.new_empty((count, *pooled.shape)), lse.new_empty((count, *lse.shape))
         pool_tile = {"BT": 4096 // tile["DP"], "DP": tile["DP"]}
         launch(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
             D=D, DOWN=down, ACROSS=across, **pool_tile,
         )  # fmt: skip
-    local = _taps(qkv, weight), (qkv if bias is None else bias)
+    local = _taps(qkv, weight), (qkv if bias is None else bias.contiguous())
     answer = {
         "BIAS2": scatter is not None, "K": 0 if weight is None else weight.shape[-1], "CONV_BIAS": bias is not None,
         "D": D, "IP": precision(qkv.dtype), **tile,
@@ -518,7 +525,7 @@ def backward(
     """Gradients of qkv, both tables, and weight and bias of the convolution; empty where there is none."""
     grad, qkv, (down, across) = rows(grad), rows(qkv), agents
     (B, N, C), A = grad.shape, down * across
-    tile = tiles(N, A, C // heads, qkv.element_size())
+    tile = tiles(N, A, C // heads, qkv.element_size(), backward=True)
     tables = _padded_tables(qkv, gather, scatter, A, tile)
     strides = *grad.stride()[:2], *qkv.stride()[:2]
     flags = {"BIAS1": gather is not None, "BIAS2": scatter is not None}
@@ -556,21 +563,21 @@ def _gradients_of_agents(grad, qkv, known, heads, scale, strides, grid, constant
     count, share = splits(pairs, N, constants["BT"])
     dtype = qkv.dtype if count == 1 else torch.float32
     dgathered, dpooled = (torch.empty(n, *shape, dtype=dtype, device=qkv.device) for n in (count, 2 * count))
-    delta, sizes = lse.new_empty(count, *lse.shape), (pairs, heads, *grid, N, scale, share)
+    delta, sizes = lse.new_empty((count, *lse.shape)), (pairs, heads, *grid, N, scale, share)
 
     def run(values: Tensor, agents: Tensor, **sides: bool) -> None:
         launch(
             _agent_gradients, (pairs, count), grad, qkv, *known, values, agents, delta, *sizes, *strides,
-            **sides, **constants,
+            stages=1 if constants["warps"] == 8 else 2, **sides, **constants,
         )  # fmt: skip
 
     if count == 1:
         run(dgathered, dpooled, QUERIES=True, KEYS=True)
         return dgathered, dpooled, delta
     run(dgathered, dpooled, QUERIES=True, KEYS=False)
-    dgathered = dgathered.sum(0)
+    dgathered = dgathered.sum(0).to(qkv.dtype)
     run(dgathered, dpooled[count:], QUERIES=False, KEYS=True)
-    return dgathered, dpooled.sum(0), delta
+    return dgathered, dpooled.sum(0).to(qkv.dtype), delta
 
 
 def _padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, agents: int, tile: dict) -> Tensor:

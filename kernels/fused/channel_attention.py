@@ -96,8 +96,17 @@ def _attend(q, o, weights, q_row, o_row, first, last, c, live, BT: tl.constexpr,
 @triton.jit
 def _dk_and_dv(qkv, dqkv, slope, row, out_row, C, first, last, c, live, BT: tl.constexpr, PRECISION: tl.constexpr):
     """dk = v Gᵀ and dv = k G for the gradient G of kᵀ v, which is float32 and keeps at least 11 bits."""
-    _times(qkv + 2 * C, dqkv + C, tl.trans(slope), row, out_row, first, last, c, live, BT, PRECISION)
-    _times(qkv + C, dqkv + 2 * C, slope, row, out_row, first, last, c, live, BT, PRECISION)
+    if slope.shape[0] > 64:
+        # one after the other: shared memory has no room for both G and Gᵀ
+        _times(qkv + 2 * C, dqkv + C, tl.trans(slope), row, out_row, first, last, c, live, BT, PRECISION)
+        _times(qkv + C, dqkv + 2 * C, slope, row, out_row, first, last, c, live, BT, PRECISION)
+    else:
+        for start in range(first, last, BT):
+            token = start + tl.arange(0, BT)
+            k = _tile(qkv + C, row, token, last, c, live).to(tl.float32)
+            v = _tile(qkv + 2 * C, row, token, last, c, live).to(tl.float32)
+            _keep(dqkv + C, out_row, token, last, c, live, tl.dot(v, tl.trans(slope), input_precision=PRECISION))
+            _keep(dqkv + 2 * C, out_row, token, last, c, live, tl.dot(k, slope, input_precision=PRECISION))
 
 
 @triton.jit
@@ -219,9 +228,7 @@ def tiles(tokens: int, num_heads: int, head_dim: int, itemsize: int) -> dict:
     """
     heads = max(1, min(num_heads, 128 // itemsize // head_dim))
     channels = power_of_2(heads * head_dim)
-    most = 16 if channels * itemsize > 256 or (itemsize == 4 and channels > 32) else 128 // itemsize
-    if itemsize == 2 and channels > 64:
-        most = 32
+    most = 128 // itemsize if channels * itemsize <= 128 else 64 // itemsize
     return {"D": head_dim, "HEADS": heads, "BC": channels, "BT": min(most, power_of_2(tokens))}
 
 
