@@ -2,9 +2,10 @@
 
     A = pool(Q),  V_A = softmax(A Kᵀ · scale + B1) V,  O = softmax(Q Aᵀ · scale + B2) V_A + conv(V)
 
-Shapes: B = batch, N = P + H·W tokens in row-major order with P prefix tokens in front, M = heads, D = channels per head,
-C = M·D, A = agents. pool is torch's adaptive average pooling of the map of Q: its bins overlap where the agents do not
-divide the map. Prefix tokens are keys and read from the agents; they are not pooled, and the convolution skips them.
+Shapes: B = batch, N = P + H·W tokens in row-major order with P prefix tokens in front, M = heads, D = channels per
+head, C = M·D, A = agents. pool is torch's adaptive average pooling of the map of Q: its bins overlap where the agents
+do not divide the map. Prefix tokens are keys and read from the agents; they are not pooled, and the convolution skips
+them.
 
 B1 and B2 are tables that all images share, built by the caller once per step: cheaper than generating them in the
 kernels up to about 64 000 tokens, where they no longer stay in the L2 cache. Their gradients are sums over images in a
@@ -113,7 +114,8 @@ def _map(x_BNC: Tensor, grid: tuple[int, ...]) -> Tensor:
 def _check(qkv: Tensor, grid: tuple[int, ...], prefix: int, num_heads: int, agents: tuple[int, int]) -> None:
     if qkv.dim() != 3 or qkv.shape[1] != prefix + grid[0] * grid[1]:
         raise ValueError(
-            f"{WHO}: qkv must be (B, {prefix} + {grid[0]}*{grid[1]}, 3C), got {tuple(qkv.shape)}; pass the grid of this map"
+            f"{WHO}: qkv must be (B, {prefix} + {grid[0]}*{grid[1]}, 3C), got {tuple(qkv.shape)}; "
+            "pass the grid of this map"
         )
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
@@ -134,7 +136,9 @@ def _check_parameters(
 ) -> None:
     N, C, M, A = qkv.shape[1], qkv.shape[2] // 3, num_heads, agents[0] * agents[1]
     if gather is not None and tuple(gather.shape) != (M, A, N):
-        raise ValueError(f"{WHO}: gather_bias_MAN must be {(M, A, N)}, got {tuple(gather.shape)}; build it for this map")
+        raise ValueError(
+            f"{WHO}: gather_bias_MAN must be {(M, A, N)}, got {tuple(gather.shape)}; build it for this map"
+        )
     if scatter is not None and tuple(scatter.shape) != (M, N, A):
         raise ValueError(
             f"{WHO}: scatter_bias_MNA must be {(M, N, A)}, got {tuple(scatter.shape)}; build it for this map"
@@ -180,7 +184,12 @@ def _backward(
 def _fake_forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, down, across, scale):
     B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     state = qkv.new_empty((B, heads, down * across, C // heads))
-    return qkv.new_empty((B, N, C)), state, torch.empty_like(state), state.new_empty(state.shape[:3], dtype=torch.float32)
+    return (
+        qkv.new_empty((B, N, C)),
+        state,
+        torch.empty_like(state),
+        state.new_empty(state.shape[:3], dtype=torch.float32),
+    )
 
 
 def _fake_backward(grad, qkv, agents, gathered, lse, gather, scatter, weight, *_):
@@ -211,8 +220,8 @@ forward_op = define(
     _flops,
 )
 backward_op = define(
-    f"agent_attention_backward(Tensor grad, Tensor qkv, Tensor agents, Tensor gathered, Tensor lse, {_TABLES}, {_SIZES})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"agent_attention_backward(Tensor grad, Tensor qkv, Tensor agents, Tensor gathered, Tensor lse, {_TABLES}, "
+    f"{_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
@@ -231,7 +240,8 @@ class _AgentAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gradients = backward_op(grad, *ctx.saved_tensors, *ctx.sizes)
-        return *(g if given else None for g, given in zip(gradients, ctx.given)), *[None] * len(ctx.sizes)
+        gradients = (g if given else None for g, given in zip(gradients, ctx.given, strict=True))
+        return *gradients, *[None] * len(ctx.sizes)
 
 
 # Shapes for the tests and the benchmark
@@ -291,21 +301,19 @@ def cost(
 
 
 CHECKS = {
-    # its tables have no gradient but rounding
-    "one token": {"batch": 1, "grid": (1, 1), "dim": 16, "heads": 1, "agents": (1, 1), "tables": False},
-    "7 tokens, wide, no tables": {
+    "7x6, prefix": {"batch": 2, "grid": (7, 6, 1), "dim": 32, "heads": 2, "agents": (3, 3)},
+    "one token": {"batch": 1, "grid": (1, 1), "dim": 16, "heads": 1, "agents": (1, 1)},
+    "7 tokens, no tables": {
         "batch": 2, "grid": (1, 7), "dim": 48, "heads": 2, "agents": (1, 3), "tables": False, "kernel": 5,
     },
     "7x7, as many agents": {"batch": 1, "grid": (7, 7), "dim": 72, "heads": 1, "agents": (7, 7)},
-    "9x7, prefix": {"batch": 3, "grid": (9, 7, 1), "dim": 64, "heads": 2, "agents": (3, 3)},
+    "9x7, prefix": {"batch": 3, "grid": (9, 7, 1), "dim": 32, "heads": 1, "agents": (3, 3)},
     "7x5, overlapping bins, no convolution": {
-        "batch": 2, "grid": (7, 5), "dim": 96, "heads": 2, "agents": (3, 3), "kernel": 0,
+        "batch": 2, "grid": (7, 5), "dim": 96, "heads": 1, "agents": (3, 3), "kernel": 0,
     },
-    "10x10, prefix, overlapping bins, 81 agents": {
-        "batch": 1, "grid": (10, 10, 1), "dim": 64, "heads": 1, "agents": (9, 9),
-    },
-    "10x9, overlapping bins": {"batch": 2, "grid": (10, 9), "dim": 24, "heads": 1, "agents": (7, 7), "kernel": 5},
-    "20x17, split over tokens": {"batch": 1, "grid": (20, 17), "dim": 96, "heads": 1, "agents": (3, 4)},
+    "10x10, prefix, 81 agents": {"batch": 1, "grid": (10, 10, 1), "dim": 64, "heads": 1, "agents": (9, 9)},
+    "10x9, overlapping bins": {"batch": 1, "grid": (10, 9), "dim": 48, "heads": 1, "agents": (7, 7), "kernel": 5},
+    "16x17, split over tokens": {"batch": 1, "grid": (16, 17), "dim": 32, "heads": 1, "agents": (3, 4)},
 }  # fmt: skip
 STAGES = {
     "Swin-T 224 px stage 1": {"batch": 128, "grid": (56, 56), "dim": 96, "heads": 3, "agents": (3, 3)},

@@ -1,13 +1,16 @@
-"""Triton kernels of `kernels.agent_attention`: forward in one to four launches, backward in two to four, no atomics.
+"""Triton kernels of `kernels.agent_attention`: forward and backward without atomics.
 
-Forward. A program per image and head pools the agents, gathers V_A with an online softmax over tiles of tokens and, on
-small maps, answers the tokens too. Larger maps are answered by a program per tile of tokens; where there are few
-images, the gathering is split over tokens as well and combined in a fixed order.
+Forward: one launch up to 256 tokens, two above, four where there are few images. A program per image and head pools the
+agents, gathers V_A with an online softmax over tiles of tokens and, on small maps, answers the tokens too. Larger maps
+are answered by a program per tile of tokens; where there are few images, the gathering is split over tokens as well and
+combined in a fixed order. Pooling and its transpose are products with a matrix of zeros and ones, made from positions.
 
-Backward. First the gradients of V_A and of the agents, a program per image and head. Then those of the tokens: a
-program owns a tile of tokens and a head, goes through a group of images, and keeps the gradient of its piece of a bias
-table in registers: one partial table per group instead of one per image. Pooling and its transpose are products with
-a matrix of zeros and ones that a program makes from the positions of its tokens.
+Backward: two launches, three where there are few images. First the gradients of V_A and of the agents, a program per
+image and head. Then those of the tokens: a program owns a tile of tokens and a head, goes through a group of images,
+and keeps the gradient of its piece of a bias table in registers: a partial table per group instead of one per image.
+
+With bias tables one launch more in front, which pads them, and one behind the backward pass, which adds up the groups;
+with a convolution the weights are transposed first, and their gradient is that of `kernels.fused.depthwise_conv`.
 """
 
 import torch
@@ -30,8 +33,11 @@ def _load(x, row, t, d, N, D):
 @triton.jit
 def _tables(b1, b2, tables, M, N, b1_head, b1_agent, b1_token, b2_head, b2_agent, b2_token,
             A: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr):  # fmt: skip
-    """Both bias tables in units of log 2 as (2, M, tokens, agents) filled up to whole tiles, so that kernels read them
-    128 bits at a time without a mask. Filling takes no part in the softmax that it is for, and is finite in the other."""
+    """Both bias tables, in units of log 2, as (2, M, tokens, agents) filled up to whole tiles.
+
+    The other kernels read them 128 bits at a time and without a mask. Tokens that fill B1 and agents that fill B2 have
+    minus infinity; the rest of the filling is finite.
+    """
     head = tl.program_id(0) % M
     t = tl.program_id(0) // M * BT + tl.arange(0, BT)
     a = tl.arange(0, AP)
@@ -291,11 +297,11 @@ def _scatter(
 def _agent_gradients(
     grad, qkv, tables, pooled, gathered, lse, dgathered, dpooled, delta, pairs, M, H, W, N, scale, share,
     grad_batch, grad_row, batch, row,
-    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BIAS1: tl.constexpr,
-    BIAS2: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
+    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Over a share of the tokens, from the queries and then from the keys: the gradients of V_A, and of the agents for
-    each token in their bins."""
+    """Gradients of V_A, and of the agents for each token in their bins: from the queries, then from the keys."""
     A: tl.constexpr = DOWN * ACROSS
     pair = tl.program_id(0).to(tl.int64)
     head = tl.program_id(0) % M
@@ -354,7 +360,8 @@ def _agent_gradients(
 def _token_gradients(
     grad, qkv, tables, taps, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
-    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Even programs: dQ and the gradient of B2 of a tile of tokens over a group of images. Odd ones: dK, dV, B1."""
@@ -470,23 +477,21 @@ def forward(
     agents: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result (B, N, C), and for the backward pass the agents and V_A (B, M, A, D) and their log-sum-exp (base 2)."""
+    """The result (B, N, C); for the backward pass the agents and V_A (B, M, A, D), and their log-sum-exp, base 2."""
     qkv, (H, W, P), (down, across) = rows(qkv), grid, agents
     (B, N, C), A = (qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3), down * across
     D, pairs = C // heads, B * heads
     tile = tiles(N, A, D, qkv.element_size())
     count, share = splits(pairs, N, tile["BT"])
     out = torch.empty(B, N, C, dtype=qkv.dtype, device=qkv.device)
-    pooled = torch.empty(B, heads, A, D, dtype=qkv.dtype, device=qkv.device)
-    gathered = torch.empty_like(pooled)
     lse = torch.empty(B, heads, A, dtype=torch.float32, device=qkv.device)
-    parts, part_lse = gathered, lse
+    gathered = torch.empty(B, heads, A, D, dtype=qkv.dtype, device=qkv.device)
+    pooled, parts, part_lse = torch.empty_like(gathered), gathered, lse
     if count > 1:
-        parts, part_lse = lse.new_empty((count, *pooled.shape)), lse.new_empty((count, *lse.shape))
-        pool_tile = {"BT": 4096 // tile["DP"], "DP": tile["DP"]}
+        parts, part_lse = lse.new_empty((count, *gathered.shape)), lse.new_empty((count, *lse.shape))
         launch(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
-            D=D, DOWN=down, ACROSS=across, **pool_tile,
+            D=D, DOWN=down, ACROSS=across, BT=4096 // tile["DP"], DP=tile["DP"],
         )  # fmt: skip
     local = _taps(qkv, weight), (qkv if bias is None else bias.contiguous())
     answer = {
@@ -541,15 +546,7 @@ def backward(
         B, heads, *grid, N, scale, images, *strides,
         K=0 if weight is None else weight.shape[-1], stages=1, **constants,
     )  # fmt: skip
-    dgather, dscatter = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None else qkv.new_empty(0)
-        for t in (gather, scatter)
-    )
-    if any(flags.values()):
-        launch(
-            _fold, (token_tiles * heads,), parts, dgather, dscatter, groups, heads, N,
-            A=A, BT=tile["BT"], AP=tile["AP"], **flags,
-        )  # fmt: skip
+    dgather, dscatter = _folded(qkv, parts, gather, scatter, N, tile)
     if weight is None:
         return dqkv, dgather, dscatter, qkv.new_empty(0), qkv.new_empty(0)
     dweight, dbias = depthwise_conv.weight_gradient(grad, qkv[..., 2 * C :], weight, grid)
@@ -557,12 +554,13 @@ def backward(
 
 
 def _gradients_of_agents(grad, qkv, known, heads, scale, strides, grid, constants) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of V_A, and of the agents for each token in their bins, (B, M, A, D); the sums (B, M, A) for softmax."""
-    (B, N, C), lse = grad.shape, known[-1]
-    pairs, shape = B * heads, known[1].shape
+    """Gradients of V_A, and of the agents for each token in their bins, (B, M, A, D); sums (B, M, A) for softmax."""
+    (B, N, _), lse, shape = grad.shape, known[-1], known[1].shape
+    pairs = B * heads
     count, share = splits(pairs, N, constants["BT"])
     dtype = qkv.dtype if count == 1 else torch.float32
-    dgathered, dpooled = (torch.empty(n, *shape, dtype=dtype, device=qkv.device) for n in (count, 2 * count))
+    dgathered = torch.empty(count, *shape, dtype=dtype, device=qkv.device)
+    dpooled = torch.empty(2 * count if count > 1 else 1, *shape, dtype=dtype, device=qkv.device)
     delta, sizes = lse.new_empty((count, *lse.shape)), (pairs, heads, *grid, N, scale, share)
 
     def run(values: Tensor, agents: Tensor, **sides: bool) -> None:
@@ -593,6 +591,24 @@ def _padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, a
         A=agents, BIAS1=gather is not None, BIAS2=scatter is not None, BT=tile["BT"], AP=tile["AP"],
     )  # fmt: skip
     return tables
+
+
+def _folded(
+    qkv: Tensor, parts: Tensor, gather: Tensor | None, scatter: Tensor | None, tokens: int, tile: dict
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both tables from those of groups of images; empty where there is none."""
+    dgather, dscatter = (
+        qkv.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in (gather, scatter)
+    )
+    if gather is not None or scatter is not None:
+        groups, _, heads = parts.shape[:3]
+        launch(
+            _fold, (triton.cdiv(tokens, tile["BT"]) * heads,), parts, dgather, dscatter, groups, heads, tokens,
+            A=gather.shape[1] if scatter is None else scatter.shape[2], BT=tile["BT"], AP=tile["AP"],
+            BIAS1=gather is not None, BIAS2=scatter is not None,
+        )  # fmt: skip
+    return dgather, dscatter
 
 
 def _taps(qkv: Tensor, weight: Tensor | None) -> Tensor:

@@ -273,7 +273,7 @@ def _output(
 @triton.jit
 def _query_gradient(phi, grad, S, z, eps, factor, NORMALISE: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of φ(q), that of φ(q) S, and minus that of φ(q) z."""
-    through = tl.dot(grad, tl.trans(S), input_precision=PRECISION)
+    through = tl.trans(tl.dot(S, tl.trans(grad), input_precision=PRECISION))  # more rows than tokens: fewer registers
     if NORMALISE:
         over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
         pull = tl.sum(through * phi, 1) * over
@@ -506,8 +506,8 @@ def tiles(kernel: str, D: int, N: int) -> dict:
     BD = power_of_2(D)
     BT, warps = {
         "state": {32: (64, 4), 64: (64, 8), 128: (32, 8)},
-        "output": {32: (64, 8), 64: (64, 8), 128: (32, 8)},
-        "backward_q": {32: (64, 4), 64: (16, 8), 128: (16, 8)},
+        "output": {32: (64, 8), 64: (64, 4), 128: (32, 8)},
+        "backward_q": {32: (64, 4), 64: (32, 8), 128: (16, 8)},
         "backward_k": {32: (64, 4), 64: (32, 4), 128: (16, 8)},
     }[kernel][max(32, BD)]
     return {"BT": min(BT, power_of_2(N)), "BD": BD, "warps": warps}
@@ -676,7 +676,7 @@ def _dynamic_gradient(grad: Tensor, v: Tensor, weight: Tensor, grid: tuple[int, 
     B, N, C = grad.shape
     H, W, prefix = grid
     BC = min(128, power_of_2(C))
-    BT = 2048 // BC
+    BT = 1024 // BC
     blocks = triton.cdiv(C, BC)
     splits = max(1, min(4 * MULTIPROCESSORS // max(1, 3 * B * blocks), triton.cdiv(N, 4 * BT)))
     dtype = weight.dtype if splits == 1 else torch.float32
