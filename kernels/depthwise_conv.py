@@ -32,7 +32,9 @@ def depthwise_conv(
     gelu: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`gelu(conv(x) + bias) + residual`, (B, N, C) in the dtype of x.
+    """`gelu(conv(x) + bias) + residual`, (B, N, C) in the wider dtype of x and the residual.
+
+    Under autocast the convolution is computed in autocast's dtype, and a float32 residual stays as it is.
 
     Args:
         x_BNC: tokens, prefix first.
@@ -50,10 +52,8 @@ def depthwise_conv(
     _check(x_BNC, grid, prefix, weight, bias, residual)
     if not is_fused(WHO, backend, x_BNC):
         return reference(x_BNC, grid, weight, bias, residual=residual, gelu=gelu)
-    x_BNC, residual = autocast(x_BNC, residual)
-    check_tensors(
-        WHO, {"x": x_BNC, **({} if residual is None else {"residual": residual})}, {"weight": weight, "bias": bias}
-    )
+    (x_BNC,) = autocast(x_BNC)
+    check_tensors(WHO, {"x": x_BNC}, {"weight": weight, "bias": bias, "residual": residual})
     if weight.shape[-1] > LARGEST:
         raise ValueError(
             f"{WHO}: the kernels go up to {LARGEST}x{LARGEST} weights, got {weight.shape[-1]}; use backend=torch"
@@ -103,7 +103,7 @@ def _check(
 def _forward(x, weight, bias, residual, height, width, prefix, gelu):
     from kernels.fused import depthwise_conv as fused
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=_dtype(x, residual), device=x.device)
     return fused.forward(x, weight, bias, out, (height, width, prefix), residual=residual, gelu=gelu)
 
 
@@ -113,8 +113,12 @@ def _backward(grad, x, weight, bias, height, width, prefix, gelu):
     return fused.backward(grad, x, weight, bias, (height, width, prefix), gelu=gelu)
 
 
+def _dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
 def _fake_forward(x, weight, bias, residual, height, width, prefix, gelu):
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=_dtype(x, residual))
 
 
 def _fake_backward(grad, x, weight, bias, height, width, prefix, gelu):
@@ -149,7 +153,7 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, *sizes):
         ctx.save_for_backward(x, weight, bias)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.residual_dtype = sizes, None if residual is None else residual.dtype
         return forward_op(x, weight, bias, residual, *sizes)
 
     @staticmethod
@@ -157,7 +161,7 @@ class _DepthwiseConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         dx, dweight, dbias = backward_op(grad, x, weight, bias, *ctx.sizes)
-        residual = grad if ctx.needs_input_grad[3] else None
+        residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
         return dx, dweight, dbias if bias is not None else None, residual, *[None] * len(ctx.sizes)
 
 

@@ -28,5 +28,5 @@ def precision(dtype: torch.dtype) -> str:
 
 def rows(x_BNC: Tensor) -> Tensor:
     """x with channels next to each other in memory, and an image within reach of 32-bit offsets; else a copy."""
-    near = x_BNC.stride(-1) == 1 and x_BNC.shape[-2] * x_BNC.stride(-2) < 2**31
+    near = x_BNC.stride(-1) == 1 and (x_BNC.dim() < 2 or x_BNC.shape[-2] * x_BNC.stride(-2) < 2**31)
     return x_BNC if near else x_BNC.contiguous()
