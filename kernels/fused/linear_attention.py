@@ -256,7 +256,7 @@ def _output(
             n = n0 + tl.arange(0, BT)
             inside = (n < stop)[:, None] & live[None, :]
             phi = _feature(_load(q, n, row, c, inside), inverse, stats, plane, n, n < stop, FEATURE, POWER)
-            o = tl.dot(_operand(phi, PRECISION), S, input_precision=PRECISION)
+            o = tl.trans(tl.dot(tl.trans(S), tl.trans(_operand(phi, PRECISION)), input_precision=PRECISION))
             if NORMALISE:
                 o /= (tl.sum(phi * z[None, :], 1) + eps)[:, None]
             else:
@@ -273,7 +273,8 @@ def _output(
 @triton.jit
 def _query_gradient(phi, grad, S, z, eps, factor, NORMALISE: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of φ(q), that of φ(q) S, and minus that of φ(q) z."""
-    through = tl.trans(tl.dot(S, tl.trans(grad), input_precision=PRECISION))  # more rows than tokens: fewer registers
+    # S as the left factor, here and in `_output`: a warp holds some of its rows, where it would hold all of a right one
+    through = tl.trans(tl.dot(S, tl.trans(grad), input_precision=PRECISION))
     if NORMALISE:
         over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
         pull = tl.sum(through * phi, 1) * over
@@ -506,7 +507,7 @@ def tiles(kernel: str, D: int, N: int) -> dict:
     BD = power_of_2(D)
     BT, warps = {
         "state": {32: (64, 4), 64: (64, 8), 128: (32, 8)},
-        "output": {32: (64, 8), 64: (64, 4), 128: (32, 8)},
+        "output": {32: (64, 8), 64: (32, 8), 128: (32, 8)},
         "backward_q": {32: (64, 4), 64: (32, 8), 128: (16, 8)},
         "backward_k": {32: (64, 4), 64: (32, 4), 128: (16, 8)},
     }[kernel][max(32, BD)]
