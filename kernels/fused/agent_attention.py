@@ -109,12 +109,12 @@ def _tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _convolve(x, row, taps, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
+def _convolve(x, row, taps, count, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
     """The depth-wise convolution of the map x at tokens t, its transpose with FLIP; zero for prefix tokens."""
     y = (t - P) // W
     col = (t - P) % W
     acc = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
-    for tap in tl.range(0, K * K, loop_unroll_factor=3 if d.shape[0] <= 32 else 1):
+    for tap in range(count):  # k² as a constant would unroll the loop, and the loads of all taps take registers
         dy = (K // 2 - tap // K) if FLIP else (tap // K - K // 2)
         dx = (K // 2 - tap % K) if FLIP else (tap % K - K // 2)
         seen = (t >= P) & (t < N) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
@@ -140,7 +140,7 @@ def _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, B
 
 @triton.jit
 def _answer(
-    qkv, row, tables, taps, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
+    qkv, row, tables, taps, count, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
     D: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _answer(
     p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS, BT, AP, IP)
     o = tl.dot(p.to(gathered.dtype), gathered, input_precision=IP)
     if K > 0:
-        o += _convolve(qkv + 2 * M * D, row, taps, t, d, head * D, H, W, P, N, M * D, D, K, False)
+        o += _convolve(qkv + 2 * M * D, row, taps, count, t, d, head * D, H, W, P, N, M * D, D, K, False)
         if CONV_BIAS:
             b = tl.load(conv_bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)
             o += tl.where((t >= P)[:, None], b[None, :], 0.0)
@@ -179,7 +179,7 @@ def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constex
 
 @triton.jit
 def _gather(
-    qkv, tables, taps, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
+    qkv, tables, taps, count, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POOL: tl.constexpr, ANSWER: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
@@ -237,7 +237,7 @@ def _gather(
         for start in range(0, N, BT):
             t = start + tl.arange(0, BT)
             _answer(
-                qkv, row, tables, taps, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
+                qkv, row, tables, taps, count, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
                 D, BIAS2, K, CONV_BIAS, BT, AP, IP,
             )  # fmt: skip
 
@@ -271,7 +271,7 @@ def _combine(parts, part_lse, gathered, lse, pairs, splits, D: tl.constexpr, A: 
 
 @triton.jit
 def _scatter(
-    qkv, tables, taps, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
+    qkv, tables, taps, count, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
     D: tl.constexpr, A: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +288,7 @@ def _scatter(
     agents = tl.load(pooled + place, mask=inside, other=0.0)
     values = tl.load(gathered + place, mask=inside, other=0.0)
     _answer(
-        qkv + image * batch + head * D, row, tables, taps, conv_bias, out + image * N * M * D + head * D,
+        qkv + image * batch + head * D, row, tables, taps, count, conv_bias, out + image * N * M * D + head * D,
         agents, values, t, a, d, head, M, H, W, P, N, A, scale, D, BIAS2, K, CONV_BIAS, BT, AP, IP,
     )  # fmt: skip
 
@@ -358,7 +358,7 @@ def _agent_gradients(
 
 @triton.jit
 def _token_gradients(
-    grad, qkv, tables, taps, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
+    grad, qkv, tables, taps, count, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
@@ -428,7 +428,7 @@ def _token_gradients(
             dv = tl.dot(p.to(k.dtype), dvalues, input_precision=IP)
             if K > 0:
                 g = grad + image * grad_batch + head * D
-                dv += _convolve(g, grad_row, taps, t, d, head * D, H, W, P, N, C, D, K, True)
+                dv += _convolve(g, grad_row, taps, count, t, d, head * D, H, W, P, N, C, D, K, True)
             tl.store(dqkv + image * N * 3 * C + 2 * C + out, dv.to(dqkv.dtype.element_ty), mask=kept)
         if BIAS1:
             table = (2 * group * M + head) * (tl.cdiv(N, BT) * BT * AP)
@@ -493,7 +493,7 @@ def forward(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
             D=D, DOWN=down, ACROSS=across, BT=4096 // tile["DP"], DP=tile["DP"],
         )  # fmt: skip
-    local = _taps(qkv, weight), (qkv if bias is None else bias.contiguous())
+    local = *_taps(qkv, weight), (qkv if bias is None else bias.contiguous())
     answer = {
         "BIAS2": scatter is not None, "K": 0 if weight is None else weight.shape[-1], "CONV_BIAS": bias is not None,
         "D": D, "IP": precision(qkv.dtype), **tile,
@@ -542,7 +542,7 @@ def backward(
     parts = saved[2].new_empty((groups, 2, heads, token_tiles * tile["BT"], tile["AP"]) if any(flags.values()) else 0)
     launch(
         _token_gradients, (groups * token_tiles * heads * 2,),
-        grad, qkv, tables, _taps(qkv, weight), *saved, *state, dqkv, parts,
+        grad, qkv, tables, *_taps(qkv, weight), *saved, *state, dqkv, parts,
         B, heads, *grid, N, scale, images, *strides,
         K=0 if weight is None else weight.shape[-1], stages=1, **constants,
     )  # fmt: skip
@@ -606,11 +606,11 @@ def _folded(
         launch(
             _fold, (triton.cdiv(tokens, tile["BT"]) * heads,), parts, dgather, dscatter, groups, heads, tokens,
             A=gather.shape[1] if scatter is None else scatter.shape[2], BT=tile["BT"], AP=tile["AP"],
-            BIAS1=gather is not None, BIAS2=scatter is not None,
+            BIAS1=gather is not None, BIAS2=scatter is not None, warps=8,
         )  # fmt: skip
     return dgather, dscatter
 
 
-def _taps(qkv: Tensor, weight: Tensor | None) -> Tensor:
-    """The weights (k·k, C); something harmless without."""
-    return qkv if weight is None else weight.flatten(1).t().contiguous()
+def _taps(qkv: Tensor, weight: Tensor | None) -> tuple[Tensor, int]:
+    """The weights (k·k, C), and k·k; something harmless without."""
+    return (qkv, 0) if weight is None else (weight.flatten(1).t().contiguous(), weight.shape[-1] ** 2)

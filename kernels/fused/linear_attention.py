@@ -256,7 +256,10 @@ def _output(
             n = n0 + tl.arange(0, BT)
             inside = (n < stop)[:, None] & live[None, :]
             phi = _feature(_load(q, n, row, c, inside), inverse, stats, plane, n, n < stop, FEATURE, POWER)
-            o = tl.trans(tl.dot(tl.trans(S), tl.trans(_operand(phi, PRECISION)), input_precision=PRECISION))
+            if BD > 32:
+                o = tl.trans(tl.dot(tl.trans(S), tl.trans(_operand(phi, PRECISION)), input_precision=PRECISION))
+            else:
+                o = tl.dot(_operand(phi, PRECISION), S, input_precision=PRECISION)
             if NORMALISE:
                 o /= (tl.sum(phi * z[None, :], 1) + eps)[:, None]
             else:
@@ -273,7 +276,7 @@ def _output(
 @triton.jit
 def _query_gradient(phi, grad, S, z, eps, factor, NORMALISE: tl.constexpr, PRECISION: tl.constexpr):
     """Gradient of φ(q), that of φ(q) S, and minus that of φ(q) z."""
-    # S as the left factor, here and in `_output`: a warp holds some of its rows, where it would hold all of a right one
+    # S on the left, in `_output` too if large: a warp holds some of its rows, but would hold all of a right factor
     through = tl.trans(tl.dot(S, tl.trans(grad), input_precision=PRECISION))
     if NORMALISE:
         over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
