@@ -28,9 +28,6 @@ OPERATIONS = (
     "moh_attention",
     "layer_norm",
 )
-from pathlib import Path  # TEMPORARY while the modules are being written
-
-OPERATIONS = tuple(n for n in OPERATIONS if Path(__file__).with_name(f"{n}.py").exists())
 
 
 def operations_of(module: str) -> tuple:
