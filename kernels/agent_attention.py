@@ -26,7 +26,6 @@ from kernels.registration import define
 
 WHO = "agent_attention"
 MOST_AGENTS = 256
-MOST_CHANNELS = 128
 LARGEST = 7
 
 
@@ -70,7 +69,7 @@ def agent_attention(
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, options)
     head_dim = qkv_BNC.shape[2] // (3 * num_heads)
-    check_head_dim(WHO, head_dim, MOST_CHANNELS)
+    check_head_dim(WHO, head_dim)
     _check_limits(agents, weight)
     scale = head_dim**-0.5 if scale is None else float(scale)
     sizes = grid[0], grid[1], prefix, num_heads, *agents, scale

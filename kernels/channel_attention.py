@@ -24,7 +24,6 @@ from kernels.registration import define
 
 WHO = "channel_attention"
 FOLDED_WHO = "channel_attention_folded"
-WIDEST = 128
 # With up to this many tokens backward computes the weights again, which costs less memory than to keep them.
 KEPT_ABOVE = 64
 
@@ -52,7 +51,7 @@ def channel_attention(qkv_BNC: Tensor, num_heads: int, *, scale: float | None = 
         return reference(qkv_BNC, num_heads, scale=scale)
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC})
-    check_head_dim(WHO, head_dim, WIDEST)
+    check_head_dim(WHO, head_dim)
     return _ChannelAttention.apply(qkv_BNC, num_heads, scale)
 
 

@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
     except ValueError as error:
         parser.error(str(error))
-    row = "{:22} {:22} {:7} {:>9} {:>7} {:>9} {:6} {}".format
+    row = "{:24} {:18} {:7} {:>9} {:>7} {:>9} {:6} {}".format
     print(row("operation", "kernel", "target", "registers", "spilled", "shared KB", "cores", "shape"))
     fit = True
     for operation in operations:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_HEAD = 128  # channels per head that fit the registers of a program
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced = False
@@ -81,11 +82,11 @@ def check_tensors(who: str, activations: dict[str, Tensor], others: dict[str, Te
             )
 
 
-def check_head_dim(who: str, head_dim: int, most: int) -> None:
+def check_head_dim(who: str, head_dim: int) -> None:
     """Refuses heads that are wider than the registers of a program allow."""
-    if head_dim > most:
+    if head_dim > WIDEST_HEAD:
         raise ValueError(
-            f"{who}: the kernels take at most {most} channels per head, got {head_dim}; "
+            f"{who}: the kernels take at most {WIDEST_HEAD} channels per head, got {head_dim}; "
             "use more heads, or backend=torch"
         )
 

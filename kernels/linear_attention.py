@@ -27,7 +27,6 @@ from kernels.registration import define
 
 FOCUSED, INLINE_WHO, WHO = "focused_linear_attention", "inline_attention", "linear_attention"
 FEATURES = ("relu", "elu", "identity")
-WIDEST = 128
 EPS = 1e-6
 
 
@@ -302,7 +301,7 @@ def _fused(
     parameters = {"scale_C": scale_C, "position_NC": position_NC, "weight": weight, "bias": bias}
     parameters |= {"lepe_weight": lepe_weight, "lepe_bias": lepe_bias}
     check_tensors(who, {"qkv": qkv}, parameters)
-    check_head_dim(who, qkv.shape[2] // (3 * num_heads), WIDEST)
+    check_head_dim(who, qkv.shape[2] // (3 * num_heads))
     if weight is not None and weight.shape[-1] > LARGEST:
         raise ValueError(
             f"{who}: the kernels go up to {LARGEST}x{LARGEST} weights, got {weight.shape[-1]}; use backend=torch"

@@ -24,7 +24,6 @@ from kernels.operation import Cost, Operation
 from kernels.registration import define
 
 WHO, ROUTE = "moh_attention", "route_heads"
-LARGEST = 128
 # From so many tokens on "auto" leaves heads out: below, a tile of 128 queries would often stay dense or half empty,
 # and the list of tokens costs a launch.
 SKIP_FROM = 512
@@ -60,7 +59,7 @@ def moh_attention(
     (qkv_BNC,) = autocast(qkv_BNC)
     head_dim = qkv_BNC.shape[2] // (3 * num_heads)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"gates": gates_BNM})
-    check_head_dim(WHO, head_dim, LARGEST)
+    check_head_dim(WHO, head_dim)
     skips = skip == "always" or (skip == "auto" and qkv_BNC.shape[1] >= SKIP_FROM)
     return _MoHAttention.apply(qkv_BNC, gates_BNM, head_dim**-0.5 if scale is None else float(scale), skips)
 

@@ -23,7 +23,6 @@ from kernels.operation import Cost, Operation
 from kernels.registration import define
 
 WHO = "routed_attention"
-WIDEST = 128
 MOST_REGIONS = 65535
 MOST_SELECTED_FROM = 1024
 
@@ -234,7 +233,7 @@ def _check(
 
 
 def _check_fused(qkv: Tensor, routes: Tensor, heads: int, qk_dim: int, weight: Tensor | None) -> None:
-    check_head_dim(WHO, max(qk_dim, qkv.shape[2] - 2 * qk_dim) // heads, WIDEST)
+    check_head_dim(WHO, max(qk_dim, qkv.shape[2] - 2 * qk_dim) // heads)
     if routes.shape[1] > MOST_REGIONS:
         raise ValueError(
             f"{WHO}: the kernels take at most {MOST_REGIONS} regions, got {routes.shape[1]}; use larger ones, or "

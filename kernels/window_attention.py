@@ -21,7 +21,6 @@ from kernels.operation import Cost, Operation
 from kernels.registration import define
 
 WHO = "window_attention"
-WIDEST = 128
 ONE_TILE = 64
 
 
@@ -59,7 +58,7 @@ def window_attention(
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"padding": padding, "bias": bias_MTT})
     head_dim = qkv_BNC.shape[2] // 3 // num_heads
-    check_head_dim(WHO, head_dim, WIDEST)
+    check_head_dim(WHO, head_dim)
     if grid[0] % window[0] == 0 and grid[1] % window[1] == 0:
         padding = None
     scale = head_dim**-0.5 if scale is None else scale

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.agent_attention import MOST_AGENTS
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Runs, Site
@@ -138,6 +139,8 @@ class AgentCore(nn.Module):
         """See `models.attention.multihead.Core`."""
         if self.dwc.kernel_size[0] > LARGEST:
             return Runs("agent attention", False, f"the kernel goes up to {LARGEST}x{LARGEST} convolutions")
+        if math.prod(self.agents) > MOST_AGENTS:
+            return Runs("agent attention", False, f"the kernel takes at most {MOST_AGENTS} agents")
         return Runs("agent_attention", True)
 
     def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.depthwise_conv import LARGEST, depthwise_conv
-from kernels.dispatch import is_fused
-from kernels.routed_attention import region_means, routed_attention, select_regions
+from kernels.dispatch import WIDEST_HEAD, is_fused
+from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.attention.multihead import gated_heads, head_channels, split_heads
 from models.layers import window as windows
@@ -106,6 +106,10 @@ class BiLevelRoutingAttention(nn.Module):
             return Runs("routed attention", False, "soft routing and kv_pool are experiments that have no kernel")
         if self.lepe is not None and self.lepe.kernel_size[0] > LARGEST:
             return Runs("routed attention", False, f"the kernel goes up to {LARGEST}x{LARGEST} LePE weights")
+        if self.num_regions**2 > MOST_SELECTED_FROM:
+            return Runs("routed attention", False, f"the kernel selects among at most {MOST_SELECTED_FROM} regions")
+        if max(self.dim, self.qk_dim) // self.num_heads > WIDEST_HEAD:
+            return Runs("routed attention", False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         return Runs("routed_attention", True)
 
     def _forward_fused(self, x_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> Tensor:

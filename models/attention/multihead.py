@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import is_fused
+from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.layers import window as windows
 from models.layers.tokens import to_map, to_tokens
@@ -81,6 +81,8 @@ class MultiHead(nn.Module):
         """See `models.attention.Runs`."""
         if self.reduce is not None:
             return Runs(type(self.core).__name__, False, "its keys come from a map of another size than its queries")
+        if self.head_dim > WIDEST_HEAD:
+            return Runs(type(self.core).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         return self.core.runs(self.window, self.gated)
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:

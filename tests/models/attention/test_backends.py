@@ -140,6 +140,9 @@ def test_what_has_no_kernel_is_refused_when_triton_is_asked_for():
         "keys come from a map of another size": agent_attention(SITE, agent_tokens=4, sr_ratio=2, backend="triton"),
         "there is nothing to route": BiLevelRoutingAttention(SITE, topk="all", backend="triton"),
         "up to 7x7": conv(SITE, kernel_size=9, backend="triton"),
+        "wider than 128 channels": dual_attention(SITE._replace(dim=512), backend="triton"),
+        "at most 256 agents": agent_attention(SITE._replace(grid=Grid(20, 20)), agent_tokens=289, backend="triton"),
+        "at most 1024 regions": BiLevelRoutingAttention(SITE, num_regions=40, backend="triton"),
     }
     for reason, mixer in cases.items():
         with pytest.raises(Refused, match=rf"has no Triton kernel: .*{reason}.*; set attention.backend=auto"):
