@@ -11,7 +11,7 @@ train: $(READY)
 
 test: lint
 	$(VENV)/bin/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
