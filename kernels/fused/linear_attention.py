@@ -73,7 +73,8 @@ def _power(u, POWER: tl.constexpr):
     elif POWER == 4.0:
         y = u * u * (u * u)
     else:
-        y = tl.exp2(POWER * tl.log2(tl.maximum(u, 1e-38)))
+        # the smallest constant that Triton 3.6 still takes for float32: below 2^-126 it computes in float64
+        y = tl.exp2(POWER * tl.log2(tl.maximum(u, 1.2e-38)))
     return y
 
 
