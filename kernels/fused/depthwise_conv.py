@@ -53,14 +53,11 @@ def _finish(
 
 
 @triton.jit
-def _convolve(
-    x, weight, bias, other, out, H, W, C, x_batch, x_row, out_batch, out_row, other_batch, other_row,
-    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    OTHER: tl.constexpr, SLOPE: tl.constexpr, FLIP: tl.constexpr,
+def _four_rows(
+    x, weight, bias, y, col, c, live, H, W, C, x_row,
+    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    image, y, col, c = _tile(H, W, C, BX, BC)
-    x += image * x_batch
-    live = c < C
+    """The convolution of one image in the rows y to y + 3, each (BX, BC) in float32."""
     acc0 = tl.zeros([BX, BC], tl.float32)
     if BIAS:
         acc0 += tl.load(bias + c, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -86,6 +83,19 @@ def _convolve(
                         acc2 += value * w
                     else:
                         acc3 += value * w
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def _convolve(
+    x, weight, bias, other, out, H, W, C, x_batch, x_row, out_batch, out_row, other_batch, other_row,
+    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    OTHER: tl.constexpr, SLOPE: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    image, y, col, c = _tile(H, W, C, BX, BC)
+    x += image * x_batch
+    live = c < C
+    acc0, acc1, acc2, acc3 = _four_rows(x, weight, bias, y, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, FLIP)
     inside = (col < W)[:, None] & live[None, :]
     place = y * W + col[:, None]
     out += image * out_batch + c[None, :]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import depthwise_conv
-from kernels.fused.depthwise_conv import _tile
+from kernels.fused.depthwise_conv import _four_rows, _tile
 from kernels.fused.launch import launch, power_of_2, rows
 
 FULL = 528  # programs: four for each of 132 multiprocessors
@@ -42,30 +42,7 @@ def _conv_norm(
     image, first, col, c = _tile(H, W, C, BX, BC)
     x += image * x_batch
     live = c < C
-    acc0 = tl.zeros([BX, BC], tl.float32)
-    if BIAS:
-        acc0 += tl.load(bias + c, mask=live, other=0.0).to(tl.float32)[None, :]
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    for dx in range(K):
-        seen = col + (dx - K // 2)
-        columns = ((seen >= 0) & (seen < W))[:, None] & live[None, :]
-        for i in tl.static_range(4 + K - 1):
-            row = first + (i - K // 2)
-            inside = columns & (row >= 0) & (row < H)
-            value = tl.load(x + (row * W + seen[:, None]) * x_row + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            for r in tl.static_range(4):
-                if (i >= r) & (i < r + K):
-                    w = tl.load(taps + ((i - r) * K + dx) * C + c, mask=live, other=0.0).to(tl.float32)[None, :]
-                    if r == 0:
-                        acc0 += value * w
-                    elif r == 1:
-                        acc1 += value * w
-                    elif r == 2:
-                        acc2 += value * w
-                    else:
-                        acc3 += value * w
+    acc0, acc1, acc2, acc3 = _four_rows(x, taps, bias, first, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, False)
     w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
     b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
     real = col < W
