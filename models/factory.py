@@ -18,18 +18,29 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
     if "image_size" in settings:
         cfg.image_size = settings.pop("image_size")
     for key, value in settings.items():
-        if key not in cfg.model:
-            raise ValueError(
-                f"create_model: {name} has no setting {key!r}{cli.nearest(key, cfg.model)} "
-                f"It has {', '.join(sorted(set(cfg.model) - {'_target_', '_convert_'}))}"
-            )
-        cfg.model[key] = value
+        part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
+        if part is None:
+            raise ValueError(_unknown(name, key, cfg))
+        part[key] = value
     model = build(cfg)
     if not features_only:
         return model
     from models.backbones.base import Pyramid
 
     return Pyramid(model)
+
+
+def _settings(part: Any) -> set[str]:
+    """The keys of a model or an attention that may be set; a list of mechanisms has none."""
+    return {key for key in part if not key.startswith("_")} if isinstance(part, DictConfig) else set()
+
+
+def _unknown(name: str, key: str, cfg: DictConfig) -> str:
+    known, options = _settings(cfg.model), _settings(cfg.attention)
+    text = f"create_model: {name} has no setting {key!r}{cli.nearest(key, known | options)} "
+    return f"{text}It has {', '.join(sorted(known))}" + (
+        f"; its attention has {', '.join(sorted(options))}" if options else ""
+    )
 
 
 def compose_model(name: str, attention: str | None = None) -> DictConfig:

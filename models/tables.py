@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from conf.cli import CONF
 from models import create_model, list_attentions, list_models
@@ -39,10 +40,11 @@ def _attention_row(name: str) -> str:
     about, _, cost = _comment(path).partition("Cost: ")
     paper = re.search(r"arXiv:([\d.]+\d)", about)
     mechanism = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
-    settings = yaml.safe_load(path.read_text())
-    options = [f"`{k}={_plain(v)}`" for k, v in settings.items() if not k.startswith("_") and k != "defaults"]
-    options += ["`attention@attention.core=softmax`"] if "defaults" in settings else []
-    mixer = factory(compose_model("vit_32px", name))(Site(64, 4, Grid(8, 8), 0, 0, 2, "vit"))
+    cfg = compose_model("vit_32px", name)
+    settings = OmegaConf.to_container(cfg.attention)
+    options = [f"`{k}={_plain(v)}`" for k, v in settings.items() if not k.startswith("_") and not isinstance(v, dict)]
+    options += ["`attention@attention.core=softmax`"] if "core" in settings else []
+    mixer = factory(cfg)(Site(64, 4, Grid(8, 8), 0, 0, 2, "vit"))
     token = "yes" if mixer.accepts.prefix == "attended" else "no"
     link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
     return f"| `{name}` | {mechanism} | {link} | {re.split('[.;,] ?', cost)[0]} | {token} | {' '.join(options)} |"
@@ -67,11 +69,8 @@ def _comment(path: Path) -> str:
 
 
 def _plain(value: object) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    """A value as it is written in YAML."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Site(NamedTuple):
     block: int  # 0-based within the stage
     depth: int  # blocks in the stage
     kind: str  # one of KINDS
+    positioned: bool = False  # whether the blocks of the backbone encode positions by convolution themselves
 
 
 class Mixed(NamedTuple):

@@ -9,14 +9,18 @@ Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per he
 S = keys in a region, K = regions attended to, W = B·R.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.depthwise_conv import LARGEST, depthwise_conv
+from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention.lepe import ConvMixer, LePEAttention, depthwise, enhance
 from models.attention.multihead import gated_heads, head_channels, split_heads
 from models.layers import window as windows
 from models.layers.precision import full_precision
@@ -24,6 +28,49 @@ from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")
 PADDINGS = ("input", "qkv")
+STAGE_OF_VIT = 2  # a plain ViT has patches of 16 pixels, as the third stage of a BiFormer
+
+
+def biformer_attention(
+    site: Site,
+    *,
+    topk: int | str | Sequence[int | str] = (1, 4, 16, "all"),
+    lepe_kernel: int = 5,
+    lepe_input: str = "x",
+    backend: str = "auto",
+    **routed: Any,
+) -> nn.Module:
+    """The attention of a stage of BiFormer: routed where the map is large, dense where it is small.
+
+    Args:
+        site: the place in the backbone.
+        topk: regions that each region attends to, one number or one per stage; the paper's are 1, 4, 16 and all. "all"
+            (or -1) is dense attention (`LePEAttention`), 0 none at all (`ConvMixer`). A plain ViT takes the third.
+        lepe_kernel: side of the depth-wise convolution that is added (LePE); 0 for none.
+        lepe_input: what it convolves in dense attention, see `LePEAttention`.
+        backend: "auto", "triton" or "torch".
+        routed: further options of `BiLevelRoutingAttention`.
+
+    Raises:
+        Refused: the list has no entry for the stage; or see the three classes.
+    """
+    chosen = _of_stage(topk, site)
+    if chosen == 0 and not isinstance(chosen, bool):
+        return ConvMixer(site, backend=backend)
+    if chosen in ("all", -1):
+        return LePEAttention(site, lepe_kernel=lepe_kernel, lepe_input=lepe_input, backend=backend)
+    return BiLevelRoutingAttention(site, topk=chosen, lepe_kernel=lepe_kernel, backend=backend, **routed)
+
+
+def _of_stage(topk: int | str | Sequence[int | str], site: Site) -> int | str:
+    if isinstance(topk, str) or not isinstance(topk, Sequence):
+        return topk
+    stage = STAGE_OF_VIT if site.kind == "vit" else site.stage
+    if stage >= len(topk):
+        raise Refused(
+            f"topk={list(topk)} has no entry for stage {stage}", "set attention.topk to one number, or one per stage"
+        )
+    return topk[stage]
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -32,8 +79,8 @@ class BiLevelRoutingAttention(nn.Module):
     Args:
         site: the place in the backbone.
         num_regions: regions per side of the map (the authors' `n_win`), cut to the side of a smaller map.
-        topk: regions that each region attends to; "all" (or -1) attends to the whole map, without regions or padding.
-            A map that a forward pass brings may have fewer regions than `topk`: then all of them are attended to.
+        topk: regions that each region attends to. A map that a forward pass brings may have fewer regions than `topk`:
+            then all of them are attended to.
         lepe_kernel: side of the depth-wise convolution of the values that is added (LePE); 0 for none.
         qk_dim: channels of queries and keys together; C by default.
         padding: "input" pads the map with zeros up to whole regions before the projection, so that padded keys equal
@@ -59,7 +106,7 @@ class BiLevelRoutingAttention(nn.Module):
         site: Site,
         *,
         num_regions: int = 7,
-        topk: int | str = 4,
+        topk: int = 4,
         lepe_kernel: int = 5,
         qk_dim: int | None = None,
         padding: str = "input",
@@ -70,16 +117,16 @@ class BiLevelRoutingAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.topk = _topk(topk)
-        _check_options(num_regions, lepe_kernel, padding, routing, self.topk)
+        _check_options(num_regions, topk, padding, routing)
+        self.topk = topk
         self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
         self.qk_dim = qk_dim or site.dim
         self._check_site(site)
         self.scale = self.qk_dim**-0.5
         self.qkv = nn.Linear(site.dim, 2 * self.qk_dim + site.dim)
-        self.router = None if self.topk is None else Router(self.qk_dim, self.topk, routing)
+        self.router = Router(self.qk_dim, topk, routing)
         self.kv_pool = kv_pool
-        self.lepe = _depthwise(site.dim, lepe_kernel) if lepe_kernel else None
+        self.lepe = depthwise(site.dim, lepe_kernel)
         self.proj = nn.Linear(site.dim, site.dim) if output_projection else nn.Identity()
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
@@ -87,21 +134,18 @@ class BiLevelRoutingAttention(nn.Module):
         if self.runs().fused and is_fused("routed_attention", self.backend, x):
             o = self._forward_fused(x, tiled, size)
             return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
-        q_BNC, kv_BNC = self.qkv(x).split([self.qk_dim, self.qk_dim + self.dim], dim=-1)
+        qkv_BNC = self.qkv(x)
+        q_BNC, kv_BNC = qkv_BNC.split([self.qk_dim, self.qk_dim + self.dim], dim=-1)
         q_WTC, kv_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, kv_BNC))
-        kv_WSC = self._pool(kv_WTC, size)
-        if self.router is not None:
-            kv_WSC = gather(kv_WSC, *self.router(*self._means(x, tiled, size), self.scale))
+        kv_WSC = gather(self._pool(kv_WTC, size), *self.router(*self._means(x, qkv_BNC, tiled, size), self.scale))
         o_WTC = self._attend(q_WTC, kv_WSC)
         o = windows.merge(o_WTC, tiled.height, tiled.width, size)
         if self.lepe is not None:
-            o = _enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled, o, self.backend)
+            o = enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled, o, self.backend)
         return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
 
     def runs(self) -> Runs:
         """See `models.attention.Runs`."""
-        if self.router is None:
-            return Runs("scaled_dot_product_attention", False, "topk is all, so there is nothing to route")
         if self.router.kind != "hard" or self.kv_pool is not None:
             return Runs("routed attention", False, "soft routing and kv_pool are experiments that have no kernel")
         if self.lepe is not None and self.lepe.kernel_size[0] > LARGEST:
@@ -132,14 +176,9 @@ class BiLevelRoutingAttention(nn.Module):
 
     @torch.no_grad()
     def routes(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """The regions (B, R, K) that each region attends to, best first; regions are numbered row by row.
-
-        Raises:
-            TypeError: with topk="all" there are no regions.
-        """
-        if self.router is None:
-            raise TypeError('BiLevelRoutingAttention: topk is "all", so there are no routes; set attention.topk')
-        return self.router(*self._means(*self._tile(x_BNC, grid)), self.scale)[0]
+        """The regions (B, R, K) that each region attends to, best first; regions are numbered row by row."""
+        x, tiled, size = self._tile(x_BNC, grid)
+        return self.router(*self._means(x, self.qkv(x), tiled, size), self.scale)[0]
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Weights (B, M, N, N) of every query on every key, 0 outside the routes; mass on padded keys is left out.
@@ -147,7 +186,7 @@ class BiLevelRoutingAttention(nn.Module):
         Raises:
             TypeError: with pooled keys or soft routing there is no weight per token.
         """
-        if self.kv_pool is not None or (self.router is not None and self.router.kind != "hard"):
+        if self.kv_pool is not None or self.router.kind != "hard":
             raise TypeError("BiLevelRoutingAttention: no attention matrix with kv_pool or soft routing")
         x, tiled, size = self._tile(x_BNC, grid)
         q_BNC, k_BNC, _ = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
@@ -155,17 +194,14 @@ class BiLevelRoutingAttention(nn.Module):
         q, k = (_extend(t, tiled, Grid(height, width)) for t in (q_BNC, k_BNC))
         (q_BMND,), (k_BMND,) = (split_heads(t, 1, self.num_heads) for t in (q, k))
         logits = (q_BMND @ k_BMND.mT).float() * self.scale
-        if self.router is not None:
-            open_BRR = _routed(self.routes(x_BNC, grid))
-            region = _region_of_token(height, width, size, x.device)
-            logits = logits.masked_fill(~open_BRR[:, region][:, :, region].unsqueeze(1), float("-inf"))
+        open_BRR = _routed(self.routes(x_BNC, grid))
+        region = _region_of_token(height, width, size, x.device)
+        logits = logits.masked_fill(~open_BRR[:, region][:, :, region].unsqueeze(1), float("-inf"))
         weights = logits.softmax(-1).unflatten(-1, (height, width)).unflatten(2, (height, width))
         return weights[:, :, : grid.height, : grid.width, : grid.height, : grid.width].flatten(4).flatten(2, 3)
 
     def _tile(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid, tuple[int, int]]:
         """Tokens and map to cut into regions, zero-padded under "input", and the height and width of a region."""
-        if self.topk is None:
-            return x_BNC, grid, grid[:2]
         sides = self._sides(grid)
         if self.padding == "qkv":
             return x_BNC, grid, tuple(side // n for side, n in zip(grid[:2], sides, strict=True))
@@ -176,17 +212,21 @@ class BiLevelRoutingAttention(nn.Module):
     def _sides(self, grid: Grid) -> list[int]:
         return [min(self.num_regions, side) for side in grid[:2]]
 
-    def _means(self, x_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _means(self, x_BNC: Tensor, qkv_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Mean query and key of each region, (B, R, qk_dim) in float32.
 
-        The mean of a linear map is the linear map of the mean: projecting R means keeps the routing in full precision
-        whatever precision q and k are computed in, so that half precision does not choose other regions.
+        The mean of a linear map is the linear map of the mean: where q and k have half precision, R means are projected
+        anew in float32, so that half precision does not choose other regions.
         """
+        exact = qkv_BNC.dtype.itemsize >= 4
         with full_precision(x_BNC.device):
-            x_BCHW = to_map(x_BNC.float(), tiled)
-            mean_BRC = to_tokens(F.avg_pool2d(x_BCHW, size, ceil_mode=True, count_include_pad=False))
-            weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
-            return F.linear(mean_BRC, weight, bias).chunk(2, dim=-1)
+            source = qkv_BNC[..., : 2 * self.qk_dim] if exact else x_BNC.float()
+            mean_BCHW = F.avg_pool2d(to_map(source, tiled), size, ceil_mode=True, count_include_pad=False)
+            mean_BRC = to_tokens(mean_BCHW)
+            if not exact:
+                weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
+                mean_BRC = F.linear(mean_BRC, weight, bias)
+            return mean_BRC.chunk(2, dim=-1)
 
     def _pool(self, kv_WTC: Tensor, size: tuple[int, int]) -> Tensor:
         if self.kv_pool is None:
@@ -206,7 +246,7 @@ class BiLevelRoutingAttention(nn.Module):
                 f"set attention.qk_dim to a multiple of {site.num_heads}",
             )
         rows, columns = self._sides(site.grid)
-        if self.topk is not None and self.topk > rows * columns:
+        if self.topk > rows * columns:
             raise Refused(
                 f"topk={self.topk} is more than the {rows}x{columns} regions of a "
                 f"{site.grid.height}x{site.grid.width} map",
@@ -251,88 +291,16 @@ def gather(kv_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Te
     return picked.view(B * R, K * kv_WSC.shape[1], kv_WSC.shape[2])
 
 
-class LePEAttention(nn.Module):
-    """Softmax attention over the whole map plus a depth-wise convolution: what BiFormer has in its last stage.
-
-    Args:
-        site: the place in the backbone.
-        lepe_kernel: side of the convolution.
-        lepe_input: what it convolves: "x", the input (the released BiFormer-T, S, B), or "v", the values.
-        qkv_bias: bias of the projection.
-        backend: of the convolution: "auto", "triton" or "torch". The attention is PyTorch's own fused kernel.
-    """
-
-    accepts = Accepts()
-
-    def __init__(
-        self,
-        site: Site,
-        *,
-        lepe_kernel: int = 5,
-        lepe_input: str = "x",
-        qkv_bias: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.backend = backend
-        if lepe_input not in ("x", "v"):
-            raise ValueError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
-        self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site) ** -0.5, lepe_input
-        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
-        self.lepe = _depthwise(site.dim, lepe_kernel)
-        self.proj = nn.Linear(site.dim, site.dim)
-
-    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
-        qkv_BNC = self.qkv(x_BNC)
-        q, k, v = split_heads(qkv_BNC, 3, self.num_heads)
-        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
-        source = x_BNC if self.lepe_input == "x" else qkv_BNC.chunk(3, dim=-1)[2]
-        return Mixed(self.proj(gated_heads(_enhance(self.lepe, source, grid, o, self.backend), gates_BNM)), {})
-
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
-        return Runs("scaled_dot_product_attention", False, "dense attention is PyTorch's own fused kernel")
-
-
-def _topk(topk: int | str) -> int | None:
-    """None for all regions."""
-    if topk == "all" or topk == -1:
-        return None
-    if not isinstance(topk, int) or topk < 1:
-        raise ValueError(
-            f"BiLevelRoutingAttention: topk must be a positive number or all, got {topk}; set attention.topk"
-        )
-    return topk
-
-
-def _check_options(num_regions: int, lepe_kernel: int, padding: str, routing: str, topk: int | None) -> None:
+def _check_options(num_regions: int, topk: int, padding: str, routing: str) -> None:
     who = "BiLevelRoutingAttention"
-    if num_regions < 1:
+    if not isinstance(topk, int) or isinstance(topk, bool) or topk < 1:
+        raise ValueError(f"{who}: topk must be a positive number or all, got {topk}; set attention.topk")
+    if not isinstance(num_regions, int) or num_regions < 1:
         raise ValueError(f"{who}: num_regions must be at least 1, got {num_regions}; give the regions per side")
-    _check_kernel(lepe_kernel, least=0)
     if padding not in PADDINGS:
         raise ValueError(f"{who}: padding must be {' or '.join(PADDINGS)}, got {padding}; choose one of them")
     if routing not in ROUTINGS:
         raise ValueError(f"{who}: routing must be one of {', '.join(ROUTINGS)}, got {routing}; choose one of them")
-    if routing != "hard" and topk is None:
-        raise ValueError(f'{who}: soft routing needs regions, got routing={routing} with topk "all"; give a number')
-
-
-def _check_kernel(kernel: int, least: int) -> None:
-    if kernel < least or (kernel and kernel % 2 == 0):
-        raise ValueError(f"lepe_kernel: must be odd, got {kernel}; give 3 or 5")
-
-
-def _depthwise(dim: int, kernel: int) -> nn.Conv2d:
-    _check_kernel(kernel, least=1)
-    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-
-
-def _enhance(conv: nn.Conv2d, x_BNC: Tensor, grid: Grid, o_BNC: Tensor, backend: str) -> Tensor:
-    """o plus the convolution of the map; class tokens in front of it get none."""
-    if conv.kernel_size[0] > LARGEST:
-        backend = "torch"
-    return depthwise_conv(x_BNC, grid, conv.weight, conv.bias, residual=o_BNC, backend=backend)
 
 
 def _extend(x_BNC: Tensor, grid: Grid, larger: Grid) -> Tensor:

@@ -35,8 +35,8 @@ def dual_attention(
     Args:
         site: the place in the backbone; `site.block` decides which of the two it is.
         window: side of the windows in tokens, or height and width.
-        cpe_kernel: side of the depth-wise convolution that is added to the input as position encoding; 0 for none, as
-            in DaViT itself, where it stands before the norm.
+        cpe_kernel: side of the depth-wise convolution that is added to the input as position encoding, in backbones
+            whose blocks have none of their own (DaViT's have); 0 for none.
         qkv_bias: bias of the projection.
         scale: of the channel logits, which are sums over all tokens: "head_dim" (the paper), whose logits grow with the
             map, or "tokens" (N^-1/2), which keeps their spread on every resolution.
@@ -57,7 +57,9 @@ def dual_attention(
         mixer = MultiHead(site, core, window=size, qkv_bias=qkv_bias, backend=backend)
     # channel attention alone could take class tokens, but the windows that it alternates with cannot
     mixer.accepts = Accepts(prefix="refused")
-    return Positioned(ConvPosition(site.dim, cpe_kernel, backend), mixer) if cpe_kernel else mixer
+    if site.positioned or not cpe_kernel:
+        return mixer
+    return Positioned(ConvPosition(site.dim, cpe_kernel, backend), mixer)
 
 
 class ChannelCore(nn.Module):

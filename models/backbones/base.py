@@ -14,47 +14,19 @@ from models.layers.patch_embed import cells
 from models.layers.tokens import to_map
 
 
-class Backbone(nn.Module):
-    """Stem, stages, norm, pooling, head. A family fills in the parts; see `models/backbones/vit.py` for the shortest.
+class Trunk(nn.Module):
+    """Stem and stages: what a classifier and a pyramid of the same family have in common.
 
     Attributes that a family sets in its constructor:
         stem: `images -> (x_BNC, grid)`.
         stages: ModuleList of `models.layers.block.Stage`.
-        norm: on the tokens of the last stage, before pooling.
-        head: Linear to `num_classes`, or Identity when that is 0.
-        channels, strides: of each map of the pyramid.
+        channels, strides: of the map that each stage ends with.
     """
 
     stem: nn.Module
     stages: nn.ModuleList
-    norm: nn.Module
-    head: nn.Module
     channels: list[int]
     strides: list[int]
-
-    def forward(self, images: Tensor, return_losses: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,)."""
-        maps, losses = self._forward_stages(images)
-        logits = self.head(self.pool(self.norm(maps[-1][0]), maps[-1][1]))
-        return (logits, _stack(losses)) if return_losses else logits
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The normalised tokens (B, N, C) of the last stage, prefix tokens first."""
-        maps, _ = self._forward_stages(images)
-        return self.norm(maps[-1][0])
-
-    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
-        """One map (B, C, H, W) per stage, channels and strides as in `channels` and `strides`."""
-        maps, _ = self._forward_stages(images)
-        return [to_map(x, grid) for x, grid in maps]
-
-    def drop_head(self) -> None:
-        """Leave out what only the classifier needs: the last norm and the head."""
-        self.norm, self.head = nn.Identity(), nn.Identity()
-
-    def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) → (B, C): the mean over the map."""
-        return x_BNC[:, grid.prefix :].mean(1)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block in the backward pass: less memory, about a third more time."""
@@ -87,19 +59,72 @@ class Backbone(nn.Module):
         return maps, losses
 
 
-class Pyramid(nn.Module):
+class Backbone(Trunk):
+    """Stem, stages, norm, pooling, head. A family fills in the parts; see `models/backbones/vit.py` for the shortest.
+
+    Attributes that a family sets in its constructor, besides those of `Trunk`:
+        norm: on the tokens of the last stage, before pooling.
+        head: Linear to `num_classes`, or Identity when that is 0.
+    """
+
+    norm: nn.Module
+    head: nn.Module
+
+    def forward(self, images: Tensor, return_losses: bool = False, return_tokens: bool = False) -> Tensor | tuple:
+        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,).
+
+        With `return_tokens`: logits, losses, and the normalised tokens of the last map (B, H, W, C) of the same pass.
+        """
+        x_BNC, grid, losses = self.forward_tokens(images)
+        logits = self.classify(x_BNC, grid)
+        if return_tokens:
+            return logits, losses, x_BNC[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
+        return (logits, losses) if return_losses else logits
+
+    def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:
+        """The normalised tokens (B, N, C) of the last stage, their map, and the auxiliary losses."""
+        maps, losses = self._forward_stages(images)
+        x_BNC, grid = maps[-1]
+        return self.norm(x_BNC), grid, _stack(losses)
+
+    def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Logits (B, num_classes) from what `forward_tokens` gave."""
+        return self.head(self.pool(x_BNC, grid))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised tokens (B, N, C) of the last stage, prefix tokens first."""
+        return self.forward_tokens(images)[0]
+
+    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
+        """One map (B, C, H, W) per stage, channels and strides as in `channels` and `strides`."""
+        maps, _ = self._forward_stages(images)
+        return [to_map(x, grid) for x, grid in maps]
+
+    def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) → (B, C): the mean over the map."""
+        return x_BNC[:, grid.prefix :].mean(1)
+
+    def level_norm(self, dim: int) -> nn.Module:
+        """The norm on the tokens of one map of the pyramid, where the family has one in dense tasks."""
+        return nn.Identity()
+
+
+class Pyramid(Trunk):
     """A backbone for dense tasks: called with images, it gives one map (B, C, H, W) per stage.
 
-    `channels` and `strides` say what the maps are; the classifier and its norm are left out.
+    `channels` and `strides` say what the maps are. Stem and stages are those of the given backbone, with its names;
+    its classifier and last norm are left out, and `norms` has the norm of each map.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        backbone.drop_head()
-        self.backbone, self.channels, self.strides = backbone, backbone.channels, backbone.strides
+        self.stem, self.stages = backbone.stem, backbone.stages
+        self.channels, self.strides = backbone.channels, backbone.strides
+        self.norms = nn.ModuleList(backbone.level_norm(dim) for dim in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return self.backbone.forward_pyramid(images)
+        maps, _ = self._forward_stages(images)
+        return [to_map(norm(x), grid) for norm, (x, grid) in zip(self.norms, maps, strict=True)]
 
 
 class PatchStem(nn.Module):
@@ -153,10 +178,11 @@ def sites_of(
     depths: Sequence[int],
     num_heads: Sequence[int] | Mapping[int, int],
     stages: Sequence[int] | None = None,
+    positioned: bool = False,
 ) -> list[Site]:
     """The place of a mixer in every block of the given stages (all when None), in order; `num_heads` goes by stage."""
     return [
-        Site(dims[s], num_heads[s], Grid(*cells(pair(image_size), strides[s])), s, block, depths[s], kind)
+        Site(dims[s], num_heads[s], Grid(*cells(pair(image_size), strides[s])), s, block, depths[s], kind, positioned)
         for s in (range(len(dims)) if stages is None else stages)
         for block in range(depths[s])
     ]

@@ -77,22 +77,25 @@ class ConvNeXt(Backbone):
         stages = []
         for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             blocks = [residual(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)]
-            stages.append(Stage(blocks, ConvDownsample(dims[s - 1], dim) if s else None))
-        self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=True, norm_eps=1e-6))
+            stages.append(Stage(blocks, downsample(dims[s - 1], dim) if s else None))
+        self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=nn.LayerNorm(dims[0], eps=1e-6)))
         self.stages = nn.ModuleList(stages)
         self.norm = nn.Identity()
         self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = classifier(dims[-1], num_classes)
         self.apply(init_weights)
 
-    def drop_head(self) -> None:
-        """See `Backbone.drop_head`; the norm of this family stands behind the pooling."""
-        super().drop_head()
-        self.head_norm = nn.Identity()
-
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) → (B, C): the mean over the map, then the norm."""
         return self.head_norm(x_BNC.mean(1))
+
+
+def downsample(dim: int, out_dim: int) -> ConvDownsample:
+    """ConvNeXt's, with its initial weights."""
+    module = ConvDownsample(dim, out_dim, norm=nn.LayerNorm(dim, eps=1e-6))
+    nn.init.trunc_normal_(module.conv.weight, std=0.02)
+    nn.init.zeros_(module.conv.bias)
+    return module
 
 
 def residual(dim: int, mixer: nn.Module, **options) -> nn.Module:

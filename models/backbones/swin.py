@@ -57,7 +57,7 @@ class Swin(Backbone):
         for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             blocks = [Block(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)]
             stages.append(Stage(blocks, PatchMerging(dims[s - 1], dim) if s else None))
-        self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=True, norm_eps=1e-5))
+        self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=nn.LayerNorm(dims[0])))
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
         self.head = classifier(dims[-1], num_classes)

@@ -1,7 +1,21 @@
-"""Checkpoints on disk: the directory format, weights out of any supported file, and checks on what a file brings."""
+"""Checkpoints on disk: the directory format, weights out of any supported file, and checks on what a file brings.
+
+`python -m models.checkpoints convert FILE --model biformer_tiny -o out.safetensors` renames an authors' file.
+"""
 
 from models.checkpoints.config import check_config
+from models.checkpoints.conversion import convert, export
 from models.checkpoints.directory import latest, read_config, read_manifest, resolve, verify
 from models.checkpoints.weights import load_weights
 
-__all__ = ["check_config", "latest", "load_weights", "read_config", "read_manifest", "resolve", "verify"]
+__all__ = [
+    "check_config",
+    "convert",
+    "export",
+    "latest",
+    "load_weights",
+    "read_config",
+    "read_manifest",
+    "resolve",
+    "verify",
+]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.checkpoints.directory import EMA, MODEL, nearby, read_manifest, resolve, verify
+from models.checkpoints.stand_ins import stand_ins
 
 # How the published files nest their weights; the averaged ones come first where they are asked for.
 _RAW_NESTS = ("model", "state_dict", "state_dict_ema", "model_ema")
@@ -24,8 +25,9 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
 
     Args:
         path: a checkpoint directory (`step-…`, `best`, `last`), a `.safetensors` file, or a `.pth`, `.pt`, `.bin`,
-            `.ckpt` or `.tar` file as authors publish them. The latter is read by torch's weights-only loader, and its
-            usual nests (`model`, `state_dict`, …) and prefixes (`module.`, `_orig_mod.`) are taken off.
+            `.ckpt` or `.tar` file as authors publish them. The latter is read by torch's weights-only loader, with
+            stand-ins for the settings that many keep beside the weights (`stand_ins.py`), and its usual nests (`model`,
+            `state_dict`, …) and prefixes (`module.`, `_orig_mod.`) are taken off.
         ema: the averaged weights instead of the raw ones.
 
     Raises:
@@ -59,7 +61,8 @@ def _from_safetensors(path: Path, ema: bool) -> dict[str, Tensor]:
 def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     try:
         _refuse_compressed(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(stand_ins(path))):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")[:300]
         raise ValueError(
@@ -68,7 +71,7 @@ def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"load_weights: this file cannot be read, got {path}: {error}; {nearby(path)}") from error
-    return _strip(_unwrap(content, ema, path), path)
+    return strip(unwrap(content, ema, str(path)), str(path))
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -81,7 +84,7 @@ def _refuse_compressed(path: Path) -> None:
                 raise ValueError(f"the member {member.filename} is compressed, which torch never does")
 
 
-def _unwrap(content: Any, ema: bool, path: Path) -> dict[str, Any]:
+def unwrap(content: Any, ema: bool, where: str) -> dict[str, Any]:
     """The innermost mapping of weights in an authors' file."""
     nests = _EMA_NESTS if ema else _RAW_NESTS
     found = ""
@@ -89,18 +92,18 @@ def _unwrap(content: Any, ema: bool, path: Path) -> dict[str, Any]:
         content, found = content[key], key
         nests = _RAW_NESTS
     if ema and not found:
-        raise ValueError(f"load_weights: this file has no averaged weights, got {path}; use ema=False")
+        raise ValueError(f"load_weights: this file has no averaged weights, got {where}; use ema=False")
     if not isinstance(content, dict):
-        raise ValueError(f"load_weights: a mapping of weights was expected, got {type(content).__name__} in {path}")
+        raise ValueError(f"load_weights: a mapping of weights was expected, got {type(content).__name__} in {where}")
     return content
 
 
-def _strip(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+def strip(content: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors of a mapping, without the prefixes that wrappers put before the names."""
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         keys = ", ".join(map(str, list(content)[:8]))
-        raise ValueError(f"load_weights: no weights were found, got {path} with the keys: {keys}")
+        raise ValueError(f"load_weights: no weights were found, got {where} with the keys: {keys}")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}

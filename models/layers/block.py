@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from models.layers.mlp import ConvMlp
+
 
 class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
+
+    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)).
 
     Args:
         dim: channels C.
@@ -24,6 +28,8 @@ class Block(nn.Module):
         layer_scale: initial value of the learned scale of each branch; None for no scale.
         norm_eps: of both LayerNorms.
         position, mlp_position: modules `(x, grid) -> x` in front of the two branches, e.g. `ConvPosition`, or None.
+        mlp_kernel: side of a depth-wise convolution inside the MLP, see `ConvMlp`; 0 for none.
+        post_norm: norms after the residual sums.
     """
 
     def __init__(
@@ -37,25 +43,34 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         position: nn.Module | None = None,
         mlp_position: nn.Module | None = None,
+        mlp_kernel: int = 0,
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.post_norm, self.mlp_kernel = post_norm, mlp_kernel
         self.position, self.mlp_position = position, mlp_position
         self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale(dim, layer_scale)
         self.mlp = None
         if mlp_ratio:
             self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)
-            self.mlp = Mlp(dim, int(dim * mlp_ratio))
+            hidden = int(dim * mlp_ratio)
+            self.mlp = ConvMlp(dim, hidden, mlp_kernel) if mlp_kernel else Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         x = x_BNC if self.position is None else self.position(x_BNC, grid)
-        mixed, losses = self.attn(self.norm1(x), grid)
+        mixed, losses = self.attn(x if self.post_norm else self.norm1(x), grid)
         x = x + self.drop_path(self.scale1(mixed))
+        if self.post_norm:
+            x = self.norm1(x)
         if self.mlp_position is not None:
             x = self.mlp_position(x, grid)
-        if self.mlp is not None:
-            x = x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
-        return x, losses
+        return (x if self.mlp is None else self._forward_mlp(x, grid)), losses
+
+    def _forward_mlp(self, x: Tensor, grid: tuple) -> Tensor:
+        y = x if self.post_norm else self.norm2(x)
+        x = x + self.drop_path(self.scale2(self.mlp(y, grid) if self.mlp_kernel else self.mlp(y)))
+        return self.norm2(x) if self.post_norm else x
 
 
 class Stage(nn.Module):

@@ -36,18 +36,34 @@ class PatchMerging(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """LayerNorm, then a 2×2 convolution with stride 2 (ConvNeXt, arXiv:2201.03545); zero padding of odd maps."""
+    """Norm, a convolution with stride 2, norm; zero padding of odd maps.
 
-    def __init__(self, dim: int, out_dim: int, norm_eps: float = 1e-6) -> None:
+    ConvNeXt (arXiv:2201.03545) and DaViT (arXiv:2204.03645) have a LayerNorm in front of a 2×2 convolution, BiFormer
+    (arXiv:2303.08810) a batch norm behind a 3×3 one.
+
+    Args:
+        dim, out_dim: channels before and after.
+        kernel_size: side of the kernel; one larger than 2 overlaps, with (kernel_size - 1) // 2 zeros around the map.
+        norm, out_norm: modules on the tokens before and after the convolution, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        kernel_size: int = 2,
+        norm: nn.Module | None = None,
+        out_norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.conv = nn.Conv2d(dim, out_dim, 2, stride=2)
-        nn.init.trunc_normal_(self.conv.weight, std=0.02)
-        nn.init.zeros_(self.conv.bias)
+        self.norm = nn.Identity() if norm is None else norm
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2)
+        self.out_norm = nn.Identity() if out_norm is None else out_norm
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
         x_BCHW = F.pad(to_map(self.norm(x_BNC), grid), (0, grid.width % 2, 0, grid.height % 2))
-        return to_tokens(self.conv(x_BCHW)), reduced(grid)
+        return self.out_norm(to_tokens(self.conv(x_BCHW))), reduced(grid)
 
 
 class PoolDownsample(nn.Module):

@@ -1,4 +1,4 @@
-"""Images to tokens: one strided convolution over non-overlapping patches.
+"""Images to tokens: one strided convolution over patches.
 
 Shapes: B = batch, N = H·W tokens, C = channels.
 """
@@ -14,16 +14,25 @@ class PatchEmbed(nn.Module):
 
     Args:
         in_channels, dim: channels of the image and of the tokens.
-        patch_size: side of a patch in pixels.
-        norm: LayerNorm on the tokens (Swin, ConvNeXt) or not (ViT).
-        norm_eps: of that LayerNorm.
+        patch_size: stride of the convolution, one token per patch.
+        kernel_size, padding: of the convolution; a kernel of the patch's size by default, a larger one overlaps.
+        norm: on the tokens, e.g. `nn.LayerNorm(dim)`, or None.
     """
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, *, norm: bool = False, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        patch_size: int,
+        *,
+        kernel_size: int | None = None,
+        padding: int = 0,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps) if norm else nn.Identity()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size or patch_size, stride=patch_size, padding=padding)
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         height, width = images.shape[-2:]

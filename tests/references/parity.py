@@ -40,7 +40,8 @@ def check(
             that gradients arrive at the authors' own tensors.
         call: `(module, input) -> output` in the layout that the case records.
     """
-    theirs = {key: value.requires_grad_(value.is_floating_point()) for key, value in reference.weights(name).items()}
+    learned = set(reference.info(name)["param_names"])
+    theirs = {key: value.requires_grad_(key in learned) for key, value in reference.weights(name).items()}
     ours = convert(theirs)
     expected = set(module.state_dict())
     assert set(ours) == expected, f"missing {sorted(expected - set(ours))}, unexpected {sorted(set(ours) - expected)}"

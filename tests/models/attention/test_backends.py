@@ -10,7 +10,7 @@ from models import create_model, list_attentions
 from models.attention import Grid, Refused, Site, build, check
 from models.attention.agent import agent_attention
 from models.attention.backend import describe
-from models.attention.biformer import BiLevelRoutingAttention
+from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
@@ -138,7 +138,7 @@ def test_what_has_no_kernel_is_refused_when_triton_is_asked_for():
     cases = {
         "PyTorch's own fused kernel": softmax_attention(SITE, backend="triton"),
         "keys come from a map of another size": agent_attention(SITE, agent_tokens=4, sr_ratio=2, backend="triton"),
-        "there is nothing to route": BiLevelRoutingAttention(SITE, topk="all", backend="triton"),
+        "dense attention is PyTorch's own": biformer_attention(SITE, topk="all", backend="triton"),
         "up to 7x7": conv(SITE, kernel_size=9, backend="triton"),
         "wider than 128 channels": dual_attention(SITE._replace(dim=512), backend="triton"),
         "at most 256 agents": agent_attention(SITE._replace(grid=Grid(20, 20)), agent_tokens=289, backend="triton"),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Accepts, Grid, Refused, Site, check
-from models.attention.biformer import BiLevelRoutingAttention, LePEAttention, gather
+from models.attention.biformer import BiLevelRoutingAttention, biformer_attention, gather
+from models.attention.lepe import ConvMixer, LePEAttention
 from models.factory import instantiate
 from models.layers.tokens import to_map, to_tokens
 
@@ -30,17 +31,10 @@ def softmax_with_lepe(module: BiLevelRoutingAttention, x: Tensor, grid: Grid) ->
     return module.proj(o.transpose(1, 2).flatten(2) + to_tokens(module.lepe(v_map)))
 
 
-@pytest.mark.parametrize("topk", ["all", -1, 9])
 @pytest.mark.parametrize("padding", ["input", "qkv"])
-def test_routing_to_every_region_is_softmax_attention_plus_lepe(topk: int | str, padding: str) -> None:
+def test_routing_to_every_region_is_softmax_attention_plus_lepe(padding: str) -> None:
     place = site(6, 9)
-    module, x = BiLevelRoutingAttention(place, num_regions=3, topk=topk, padding=padding), tokens(place)
-    torch.testing.assert_close(module(x, place.grid).x, softmax_with_lepe(module, x, place.grid))
-
-
-def test_all_regions_needs_no_padding() -> None:
-    place = site(5, 7)
-    module, x = BiLevelRoutingAttention(place, num_regions=3, topk="all"), tokens(site(5, 7))
+    module, x = BiLevelRoutingAttention(place, num_regions=3, topk=9, padding=padding), tokens(place)
     torch.testing.assert_close(module(x, place.grid).x, softmax_with_lepe(module, x, place.grid))
 
 
@@ -232,7 +226,7 @@ def test_the_configuration_serves_small_maps() -> None:
         ({"lepe_kernel": 4}, "lepe_kernel: must be odd, got 4; give 3 or 5"),
         ({"padding": "none"}, "padding must be input or qkv, got none; choose one of them"),
         ({"routing": "softly"}, "routing must be one of hard, soft_detached, soft, soft_learned, got softly"),
-        ({"routing": "soft", "topk": "all"}, 'soft routing needs regions, got routing=soft with topk "all"'),
+        ({"topk": True}, "topk must be a positive number or all, got True"),
     ],
 )
 def test_meaningless_options(options: dict, message: str) -> None:
@@ -267,8 +261,6 @@ def test_class_tokens_are_refused() -> None:
 def test_what_has_no_routes_or_matrix_says_so() -> None:
     place = site(8, 8)
     x = tokens(place)
-    with pytest.raises(TypeError, match=r'topk is "all", so there are no routes; set attention.topk'):
-        BiLevelRoutingAttention(place, topk="all").routes(x, place.grid)
     for options in ({"routing": "soft"}, {"kv_pool": nn.AdaptiveAvgPool2d(1)}):
         with pytest.raises(TypeError, match="no attention matrix with kv_pool or soft routing"):
             BiLevelRoutingAttention(place, **options).attention_matrix(x, place.grid)
@@ -277,5 +269,26 @@ def test_what_has_no_routes_or_matrix_says_so() -> None:
 def test_wrong_lepe_input() -> None:
     with pytest.raises(ValueError, match="LePEAttention: lepe_input must be x or v, got q; choose one of them"):
         LePEAttention(site(7, 7), lepe_input="q")
-    with pytest.raises(ValueError, match="lepe_kernel: must be odd, got 0; give 3 or 5"):
-        LePEAttention(site(7, 7), lepe_kernel=0)
+    with pytest.raises(ValueError, match="lepe_kernel: must be odd, got 4; give 3 or 5, or 0 for none"):
+        LePEAttention(site(7, 7), lepe_kernel=4)
+
+
+def test_each_stage_has_its_attention() -> None:
+    """The paper's 1, 4, 16 and all; a ViT, whose patches are those of the third stage, takes the third."""
+    stages = [biformer_attention(site(14, 14)._replace(stage=stage, kind="hierarchical")) for stage in range(4)]
+    assert [getattr(mixer, "topk", type(mixer).__name__) for mixer in stages] == [1, 4, 16, "LePEAttention"]
+    assert biformer_attention(site(14, 14)._replace(kind="vit")).topk == 16
+    assert biformer_attention(site(14, 14), topk=3).topk == 3
+    assert type(biformer_attention(site(14, 14), topk=0)) is ConvMixer
+    with pytest.raises(
+        Refused, match=r"topk=\[1, 4\] has no entry for stage 2; set attention.topk to one number, or one"
+    ):
+        biformer_attention(site(14, 14)._replace(stage=2, kind="hierarchical"), topk=[1, 4])
+
+
+def test_dense_attention_without_lepe_is_softmax_attention() -> None:
+    place = site(5, 6)
+    module, x = biformer_attention(place, topk="all", lepe_kernel=0), tokens(place)
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in module.qkv(x).chunk(3, dim=-1))
+    o = (q @ k.mT / 4).softmax(-1) @ v  # 32 channels, 2 heads
+    torch.testing.assert_close(module(x, place.grid).x, module.proj(o.transpose(1, 2).flatten(2)))

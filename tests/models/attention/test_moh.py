@@ -258,7 +258,7 @@ hydra:
     [
         (["attention=moh"], "models.attention.softmax.softmax_attention"),
         (["attention=moh", "attention@attention.core=dual"], "models.attention.dual.dual_attention"),
-        (["attention=moh", "attention@attention.core=biformer", "attention.core.topk=2"], "BiLevelRoutingAttention"),
+        (["attention=moh", "attention@attention.core=biformer", "attention.core.topk=2"], "biformer_attention"),
     ],
 )
 def test_the_command_line_chooses_the_gated_attention(tmp_path: Path, overrides: list[str], core: str) -> None:

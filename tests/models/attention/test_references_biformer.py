@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Grid, Site
-from models.attention.biformer import BiLevelRoutingAttention, LePEAttention
+from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
+from models.attention.lepe import LePEAttention
 from models.attention.softmax import softmax_attention
+from models.layers.block import Block
+from models.layers.position import ConvPosition
 from models.layers.tokens import to_map, to_tokens
 
 ROUTED = {"ops.bra_legacy.BiLevelRoutingAttention": "input", "ops.bra_nchw.nchwBRA": "qkv"}
@@ -18,12 +21,25 @@ DENSE = {
     "models._common.AttentionLePE": "x",
     "models._common.nchwAttentionLePE": "v",
 }
+BLOCKS = {"models.biformer.Block"}
 NAMES = {
     "qkv.qkv": "qkv",
     "qkv_linear": "qkv",
     "wo": "proj",
     "output_linear": "proj",
     "router.emb": "router.embed",
+    # of a block
+    "pos_embed": "position.proj",
+    "attn.qkv.qkv": "attn.qkv",
+    "attn.wo": "attn.proj",
+    "attn.1": "attn.value",
+    "attn.2": "attn.conv",
+    "attn.3": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.1.dwconv": "mlp.conv",
+    "mlp.3": "mlp.fc2",
+    "gamma1": "scale1.gamma",
+    "gamma2": "scale2.gamma",
 }
 LAYERS = {"ada_avgpool": nn.AdaptiveAvgPool2d, "ada_maxpool": nn.AdaptiveMaxPool2d}
 STRIDED = {"avgpool": nn.AvgPool2d, "maxpool": nn.MaxPool2d}
@@ -89,14 +105,38 @@ def convert(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' names → ours; 1×1 convolutions become linear layers."""
     ours = {}
     for key, value in theirs.items():
-        stem, last = key.rsplit(".", 1)
-        ours[f"{NAMES.get(stem, stem)}.{last}"] = value.flatten(1) if value.shape[2:] == (1, 1) else value
+        stem, dot, last = key.rpartition(".")
+        name = f"{NAMES.get(stem, stem)}.{last}" if dot else NAMES[key]
+        ours[name] = value.flatten(1) if value.shape[2:] == (1, 1) else value
     return ours
+
+
+def block(case: dict) -> Block:
+    hparams, (_, dim, height, width) = case["hparams"], case["input_shape"]
+    site = Site(dim, hparams.get("num_heads", 8), Grid(height, width), 0, 0, 1, "hierarchical")
+    topk = {-2: "all"}.get(hparams["topk"], hparams["topk"])
+    return Block(
+        dim,
+        biformer_attention(site, topk=topk, num_regions=hparams.get("n_win", 7)),
+        mlp_ratio=hparams["mlp_ratio"],
+        layer_scale=hparams.get("layer_scale_init_value"),
+        position=ConvPosition(dim),
+        mlp_kernel=3 if hparams.get("mlp_dwconv") else 0,
+        post_norm=not hparams.get("pre_norm", True),
+    )
 
 
 def test_the_cases_are_found() -> None:
     assert len(cases(ROUTED)) >= 21
     assert len(cases(DENSE)) >= 3
+    assert len(cases(BLOCKS)) >= 5
+
+
+@pytest.mark.parametrize("name", cases(BLOCKS))
+def test_block(name: str) -> None:
+    case = reference.info(name)
+    grid = Grid(*case["input_shape"][2:])
+    parity.check(name, block(case), convert, lambda m, x: to_map(m(to_tokens(x), grid)[0], grid))
 
 
 @pytest.mark.parametrize("name", cases(ROUTED))

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from models.attention import Grid, Site
 from models.attention.dual import dual_attention
 from models.layers.block import Block
+from models.layers.downsample import ConvDownsample
+from models.layers.patch_embed import PatchEmbed
 from models.layers.position import ConvPosition
 
 PLACE = "timm.models.davit."
 ATTENTIONS = {PLACE + "WindowAttention": 0, PLACE + "ChannelAttention": 1}
 BLOCKS = {PLACE + "SpatialBlock": 0, PLACE + "ChannelBlock": 1}
 POSITION = {PLACE + "ConvPosEnc"}
+EMBEDDINGS = {PLACE + "PatchEmbed"}
 NAMES = {"cpe.0": "position", "cpe.1": "mlp_position"}
 
 
@@ -39,6 +42,7 @@ def test_the_cases_are_found() -> None:
     assert len(cases(ATTENTIONS)) >= 6
     assert len(cases(BLOCKS)) >= 12
     assert len(cases(POSITION)) >= 1
+    assert len(cases(EMBEDDINGS)) >= 3
 
 
 @pytest.mark.parametrize("name", cases(ATTENTIONS))
@@ -74,3 +78,21 @@ def test_position_encoding(name: str) -> None:
     grid = Grid(*case["input_shape"][1:3])
     module = ConvPosition(case["hparams"]["dim"], case["hparams"]["k"])
     parity.check(name, module, dict, lambda m, x: m(x.flatten(1, 2), grid))
+
+
+@pytest.mark.parametrize("name", cases(EMBEDDINGS))
+def test_patch_embedding(name: str) -> None:
+    case = reference.info(name)
+    hparams, shape = case["hparams"], case["input_shape"]
+    dims = hparams["in_chans"], hparams["embed_dim"]
+    if hparams["patch_size"] == 4:
+        stem = PatchEmbed(*dims, 4, kernel_size=7, padding=3, norm=nn.LayerNorm(dims[1]))
+        return parity.check(name, stem, dict, lambda m, x: m(x)[0])
+    between = ConvDownsample(*dims, kernel_size=3 if hparams.get("overlapped") else 2, norm=nn.LayerNorm(dims[0]))
+    grid = Grid(*shape[1:3])
+    parity.check(
+        name,
+        between,
+        lambda theirs: {key.replace("proj", "conv"): value for key, value in theirs.items()},
+        lambda m, x: m(x.flatten(1, 2), grid)[0],
+    )

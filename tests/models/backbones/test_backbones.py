@@ -221,7 +221,11 @@ def test_weights_survive_a_round_trip(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_chosen_attention_wins_over_the_own_and_runs(name, attention):
     cfg = compose_model(name, attention)
-    assert cfg.attention._target_ == OmegaConf.load(CONF / "attention" / f"{attention}.yaml")._target_
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "attention" / f"{attention}.yaml"))
+    chosen = OmegaConf.to_container(cfg.attention)
+    assert {key: chosen[key] for key in written if key not in ("defaults", "core")} == {
+        key: value for key, value in written.items() if key not in ("defaults", "core")
+    }
     assert instantiate(cfg.model, num_classes=3).eval()(images(1, 3, 32, 32)).shape == (1, 3)
 
 

@@ -61,7 +61,7 @@ def test_sites_tell_where_a_mixer_goes(recorder):
     Swin(recorder, (64, 100), 5, dims=(8, 16), depths=(2, 1), num_heads=(2, 4))
     assert [site[:2] for site in recorder.sites] == [(8, 2), (8, 2), (16, 4)]
     assert [site.grid for site in recorder.sites] == [Grid(16, 25), Grid(16, 25), Grid(8, 13)]
-    assert [site[3:] for site in recorder.sites] == [
+    assert [site[3:7] for site in recorder.sites] == [
         (0, 0, 2, "hierarchical"),
         (0, 1, 2, "hierarchical"),
         (1, 0, 1, "hierarchical"),

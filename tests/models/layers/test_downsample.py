@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import PatchMerging as TimmPatchMerging
+from torch import nn
 
 from models.attention import Grid
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample, reduced
@@ -38,7 +39,7 @@ def test_every_cell_reaches_the_output(make, size):
 
 def test_conv_downsample_is_a_strided_convolution_of_the_normalised_map():
     torch.manual_seed(0)
-    module, x = ConvDownsample(8, 12), torch.randn(2, 24, 8)
+    module, x = ConvDownsample(8, 12, norm=nn.LayerNorm(8)), torch.randn(2, 24, 8)
     expected = F.conv2d(to_map(module.norm(x), Grid(4, 6)), module.conv.weight, module.conv.bias, stride=2)
     torch.testing.assert_close(module(x, Grid(4, 6))[0], to_tokens(expected))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.attention import Grid
 from models.layers.patch_embed import PatchEmbed, cells
@@ -22,7 +23,7 @@ def test_tokens_of_a_map_are_row_major_after_the_prefix():
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (1, 1)])
 def test_patches_cover_the_whole_image(size):
     torch.manual_seed(0)
-    embed, images = PatchEmbed(3, 6, 4, norm=True), torch.randn(2, 3, *size)
+    embed, images = PatchEmbed(3, 6, 4, norm=nn.LayerNorm(6)), torch.randn(2, 3, *size)
     x, grid = embed(images)
     assert grid == cells(size, 4)
     padded = F.pad(images, (0, -size[1] % 4, 0, -size[0] % 4))

@@ -1,0 +1,59 @@
+"""Names of weights in the files of rayleizhu/BiFormer: classification, STL, its second form (nchw), dense backbones.
+
+Source: BiFormer, arXiv:2303.08810; the state dicts of its code at commit 1697bbb.
+"""
+
+from models.checkpoints.layout import Layout
+
+_BLOCK = (
+    (r"\.position\.proj\.", ".pos_embed."),
+    (r"\.scale([12])\.gamma$", r".gamma\1"),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+)
+# stages with routing; the last one is dense and has other names
+_ROUTED = ((r"^(stages\.[0-2]\..*\.attn)\.qkv\.", r"\1.qkv.qkv."), (r"^(stages\.[0-2]\..*\.attn)\.proj\.", r"\1.wo."))
+_REWRITTEN = (
+    (r"^(stages\.[0-2]\..*\.attn)\.qkv\.", r"\1.qkv_linear."),
+    (r"^(stages\.[0-2]\..*\.attn)\.proj\.", r"\1.output_linear."),
+)
+_BIFORMER = (
+    (r"^stem\.conv\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.conv\.", r"downsample_layers.\1.0."),
+    (r"^stages\.(\d+)\.downsample\.out_norm\.", r"downsample_layers.\1.1."),
+    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+    (r"^norms\.", "extra_norms."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+    *_BLOCK,
+)
+_STL = (
+    (r"^stem\.patch_embed\.proj\.", "downsample_layers.0.0."),
+    (r"^stem\.patch_embed\.norm\.", "downsample_layers.0.1."),
+    (r"^stages\.(\d+)\.downsample\.norm\.", r"downsample_layers.\1.0."),
+    (r"^stages\.(\d+)\.downsample\.conv\.", r"downsample_layers.\1.1."),
+    (r"^norms\.", "extra_norms."),
+    (r"\.mlp\.fc2\.", ".mlp.2."),
+    *_BLOCK,
+)
+_NCHW = {
+    "pointwise": r"^stages\.\d+\.blocks\..*\.(qkv|proj|fc1|fc2)\.weight$",
+    "warning": tuple(
+        (
+            name,
+            "these weights belong to the second form of the authors' code, whose last stage is another function: "
+            "biformer_stl_nchw is the model that gives its results",
+        )
+        for name in ("biformer_stl", "biformer_tiny", "biformer_small", "biformer_base")
+    ),
+}
+LAYOUTS = (
+    Layout("rayleizhu/BiFormer", _BIFORMER + _ROUTED),
+    Layout("rayleizhu/BiFormer (STL)", _STL + _ROUTED),
+    Layout("rayleizhu/BiFormer (nchw)", _BIFORMER + _REWRITTEN, **_NCHW),
+    Layout("rayleizhu/BiFormer (STL, nchw)", _STL + _REWRITTEN, **_NCHW),
+)
+
+
+def authors(name: str) -> Layout:
+    """The layout in which the authors published a model."""
+    stl, nchw = name.startswith("biformer_stl"), name.endswith("_nchw")
+    return LAYOUTS[stl + 2 * nchw]

@@ -1,0 +1,24 @@
+"""The MLP of a block with a convolution inside.
+
+Shapes: B = batch, N = tokens, C = channels.
+"""
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from kernels.depthwise_conv import depthwise_conv
+
+
+class ConvMlp(Mlp):
+    """Linear → depth-wise convolution of the map → GELU → Linear; called as `(x_BNC, grid) -> x_BNC`.
+
+    Source: PVT v2, Wang et al., 2022, arXiv:2106.13797, section 3.3; BiFormer's option `mlp_dwconv` (arXiv:2303.08810).
+    Prefix tokens are not expected.
+    """
+
+    def __init__(self, dim: int, hidden: int, kernel_size: int = 3) -> None:
+        super().__init__(dim, hidden)
+        self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
+        return self.fc2(depthwise_conv(self.fc1(x_BNC), tuple(grid), self.conv.weight, self.conv.bias, gelu=True))
