@@ -8,13 +8,28 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 
+class TokenLabels(NamedTuple):
+    """Label maps as they leave the loader. Shapes: ``B`` images, ``K`` best classes in each of ``h × w`` cells.
+
+    ``scores`` float32 (B, K, h, w) and ``classes`` int32 (B, K, h, w) are mirrored where the image is.
+    ``boxes`` float32 (B, 4): left, top, right and bottom of what the image shows, as shares of the whole map. One
+    sample has the same without ``B``.
+    """
+
+    scores: Tensor
+    classes: Tensor
+    boxes: Tensor
+
+
 class Batch(NamedTuple):
     """What a task receives. Shapes: ``B`` images of ``H × W`` pixels.
 
     ``images`` are uint8 (B, 3, H, W) from the loader; float32, normalised, channels_last in memory after the device
     stage. ``labels`` are int64 (B,); after mixup or cutmix float32 (B, num_classes), rows summing to 1.
     ``indices`` int64 (B,) are positions in the source. ``epoch`` is the epoch that the batch belongs to, 0 in
-    evaluation. ``number`` is the batch's number in its epoch, 0-based and the same on all ranks.
+    evaluation. ``number`` is the batch's number in its epoch, 0-based and the same on all ranks. ``token_labels``
+    are ``None`` without label maps; after the device stage float32 (B, rows, columns, num_classes), a distribution
+    for each token of the model's last map.
     """
 
     images: Tensor
@@ -22,6 +37,7 @@ class Batch(NamedTuple):
     indices: Tensor
     epoch: int
     number: int
+    token_labels: TokenLabels | Tensor | None = None
 
 
 class Draw(NamedTuple):
@@ -34,11 +50,12 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample that was read: a uint8 image (3, H, W), its label and the draw that asked for it."""
+    """One sample that was read: a uint8 image (3, H, W), its label, the draw that asked for it, its label map."""
 
     image: Tensor
     label: int
     draw: Draw
+    token_labels: TokenLabels | None = None
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch:
@@ -53,11 +70,12 @@ def collate(samples: Sequence[Sample | None]) -> Batch:
             f"ImageData: no image of this batch is readable, got {len(samples)} unreadable files; "
             "see the paths reported above and mend or remove the files"
         )
-    draw = present[0].draw
+    draw, labelled = present[0].draw, present[0].token_labels is not None
     return Batch(
         images=default_collate([sample.image for sample in present]),
         labels=torch.tensor([sample.label for sample in present], dtype=torch.int64),
         indices=torch.tensor([sample.draw.index for sample in present], dtype=torch.int64),
         epoch=draw.epoch,
         number=draw.number,
+        token_labels=default_collate([sample.token_labels for sample in present]) if labelled else None,
     )

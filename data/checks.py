@@ -1,8 +1,12 @@
 """The pre-flight: what can be wrong with settings and data, found before training and without decoding images."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from data.sources.imagefolder import ImageFolder
+from data.token_labels import LabelMaps
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -25,6 +29,8 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.workers: got {data.workers!r}; give a whole number from 0, or auto")
     if data.on_error not in ("raise", "skip"):
         found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
+    if data.token_labels is not None and not isinstance(data.token_labels, str | os.PathLike):
+        found.append(f"data.token_labels: got {data.token_labels!r}; give the folder of the label maps, or null")
     if not isinstance(data.drop_last, bool):
         found.append(f"data.drop_last: got {data.drop_last!r}; give true or false")
     if not isinstance(data.timeout, int | float) or data.timeout < 0:
@@ -46,10 +52,11 @@ def trainer_problems(trainer: "pl.Trainer | None") -> list[str]:
     return ["trainer.use_distributed_sampler: got true on several processes; set it to false: batches are split here"]
 
 
-def data_problems(data: "ImageData", world: int) -> list[str]:
-    """What the source lacks for these settings, with ``world`` processes."""
+def data_problems(data: "ImageData", world: int, training: bool = True) -> list[str]:
+    """What the source lacks for these settings, with ``world`` processes; evaluation needs no training images."""
+    names = ("train", "val") if training else ("val",)
     try:
-        splits, classes = {"train": data.source.train, "val": data.source.val}, list(data.source.classes)
+        splits, classes = {name: getattr(data.source, name) for name in names}, list(data.source.classes)
     except (ValueError, OSError) as error:
         return [str(error)]
     found = []
@@ -60,13 +67,34 @@ def data_problems(data: "ImageData", world: int) -> list[str]:
         )
     for name, split in splits.items():
         found += _label_problems(name, split, classes)
-    images = len(splits["train"])
+    return found + _training_problems(data, world) if training else found
+
+
+def _training_problems(data: "ImageData", world: int) -> list[str]:
+    found, images = [], len(data.source.train)
     if images > 0 and data.steps_per_epoch(world) == 0:
         found.append(
             f"data.batch_size: got {data.batch_size} on {world} process(es), {data.batch_size * world} images in all, "
             f"but the train split has {images}; set data.batch_size={max(1, images // world)} or less"
         )
-    return found
+    return found if data.token_labels is None else found + token_label_problems(data)
+
+
+def token_label_problems(data: "ImageData") -> list[str]:
+    """What keeps this source and this augmentation from being trained with the label maps."""
+    if not isinstance(data.source, ImageFolder):
+        kind = type(data.source).__name__
+        return [
+            f"data.token_labels: label maps belong to image files, got {kind} as source; set data.token_labels=null"
+        ]
+    found = []
+    for name, why in (
+        ("mixup", "token labels are mixed in boxes of whole tokens (augment.cutmix)"),
+        ("shift", "label maps do not follow it"),
+    ):
+        if getattr(data.augment, name) > 0:
+            found.append(f"augment.{name}: got {getattr(data.augment, name)}, but {why}; set augment.{name}=0")
+    return found + LabelMaps(data.token_labels, data.source.train, data.num_classes).problems()
 
 
 def _label_problems(name: str, split: "Split", classes: list[str]) -> list[str]:

@@ -12,6 +12,8 @@ from data.batch import Draw, Sample
 from data.decode import UnreadableImage
 from data.randomness import AUGMENT, preserved, seed_all
 from data.sources import Split
+from data.token_labels import LabelMaps
+from data.transforms import TrainTransform
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,19 @@ class Samples(Dataset[Sample | None]):
         transform: PIL image to uint8 (3, H, W).
         seed: names the augmentation together with the draw; ``None`` for a transform without randomness.
         skips: where unreadable images are reported; ``None`` raises instead.
+        label_maps: of the split; they take a ``TrainTransform``, which says what an image shows.
     """
 
     def __init__(
-        self, split: Split, transform: Callable[[Image.Image], Tensor], seed: int | None, skips: Skips | None = None
+        self,
+        split: Split,
+        transform: Callable[[Image.Image], Tensor] | TrainTransform,
+        seed: int | None,
+        skips: Skips | None = None,
+        label_maps: LabelMaps | None = None,
     ) -> None:
         self.split, self.transform, self.seed, self.skips = split, transform, seed, skips
+        self.label_maps = label_maps
 
     def __len__(self) -> int:
         return len(self.split)
@@ -73,4 +82,7 @@ class Samples(Dataset[Sample | None]):
                 raise
             self.skips.report(draw.index, error)
             return None
-        return Sample(self.transform(image), label, draw)
+        if self.label_maps is None:
+            return Sample(self.transform(image), label, draw)
+        pixels, view = self.transform.with_view(image)
+        return Sample(pixels, label, draw, self.label_maps.crop(draw.index, view))

@@ -16,8 +16,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from data.augment import Augment
-from data.batch import Batch
+from data.batch import Batch, TokenLabels
 from data.randomness import MIX, preserved, seed_all
+from data.token_labels import MixToken, token_targets
 
 
 class BatchMixup(Mixup):
@@ -42,23 +43,28 @@ class DeviceStage:
         self, mean: Sequence[float], std: Sequence[float], augment: Augment, num_classes: int, seed: int
     ) -> None:
         self.mean, self.std, self.augment, self.seed = tuple(mean), tuple(std), augment, seed
+        self.num_classes = num_classes
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._mixup = None
+        self._mixup = self._mix_token = None
         if augment.mixes:
-            self._mixup = BatchMixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_probability,
-                switch_prob=augment.switch_probability,
-                label_smoothing=0.0,
-                num_classes=num_classes,
+            self._mixup, self._mix_token = (
+                kind(
+                    mixup_alpha=augment.mixup,
+                    cutmix_alpha=augment.cutmix,
+                    prob=augment.mix_probability,
+                    switch_prob=augment.switch_probability,
+                    label_smoothing=0.0,
+                    num_classes=num_classes,
+                )
+                for kind in (BatchMixup, MixToken)
             )
 
-    def __call__(self, batch: Batch, training: bool, rank: int = 0) -> Batch:
-        """Normalises; in training also mixes and erases.
+    def __call__(self, batch: Batch, training: bool, rank: int = 0, token_grid: tuple[int, int] | None = None) -> Batch:
+        """Normalises; in training also makes token targets for ``token_grid``, mixes and erases.
 
         Raises:
-            ValueError: the images are not uint8 (B, 3, H, W): normalised twice, nothing would fail but the result.
+            ValueError: the images are not uint8 (B, 3, H, W): normalised twice, nothing would fail but the result; or
+                there are label maps and nobody has said for which tokens.
         """
         images = batch.images
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -67,6 +73,8 @@ class DeviceStage:
                 f"got {images.dtype} {tuple(images.shape)}; leave scaling and normalisation to this stage"
             )
         batch = batch._replace(images=self._normalise(images))
+        if batch.token_labels is not None:
+            batch = batch._replace(token_labels=self._token_targets(batch.token_labels, token_grid))
         if not training or not (self._mixup or self.augment.erasing > 0):
             return batch
         with preserved(images.device):
@@ -85,11 +93,21 @@ class DeviceStage:
         offset, scale = self._constants[images.device]
         return images.to(torch.float32, memory_format=torch.channels_last).sub_(offset).mul_(scale)
 
+    def _token_targets(self, labels: TokenLabels, grid: tuple[int, int] | None) -> Tensor:
+        if grid is None:
+            raise ValueError(
+                "DeviceStage: label maps need the grid of the model's tokens, got None; train with a task that sets "
+                "the data's token_grid, as task.token_weight does, or set data.token_labels=null"
+            )
+        return token_targets(labels, grid, self.num_classes)
+
     def _change(self, batch: Batch) -> Batch:
         images, labels = batch.images, batch.labels
         if self.augment.erasing > 0:
             erase = RandomErasing(self.augment.erasing, mode="pixel", device=images.device)
             images = erase(images)
+        if self._mix_token is not None and batch.token_labels is not None:
+            return self._mix_token(batch._replace(images=images))
         if self._mixup is not None:
             images, labels = self._mixup(images, labels)
         return batch._replace(images=images, labels=labels)

@@ -13,8 +13,14 @@ SHOWN = 8  # entries named when a folder is not what it should be
 
 
 def count_class_folders(root: str | os.PathLike | None) -> int:
-    """Number of class folders in ``root/train``. Raises ``ValueError`` as ``class_folders`` does."""
-    return len(class_folders(root, "train"))
+    """Number of class folders. Raises ``ValueError`` as ``class_folders`` does."""
+    return len(class_folders(root, class_split(root)))
+
+
+def class_split(root: str | os.PathLike | None) -> str:
+    """The split whose folders are the classes: ``train``, or ``val`` where there is no ``train``, for evaluation."""
+    lone = bool(root) and Path(root, "val").is_dir() and not Path(root, "train").is_dir()
+    return "val" if lone else "train"
 
 
 def class_folders(root: str | os.PathLike | None, split: str) -> list[str]:

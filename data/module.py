@@ -22,6 +22,7 @@ from data.dataset import Samples, Skips
 from data.device import DeviceStage
 from data.sampler import EpochBatchSampler, EvaluationBatchSampler
 from data.sources import Source
+from data.token_labels import LabelMaps
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 
 MAX_AUTO_WORKERS = 8
@@ -59,6 +60,9 @@ class ImageData(pl.LightningDataModule):
             (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
         root: the folder of a source that has one, for messages and for counting classes.
+        token_labels: the folder of label maps for the training images (``data.token_labels``).
+
+    A task that trains with label maps sets ``token_grid``, rows and columns of its model's tokens, before training.
     """
 
     def __init__(
@@ -77,12 +81,14 @@ class ImageData(pl.LightningDataModule):
         on_error: str = "raise",
         timeout: float = 300,
         root: str | None = None,
+        token_labels: str | None = None,
     ) -> None:
         super().__init__()
         self.source, self.num_classes, self.image_size, self.batch_size = source, num_classes, image_size, batch_size
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
         self.mean, self.std = (tuple(v) if hasattr(v, "__iter__") else v for v in (mean, std))
-        self.timeout, self.root = timeout, root
+        self.timeout, self.root, self.token_labels = timeout, root, token_labels
+        self.token_grid: tuple[int, int] | None = None
         self.augment = Augment.build(augment)
         self.evaluation = Evaluation.build(eval)
         self.start_epoch: int | None = None  # None: the epoch that Lightning counts
@@ -105,13 +111,16 @@ class ImageData(pl.LightningDataModule):
         """Different training images that ``on_error=skip`` has left out so far, over all workers of this process."""
         return self._skips.count if self._skips is not None else 0
 
-    def check(self) -> None:
-        """Everything that can be known before training is checked, without decoding images.
+    def check(self, training: bool = True) -> None:
+        """Everything that can be known before training, or before evaluation, is checked, without decoding images.
 
         Raises:
             ValueError: all problems, one per line.
         """
-        problems = setting_problems(self) or [*trainer_problems(self.trainer), *data_problems(self, self._place()[1])]
+        problems = setting_problems(self) or [
+            *trainer_problems(self.trainer),
+            *data_problems(self, self._place()[1], training),
+        ]
         if problems:
             raise ValueError("\n  - ".join([f"ImageData: {len(problems)} problem(s) with the data", *problems]))
 
@@ -119,14 +128,16 @@ class ImageData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Checks; a new fit begins at the first batch unless a checkpoint, restored after this, says otherwise."""
-        self.check()
+        self.check(training=stage == "fit")
         if stage == "fit":
             self.start_epoch, self.start_batch, self._delivered = None, 0, None
 
     def train_dataloader(self) -> DataLoader:
         split = self.source.train
         self._skips = Skips(len(split)) if self.on_error == "skip" else None
-        samples = Samples(split, TrainTransform(self.augment, self.image_size, self.mean), self.seed, self._skips)
+        transform = TrainTransform(self.augment, self.image_size, self.mean)
+        maps = None if self.token_labels is None else LabelMaps(self.token_labels, split, self.num_classes)
+        samples = Samples(split, transform, self.seed, self._skips, maps)
         sampler = self._train_sampler(*self._place())
         sampler.start_epoch, sampler.start_batch = self.start_epoch, self.start_batch
         return self._loader(samples, sampler)
@@ -189,7 +200,7 @@ class ImageData(pl.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if training:
             self._delivered = (batch.epoch, batch.number)
-        return self._stage(batch, training, self._place()[0])
+        return self._stage(batch, training, self._place()[0], self.token_grid)
 
     # Resuming
 

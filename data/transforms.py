@@ -8,7 +8,7 @@ import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm.data.auto_augment as timm_augment
 from PIL import Image, ImageOps
@@ -76,6 +76,16 @@ class EvaluationTransform:
         return F.pil_to_tensor(image)
 
 
+class View(NamedTuple):
+    """What a training image shows of the original: a box, mirrored or not.
+
+    ``box``: left, top, right and bottom as shares of the original's width and height.
+    """
+
+    box: tuple[float, float, float, float]
+    mirrored: bool
+
+
 class TrainTransform:
     """Crop or resize, shift, mirror, jitter, RandAugment: those that are on, in this order."""
 
@@ -100,6 +110,29 @@ class TrainTransform:
         for step in self.steps:
             image = step(image)
         return F.pil_to_tensor(image)
+
+    def with_view(self, image: Image.Image) -> tuple[Tensor, View]:
+        """The same image from the same draws, and what it shows, as far as crop and mirror decide it."""
+        box, mirrored = centre_square(*image.size), False
+        for step in self.steps:
+            if isinstance(step, v2.RandomResizedCrop):
+                (width, height), params = image.size, step.make_params([image])
+                left, top = params["left"], params["top"]
+                right, bottom = left + params["width"], top + params["height"]
+                box = (left / width, top / height, right / width, bottom / height)
+                image = step.transform(image, params)
+            elif isinstance(step, v2.RandomHorizontalFlip):
+                before, image = image, step(image)
+                mirrored = image is not before  # the step gives back the very image that it does not mirror
+            else:
+                image = step(image)
+        return F.pil_to_tensor(image), View(box, mirrored)
+
+
+def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """The box that ``resize_and_crop`` shows, but for its rounding to whole pixels."""
+    left, top = (max(0, 1 - min(width, height) / side) / 2 for side in (width, height))
+    return left, top, 1 - left, 1 - top
 
 
 def resize_and_crop(image: Image.Image, size: int, mode: InterpolationMode) -> Image.Image:

@@ -1,7 +1,7 @@
 """A folder per class: ``root/{train,val}/<class>/<image>``, torchvision's layout.
 
-Classes are the folders of ``train`` in alphabetical order; ``val`` may lack some but not add any. Files and folders
-that begin with a dot are left out.
+Classes are the folders of ``train`` in alphabetical order; ``val`` may lack some but not add any. Evaluation alone
+needs no ``train``: classes are then the folders of ``val``. Files and folders that begin with a dot are left out.
 """
 
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.decode import read_image
-from data.folders import class_folders, image_files
+from data.folders import class_folders, class_split, image_files
 
 
 class FolderSplit:
@@ -35,8 +35,12 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def relative_path(self, index: int) -> str:
+        """``<class>/<image>``."""
+        return os.fsdecode(self.files[index].item())
+
     def path(self, index: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.files[index].item()))
+        return os.path.join(self.folder, self.relative_path(index))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.path(index)), int(self.labels[index])
@@ -57,12 +61,12 @@ class ImageFolder:
     @cached_property
     def classes(self) -> list[str]:
         """Raises ``ValueError`` when the tree is not as expected."""
-        return class_folders(self.root, "train")
+        return class_folders(self.root, class_split(self.root))
 
     @cached_property
     def train(self) -> FolderSplit:
-        classes = self.classes
-        return FolderSplit(self._folder("train"), classes)
+        class_folders(self.root, "train")  # where there is only val, training says what is missing
+        return FolderSplit(self._folder("train"), self.classes)
 
     @cached_property
     def val(self) -> FolderSplit:

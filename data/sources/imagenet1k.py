@@ -8,6 +8,7 @@ with one class missing, would evaluate to noise: it is refused.
 import re
 from functools import cached_property
 
+from data.folders import class_split
 from data.sources.imagefolder import ImageFolder
 
 CLASSES = 1000
@@ -20,16 +21,16 @@ class ImageNet1k(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:
         """Raises ``ValueError`` unless there are exactly 1000 folders named by WordNet id."""
-        names = super().classes
+        names, folder = super().classes, self._folder(class_split(self.root))
         wrong = [name for name in names if not WORDNET_ID.fullmatch(name)]
         if wrong:
             raise ValueError(
                 f"ImageNet1k: folders that are no WordNet id (n and 8 digits), got {', '.join(wrong[:5])} in "
-                f"{self._folder('train')}; remove them, or use data=imagefolder for other images"
+                f"{folder}; remove them, or use data=imagefolder for other images"
             )
         if len(names) != CLASSES:
             raise ValueError(
-                f"ImageNet1k: {CLASSES} class folders expected, got {len(names)} in {self._folder('train')}; "
+                f"ImageNet1k: {CLASSES} class folders expected, got {len(names)} in {folder}; "
                 "add the missing ones, or use data=imagefolder for a subset"
             )
         return names
