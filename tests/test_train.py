@@ -42,6 +42,7 @@ def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path):
     assert status == 0, err
     run = tmp_path / "outputs" / "mine"
     assert "coatnet_32px with agent attention on digits" in out and "images/s" in out and "eval.py ckpt=" in out
+    assert "\nbatch 16 on 1 process; learning rate 1e-03, as given\n" in out
     for name in ("config.yaml", "metrics.csv", "metrics.json", "curves.png", "checkpoints/best", "checkpoints/last"):
         assert (run / name).exists(), name
     assert not [path for path in run.rglob("*") if path.suffix in (".ckpt", ".pt", ".pth", ".pkl")]

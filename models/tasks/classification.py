@@ -1,6 +1,6 @@
 """Image classification: what is minimised, what is measured, and how the weights are updated.
 
-Shapes: B = batch, K = classes, L = layers that return an auxiliary loss.
+Shapes: B = batch, K = classes, L = layers that return an auxiliary loss, H W C = map of the last stage.
 """
 
 import math
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from models.tasks.effective_batch import images_per_step, scaled_rate
+from models.tasks.token_labelling import TokenHead, prepare
+
 SCHEDULES = ("cosine", "constant", "step", "poly")
+INTERVALS = ("step", "epoch")
+EPOCHS = ("warmup_epochs", "cooldown_epochs", "decay_epochs", "late_epochs")  # settings of a schedule
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
 
 
@@ -30,6 +35,8 @@ class Classification(pl.LightningModule):
         num_classes: K.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
         auxiliary: for each auxiliary loss that the model returns, its weight and its reduction over layers.
+        token_weight: of the loss on token labels (`models.tasks.token_labelling`), which the data must then have; 0
+            for none. The model then gives `model(images, return_tokens=True) -> (logits, losses, tokens (B, H, W, C))`.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: run the model through torch.compile; keys of the state dict stay the same.
 
@@ -45,6 +52,7 @@ class Classification(pl.LightningModule):
         *,
         label_smoothing: float = 0.0,
         auxiliary: dict[str, dict[str, Any]] | None = None,
+        token_weight: float = 0.0,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -53,6 +61,7 @@ class Classification(pl.LightningModule):
             raise ValueError(
                 f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing"
             )
+        _check_number("task", "token_weight", token_weight)
         _check_settings(model, optimizer, schedule)
         for name, how in (auxiliary or {}).items():
             if how["reduction"] not in REDUCTIONS:
@@ -62,6 +71,8 @@ class Classification(pl.LightningModule):
         self.model = model
         self.optimizer, self.schedule = dict(optimizer), dict(schedule)
         self.label_smoothing, self.auxiliary = label_smoothing, auxiliary or {}
+        self.token_weight = token_weight
+        self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
         self.metrics = nn.ModuleDict({"raw": _metrics(num_classes), "ema": _metrics(num_classes)})
         self.ema_model: nn.Module | None = None
         model.set_gradient_checkpointing(gradient_checkpointing)
@@ -74,10 +85,21 @@ class Classification(pl.LightningModule):
         """What validation logs: the names that a checkpoint can be chosen by."""
         return [f"val/{name}{suffix}" for suffix in ("", "_ema") for name in self.metrics["raw"]]
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            prepare(self.trainer.datamodule, self.token_weight, self.model)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits, losses = self.model(batch.images, return_losses=True)
+        if self.token_head is None:
+            logits, losses = self.model(batch.images, return_losses=True)
+        else:
+            logits, losses, tokens_BHWC = self.model(batch.images, return_tokens=True)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
+        if self.token_head is not None:
+            of_tokens = self.token_head.loss(tokens_BHWC, batch.token_labels, self.label_smoothing)
+            self.log("train/token_loss", of_tokens.detach(), batch_size=len(batch.images))
+            loss = loss + self.token_weight * of_tokens
         for name, layers_L in losses.items():
             value, weight = self._auxiliary(name, layers_L)
             self.log(f"train/{name}", value.detach(), batch_size=len(batch.images))
@@ -108,8 +130,13 @@ class Classification(pl.LightningModule):
             )
         settings = dict(self.optimizer)
         if reference := settings.pop("reference_batch", None):
-            settings["lr"] *= self._global_batch() / reference
+            settings["lr"] = scaled_rate(
+                settings["lr"], reference, images_per_step(self.trainer, self.trainer.datamodule)
+            )
         optimizer = _optimizer(self.model, settings)
+        if self.token_head is not None:
+            self.token_head.join(optimizer, settings.get("weight_decay") or 0.0)
+        self.trainer.fit_loop.setup_data()  # a run that is limited by its steps alone has not asked for data yet
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = Schedule(optimizer, self.schedule, int(total), per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -120,10 +147,6 @@ class Classification(pl.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.trainer.global_step)
-
-    def _global_batch(self) -> int:
-        per_process = self.trainer.datamodule.batch_size
-        return per_process * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _auxiliary(self, name: str, layers_L: Tensor) -> tuple[Tensor, float]:
         if name not in self.auxiliary:
@@ -144,24 +167,31 @@ class Classification(pl.LightningModule):
 
 
 class Schedule:
-    """A timm schedule in optimizer steps, as a function of the step alone: nothing of it is kept in checkpoints.
+    """A timm schedule as a function of the optimizer step alone: nothing of it is kept in checkpoints.
 
     Args:
         optimizer: with the learning rate to reach after the warm-up.
         settings: `sched`, `warmup_epochs`, `warmup_lr`, `min_lr`, `cooldown_epochs` and more, see conf/schedule.
+            `interval`: "step", or "epoch" for one rate throughout an epoch. `late_epochs`: the schedule begins that
+            much later, holds its first value until then, and is cut off at the end; it is 1 for authors whose code
+            calls timm's `step(epoch)` after the epoch of that number.
         total: steps of the run.
         per_epoch: steps of an epoch.
 
-    The warm-up takes at most half of the run, so that a short trial reaches its learning rate.
+    The warm-up, and before it what the schedule is late, take at most half of the run, so that a short trial reaches
+    its learning rate.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], total: int, per_epoch: int) -> None:
         self.optimizer = optimizer
-        options = dict(settings)
-        cooldown = round(options.pop("cooldown_epochs", 0) * per_epoch)
-        warmup = min(round(options.pop("warmup_epochs", 0) * per_epoch), total // 2)
+        options = {key: value for key, value in settings.items() if value is not None}
+        self.every = per_epoch if options.pop("interval", "step") == "epoch" else 1
+        total, epoch = math.ceil(total / self.every), per_epoch // self.every  # both in what timm counts
+        cooldown = round(options.pop("cooldown_epochs", 0) * epoch)
+        warmup = min(round(options.pop("warmup_epochs", 0) * epoch), total // 2)
+        self.late = min(round(options.pop("late_epochs", 0) * epoch), total // 2 - warmup)
         if "decay_epochs" in options:
-            options["decay_epochs"] = max(round(options["decay_epochs"] * per_epoch), 1)
+            options["decay_epochs"] = max(round(options["decay_epochs"] * epoch), 1)
         if options.get("sched") == "constant":
             options |= {"sched": "cosine", "min_lr": max(group["lr"] for group in optimizer.param_groups)}
         self.timm, _ = create_scheduler_v2(
@@ -176,7 +206,7 @@ class Schedule:
 
     def step_update(self, step: int) -> None:
         """Sets the learning rates of the given optimizer step, 0-based."""
-        self.timm.step_update(step)
+        self.timm.step_update(max(step // self.every - self.late, 0))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -197,19 +227,38 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
     """
     for group, settings, names in [
         ("optimizer", optimizer, ("lr", "reference_batch", "weight_decay", "layer_decay")),
-        ("schedule", schedule, ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "decay_epochs")),
+        ("schedule", schedule, (*EPOCHS, "warmup_lr", "min_lr")),
     ]:
         for name in names:
-            value = settings.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-                raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
+            if settings.get(name) is not None:
+                _check_number(group, name, settings[name])
     if schedule.get("sched", "cosine") not in SCHEDULES:
         raise ValueError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {schedule['sched']!r}")
+    _check_interval(schedule)
     if optimizer:
         try:
             _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
+
+
+def _check_interval(schedule: dict[str, Any]) -> None:
+    interval = schedule.get("interval", "step")
+    if interval not in INTERVALS:
+        raise ValueError(
+            f"schedule: interval must be one of {', '.join(INTERVALS)}, got {interval!r}; set schedule.interval"
+        )
+    for name in EPOCHS if interval == "epoch" else ():
+        if (schedule.get(name) or 0) % 1:
+            raise ValueError(
+                f"schedule: {name} must be a whole number where the rate changes once per epoch, "
+                f"got {schedule[name]!r}; set schedule.{name}, or schedule.interval=step"
+            )
+
+
+def _check_number(group: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

@@ -1,45 +1,43 @@
-"""Evaluation of a checkpoint: the model is rebuilt from what the checkpoint holds."""
+"""Evaluation of a checkpoint of ours, or of a published file of weights, and of what a recipe promises."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from conf.cli import UserError
 from models.attention.backend import describe
-from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
+from models.checkpoints import check_config, convert, load_weights, read_config, read_manifest, resolve
+from models.cost import multiply_adds, parameters
 from models.tasks.classification import Classification
 from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
 from models.tasks.resume import without_backend
 from models.tasks.running import title
+from models.tasks.verdict import judge
 
 
 def evaluate(cfg: DictConfig) -> float:
     """Measures `cfg.ckpt`, prints a table and writes metrics.json beside the checkpoint; returns top-1.
 
+    With a recipe the last line says whether the published result is reproduced.
+
     Raises:
         UserError: the checkpoint or the data cannot be used.
     """
     quiet()
-    path, config = _read(cfg.ckpt)
-    if without_backend(resolved(cfg)["model"]) != without_backend(config["model"]):
-        raise UserError("eval: the configuration is of another checkpoint than ckpt; give one checkpoint per command")
+    given = resolved(cfg)
+    weights = _of_file(cfg, given) if Path(cfg.ckpt).is_file() else _of_directory(cfg, given)
     data = build(cfg, "data")
-    if data.num_classes != config["model"]["num_classes"]:
-        raise UserError(
-            f"eval: the checkpoint has {config['model']['num_classes']} classes, the data has {data.num_classes}; "
-            "evaluate on the data it was trained for"
-        )
-    check_data(data)
-    _check_classes(config.get("classes"), data)
-    model, ema = _load(cfg, path, ema=False), _load(cfg, path, ema=True)
-    task = Classification(model, {}, {}, data.num_classes, label_smoothing=config["task"]["label_smoothing"])
+    check_data(data, training=False)
+    _check_classes(weights, data)
+    model, ema = (_model(cfg, weights, ema) for ema in (False, True))
+    task = Classification(model, {}, {}, data.num_classes)
     task.ema_model = ema
     trainer = build(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
     if trainer.is_global_zero:
@@ -48,13 +46,77 @@ def evaluate(cfg: DictConfig) -> float:
     size = data.evaluation.size or data.image_size
     with trainer.precision_plugin.forward_context():
         figures |= cost(model, size, data.batch_size, trainer.strategy.root_device)
-    manifest = read_manifest(path)
     if trainer.is_global_zero:
-        print_table(f"{title(config)}, step {manifest['step']}", _rows(figures))
-        output = Path(cfg.ckpt).parent / "metrics.json"
-        write_json(output, figures | {"checkpoint": str(path), "step": manifest["step"]})
-        print(f"metrics: {output}")
+        _report(weights, given, figures)
     return figures["val/top1"]
+
+
+class Weights(NamedTuple):
+    """What is evaluated, and what is known of it.
+
+    title: for people. known: for metrics.json, which is written to `output`. load: `ema -> weights, or None`.
+    num_classes, classes: of the model, and the names in training where they are known.
+    """
+
+    title: str
+    known: dict[str, Any]
+    output: Path
+    load: Callable[[bool], dict[str, Tensor] | None]
+    num_classes: int | None
+    classes: list[str] | None
+
+
+def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
+    """A checkpoint of ours: it says itself what it is."""
+    try:
+        path = resolve(cfg.ckpt)
+        config, step = read_config(path), read_manifest(path)["step"]
+        check_config({key: config[key] for key in ("model", "data")})
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    if without_backend(given["model"]) != without_backend(config["model"]):
+        raise UserError("eval: the configuration is of another checkpoint than ckpt; give one checkpoint per command")
+
+    def load(ema: bool) -> dict[str, Tensor] | None:
+        return None if ema and not (path / "ema.safetensors").exists() else load_weights(path, ema=ema)
+
+    known = {"checkpoint": str(path), "step": step}
+    output = Path(cfg.ckpt).parent / "metrics.json"
+    return Weights(
+        f"{title(config)}, step {step}", known, output, load, config["model"]["num_classes"], config.get("classes")
+    )
+
+
+def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
+    """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
+    path, run = Path(cfg.ckpt), given["run"]
+    settings = {key: given["model"][key] for key in given["model"] if key not in ("attention", "num_classes")}
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+
+    def load(ema: bool) -> dict[str, Tensor] | None:
+        try:
+            content = load_weights(path, ema)
+        except ValueError:
+            if not ema:
+                raise
+            return None  # the raw weights were there: the file has no average
+        names = {"attention": run["attention"], "num_classes": given["model"]["num_classes"]}
+        return convert(content, run["model"], **names, **settings)
+
+    known = {"checkpoint": str(path), "model": run["model"]}
+    output = path.with_name(f"{path.name}.metrics.json")
+    return Weights(f"{title(given)}, {path.name}", known, output, load, None, None)
+
+
+def _report(weights: Weights, given: dict[str, Any], figures: dict[str, Any]) -> None:
+    print_table(weights.title, _rows(figures))
+    recipe, target = given["run"].get("recipe"), given.get("target")
+    verdict = judge(recipe, target, figures, given["run"]["data"]) if recipe and target else None
+    known = weights.known | ({"recipe": recipe, "reproduced": verdict.reproduced} if verdict else {})
+    write_json(weights.output, figures | known)
+    print(f"metrics: {weights.output}")
+    if verdict:
+        print(verdict.text)
 
 
 def _attention(model: nn.Module, device: torch.device) -> str:
@@ -74,11 +136,9 @@ def cost(model: nn.Module, image_size: int | list[int], batch_size: int, device:
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     model = model.eval().to(device)
     images = torch.randn(batch_size, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-    with FlopCounterMode(display=False) as counter:
-        model(images[:1])
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": counter.get_total_flops() // 2,
+        "parameters": parameters(model),
+        "flops": multiply_adds(model, size),
         "images_per_second": _throughput(model, images),
     }
 
@@ -100,8 +160,14 @@ def _throughput(model: nn.Module, images: Tensor, seconds: float = 1.0) -> float
     return passes * len(images) / elapsed
 
 
-def _check_classes(trained: list[str] | None, data: pl.LightningDataModule) -> None:
-    """Raises when a label means another class than in training."""
+def _check_classes(weights: Weights, data: pl.LightningDataModule) -> None:
+    """Raises when there are more or fewer classes than in training, or a label means another class."""
+    if weights.num_classes not in (None, data.num_classes):
+        raise UserError(
+            f"eval: the checkpoint has {weights.num_classes} classes, the data has {data.num_classes}; "
+            "evaluate on the data it was trained for"
+        )
+    trained = weights.classes
     if trained is None or trained == data.class_names:
         return
     pairs = enumerate(zip(trained, data.class_names, strict=False))
@@ -112,22 +178,14 @@ def _check_classes(trained: list[str] | None, data: pl.LightningDataModule) -> N
     )
 
 
-def _read(ckpt: str) -> tuple[Path, dict[str, Any]]:
+def _model(cfg: DictConfig, weights: Weights, ema: bool) -> nn.Module | None:
+    """The model with the weights of the checkpoint, or None where it has no average."""
     try:
-        path = resolve(ckpt)
-        config = read_config(path)
-        check_config({key: config[key] for key in ("model", "data")})
-        return path, config
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
-def _load(cfg: DictConfig, path: Path, ema: bool) -> nn.Module | None:
-    if ema and not (path / "ema.safetensors").exists():
-        return None
-    model = build(cfg, "model")
-    try:
-        model.load_state_dict(load_weights(path, ema=ema))
+        state = weights.load(ema)
+        if state is None:
+            return None
+        model = build(cfg, "model")
+        model.load_state_dict(state)
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
     return model.eval()

@@ -103,14 +103,14 @@ def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:
         )
 
 
-def check_data(data: pl.LightningDataModule) -> None:
-    """Looks at the data before anything is started.
+def check_data(data: pl.LightningDataModule, training: bool = True) -> None:
+    """Looks at the data before anything is started; without `training` only at what is evaluated.
 
     Raises:
         UserError: all that is wrong with it.
     """
     try:
-        data.check()
+        data.check(training)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SAME = ("model", "image_size", "data", "augment", "optimizer", "schedule", "task", "seed", "trainer")
 FREE = (
     *("data.root", "data.source.root", "data.source.path", "data.source.data_dir", "data.source.data_files"),
-    *("data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
+    *("data.token_labels", "data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
     *("task.compile", "task.gradient_checkpointing"),
     "data.batch_size",  # the data module compares the batch of all processes together
     # copies of other settings

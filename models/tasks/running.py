@@ -13,6 +13,8 @@ from conf.cli import RunFailed, UserError
 from models.attention.backend import describe
 from models.checkpoints import read_config, read_manifest
 from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.tasks.effective_batch import accumulate, check_resumed
+from models.tasks.effective_batch import describe as describe_batch
 from models.tasks.guard import NonFinite
 from models.tasks.loggers import SafeWandb, build_loggers
 from models.tasks.preflight import (
@@ -29,6 +31,7 @@ from models.tasks.preflight import (
 from models.tasks.progress import RunProgress, Throughput, duration
 from models.tasks.report import draw_curves, print_table, write_json
 from models.tasks.resume import Stopped, compare_configs, find_resume
+from models.tasks.token_labelling import prepare
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -51,10 +54,14 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     task, data = build(cfg, "task"), build(cfg, "data")
     check_data(data)
     check_monitor(config, task)
+    _check_token_labels(task, data)
     config["classes"] = data.class_names
     steps = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
     trainer = _trainer(cfg, config, run_dir, progress)
+    accumulate(config, trainer, data)
+    if checkpoint is not None:
+        check_resumed(read_config(checkpoint), trainer)
     attention = _attention(task, trainer)
     trainer.loggers = _loggers(config, run_dir, steps)
     if trainer.is_global_zero:
@@ -67,6 +74,13 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
         print(f"the run has finished at step {steps}; raise trainer.max_epochs to go on, or give another run.name")
         return None
     return _report(trainer, config, task, run_dir, progress)
+
+
+def _check_token_labels(task: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    try:
+        prepare(data, task.token_weight, task.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
@@ -154,7 +168,8 @@ def _headline(
     )
     lines = [
         f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
-        f"images of {config['image_size']} px, batch {data.batch_size} x {trainer.world_size}",
+        f"images of {config['image_size']} px",
+        describe_batch(config, trainer, data),
         f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
         attention,
     ]
