@@ -6,7 +6,7 @@ $ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the
 
 from omegaconf import DictConfig
 
-from conf import cli
+from conf import cli, evaluation
 
 
 def main(cfg: DictConfig) -> float:
@@ -17,4 +17,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    cli.run("eval", main, before=cli.take_config_from_checkpoint)
+    cli.run("eval", main, before=evaluation.take_config)

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import recipes
@@ -69,6 +67,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
 
     try:
         _refuse_lists_of_options()
+        _refuse_unknown_recipes()
         if before is not None:
             before()
         hydra.main(config_path=str(CONF), config_name=config_name, **_main_options())(guarded)()
@@ -89,60 +88,21 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         sys.exit(max(failed))
 
 
-def take_config_from_checkpoint() -> None:
-    """Offers what the checkpoint of `ckpt=` says of its model and data to Hydra, as the config `from_checkpoint`.
-
-    `data` is left out when the command line chooses other data.
-    """
-    arguments = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    node: dict = {"defaults": [{"data": arguments["data"]}, "_self_"]} if "data" in arguments else {}
-    if "ckpt" in arguments:
-        node |= _of_checkpoint(arguments)
-    ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
-
-
-def _with_backend(node: Any, backend: str) -> Any:
-    """The configuration with what computes the attention replaced: it is no property of the trained weights."""
-    if isinstance(node, list):
-        return [_with_backend(part, backend) for part in node]
-    if not isinstance(node, dict):
-        return node
-    return {key: backend if key == "backend" else _with_backend(value, backend) for key, value in node.items()}
-
-
-def _of_checkpoint(arguments: dict[str, str]) -> dict:
-    """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
-    from models.checkpoints import check_config, read_config
-
+def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """What train.py would run with these arguments, outside of a run, and the option chosen in every group."""
+    resolvers.register()
+    recipes.register()
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # Hydra refuses to compose while it runs a job
     try:
-        saved = read_config(arguments["ckpt"])
-        kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
-        check_config(kept)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-    except KeyError as error:
-        raise UserError(
-            f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
-        ) from error
-    for group in {"model", "attention"} & set(arguments):
-        run = saved.get("run", {})
-        raise UserError(
-            f"eval: the checkpoint holds {run.get('model')} with {run.get('attention')} attention, this command asks "
-            f"for {group}={arguments[group]}; leave {group}= out"
-        )
-    kept = _with_backend(kept, "${backend}")
-    if "data" in arguments:
-        del kept["data"]
-        return kept
-    data, size = kept["data"], kept["image_size"]
-    for part in (data, data.get("eval", {})):
-        for key in ("image_size", "size"):
-            if part.get(key) == size:
-                part[key] = "${image_size}"
-    source = data.get("source", {})
-    if data.get("root") is not None and source.get("root") == data["root"]:
-        source["root"] = "${data.root}"
-    return kept
+        with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
+            cfg = hydra.compose("train", overrides, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = running
+    choices = dict(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
 
 
 def _refuse_lists_of_options() -> None:
@@ -160,6 +120,16 @@ def _refuse_lists_of_options() -> None:
                 f"{group}: one option can be chosen, got {value}; for one per stage write a YAML file with a list "
                 f"into conf/{group}, to compare them give {group}={value.strip('[]')} after -m"
             )
+
+
+def _refuse_unknown_recipes() -> None:
+    """Hydra only says that there is no such file."""
+    names = recipes.names()
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        for name in value.split(",") if key == "recipe" and re.fullmatch(r"[\w/.,-]+", value) else []:
+            if name not in (*names, "null"):
+                raise UserError(f"recipe: there is no {name!r}{nearest(name, names)}\navailable: {', '.join(names)}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

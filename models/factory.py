@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra import utils as hydra_utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from conf import cli, resolvers
+from conf import cli
 
 
 def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
@@ -51,10 +50,7 @@ def compose_model(name: str, attention: str | None = None) -> DictConfig:
                 f"create_model: there is no {kind} {chosen!r}{cli.nearest(chosen, cli.options(kind))} "
                 f"available: {', '.join(cli.options(kind))}"
             )
-    resolvers.register()
-    overrides = [f"model={name}", *([f"attention={attention}"] if attention else [])]
-    with initialize_config_dir(config_dir=str(cli.CONF), **cli.version_base()):
-        cfg = compose("train", overrides)
+    cfg, _ = cli.compose_run([f"model={name}", *([f"attention={attention}"] if attention else [])])
     with open_dict(cfg):
         for key in set(cfg) - {"model", "attention", "image_size", "data"}:
             del cfg[key]

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from conf.cli import CONF
 from models import create_model, list_attentions, list_models
 from models.attention import Grid, Site
+from models.backbones.base import pair
+from models.cost import multiply_adds, parameters
 from models.factory import compose_model, factory
 
 README = CONF.parent / "README.md"
@@ -22,8 +24,8 @@ def attention_table() -> str:
 
 
 def model_table() -> str:
-    """Markdown: name, what it is, image size, parameters with 1000 classes."""
-    head = "| `model=` | | pixels | parameters |\n|---|---|---:|---:|"
+    """Markdown: name, what it is, image size, parameters with 1000 classes, multiply-adds of an image."""
+    head = "| `model=` | | pixels | parameters | FLOPs |\n|---|---|---:|---:|---:|"
     return "\n".join([head, *(_model_row(name) for name in list_models())])
 
 
@@ -53,8 +55,10 @@ def _attention_row(name: str) -> str:
 def _model_row(name: str) -> str:
     about = _comment(CONF / "model" / f"{name}.yaml").split(": ")[0].split(". ")[0]
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in create_model(name).parameters())
-    return f"| `{name}` | {about} | {compose_model(name).image_size} | {parameters / 1e6:.2f} M |"
+        model = create_model(name)
+    size = compose_model(name).image_size
+    flops = multiply_adds(model, pair(size)) / 1e9
+    return f"| `{name}` | {about} | {size} | {parameters(model) / 1e6:.2f} M | {flops:.2f} G |"
 
 
 def _comment(path: Path) -> str:

@@ -42,14 +42,14 @@ def command(tmp_path, monkeypatch, capsys):
     """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`."""
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:
-        from conf import cli
+        from conf import cli, evaluation
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{program}.py"), *arguments])
         monkeypatch.delenv("VISION_ZOO_RUN_NAME", raising=False)
         module = {}
         exec(compile((ROOT / f"{program}.py").read_text(), f"{program}.py", "exec"), module)
-        before = cli.take_config_from_checkpoint if program == "eval" else None
+        before = evaluation.take_config if program == "eval" else None
         try:
             cli.run(program, module["main"], before=before)
             status = 0

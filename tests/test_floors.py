@@ -16,11 +16,22 @@ FLOORS = {
     "models.layers": ["kernels"],
     "models.attention": ["kernels", "models.layers"],
     "models.backbones": ["=models.attention", "models.layers"],  # the contract, no mechanism by name
-    "models.checkpoints": [],
+    "models.checkpoints": ["=models", "conf.cli"],  # what models there are, to give weights their names
     "models.probes": ["models.layers"],
-    "models.tasks": ["models.attention.backend", "models.checkpoints", "models.factory", "models.layers", "conf.cli"],
+    "models.tasks": [
+        *("models.attention.backend", "models.checkpoints", "models.factory", "models.layers", "conf.cli", "recipes")
+    ],
     "models.factory": ["conf", "=models.backbones.base"],
-    "models.tables": ["conf", "=models", "=models.attention", "models.factory"],
+    "models.tables": [
+        "conf",
+        "=models",
+        "=models.attention",
+        "=models.backbones.base",
+        "models.cost",
+        "models.factory",
+    ],
+    "models.cost": [],
+    "recipes.__main__": ["conf", "models.backbones.base", "models.cost", "models.factory"],
     "models": ["conf", "models.factory"],
     "data": [],
     "recipes": [],

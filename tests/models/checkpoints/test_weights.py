@@ -1,8 +1,16 @@
 """`load_weights` reads our directories and the authors' files, and says what is wrong with others."""
 
+import argparse
+import collections
+import datetime
+import importlib
 import os
+import sys
+import types
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -138,3 +146,138 @@ def test_a_compressed_archive_is_refused(tmp_path):
 def test_a_plain_safetensors_file(tmp_path):
     save_file(WEIGHTS, tmp_path / "w.safetensors")
     assert same(load_weights(tmp_path / "w.safetensors"), WEIGHTS)
+
+
+YACS = """
+from pathlib import Path
+Path({marker!r}).touch()
+
+class CfgNode(dict):
+    def __init__(self, *args, **items):
+        super().__init__(*args, **items)
+        self.frozen = True
+
+    def __setstate__(self, state):
+        Path({marker!r}).touch()
+"""
+
+
+@pytest.fixture
+def yacs(tmp_path, monkeypatch):
+    """`yacs.config` as a module that leaves a marker when it is imported and when one of its objects is read.
+
+    The test gets the class, the marker, and a function after which the module is not imported any more.
+    """
+    marker, package = tmp_path / "marker", tmp_path / "packages" / "yacs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "config.py").write_text(YACS.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(package.parent)
+
+    def forget():
+        marker.unlink(missing_ok=True)
+        for name in ("yacs.config", "yacs"):
+            sys.modules.pop(name, None)
+
+    forget()
+    yield importlib.import_module("yacs.config").CfgNode, marker, forget
+    forget()
+
+
+def test_settings_beside_the_weights_are_left_out_and_none_of_their_code_runs(tmp_path, yacs):
+    node, marker, forget = yacs
+    settings = argparse.Namespace(lr=np.float64(1e-3), path=Path("data"), betas=(0.9, np.float32(0.999)), sizes={1, 2})
+    content = {
+        "model": WEIGHTS,
+        "args": settings,
+        "config": node(MODEL=node(NAME="biformer"), KINDS=[node(), frozenset([1])]),
+        "history": collections.defaultdict(list, {"loss": [np.float32(1.5)], np.int64(3): np.arange(3)}),
+        "space": types.SimpleNamespace(dtype=np.dtype("float32"), name=np.str_("x"), raw=b"", whole=range(3)),
+        Path("a/path/as/a/key"): 2**70,
+        "max_accuracy": np.float64(81.4),
+    }
+    torch.save(content, tmp_path / "paper.pth")
+    forget()
+    torch.load(tmp_path / "paper.pth", weights_only=False)
+    assert marker.exists(), "reading it without care runs the code"
+    forget()
+    assert same(load_weights(tmp_path / "paper.pth"), WEIGHTS)
+    assert not marker.exists() and "yacs" not in sys.modules
+    assert argparse.Namespace(lr=1).lr == 1 and collections.defaultdict(list)[0] == []
+
+
+def test_weights_inside_a_mapping_of_a_known_kind(tmp_path, yacs):
+    node, marker, forget = yacs
+    torch.save({"state_dict": node(collections.defaultdict(list, WEIGHTS))}, tmp_path / "paper.pth")
+    forget()
+    assert same(load_weights(tmp_path / "paper.pth"), WEIGHTS)
+    assert not marker.exists()
+
+
+def test_settings_do_not_hide_a_file_that_would_run_code(tmp_path):
+    settings = argparse.Namespace(payload=Payload(tmp_path / "marker"))
+    torch.save({"model": WEIGHTS, "args": settings}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"could run code, got .*evil\.pth: it asks for posix\.mkdir; export its"):
+        load_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_objects_of_unknown_kinds_are_refused(tmp_path):
+    torch.save({"model": WEIGHTS, "when": datetime.date(2023, 3, 1)}, tmp_path / "paper.pth")
+    with pytest.raises(
+        ValueError, match=r"holds more than weights .*: it asks for datetime\.date; export its state_dict"
+    ):
+        load_weights(tmp_path / "paper.pth")
+
+
+def test_files_of_torch_before_1_6(tmp_path):
+    torch.save({"model": WEIGHTS}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert same(load_weights(tmp_path / "old.pth"), WEIGHTS)
+    content = {"model": WEIGHTS, "args": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ValueError, match=r"could run code, got .*: it asks for argparse\.Namespace; export its state_dict"
+    ):
+        load_weights(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 700, -600, -1])
+@pytest.mark.parametrize("kind", ["archive", "old", "safetensors"])
+def test_a_truncated_file_gives_one_sentence_and_no_weights(tmp_path, kind, size):
+    path = tmp_path / ("cut.safetensors" if kind == "safetensors" else "cut.pth")
+    weights = {"norm.weight": torch.ones(300), "head.weight": torch.ones(2, 300)}
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"model": weights}, path, _use_new_zipfile_serialization=kind == "archive")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(
+        ValueError, match=r"load_weights: (this file cannot be read|not a valid safetensors file), got .*cut"
+    ) as raised:
+        load_weights(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_other_kinds_of_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "archive.pth", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    (tmp_path / "picture.pth").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\nsize 52589568\n")
+    (tmp_path / "picture.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    for name in ("archive.pth", "picture.pth", "pointer.pth"):
+        with pytest.raises(
+            ValueError, match=rf"cannot be read, got .*{name}: .*; give a file of weights, or fetch it again$"
+        ):
+            load_weights(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"not a valid safetensors file, got .*picture\.safetensors: .*; fetch it again$"
+    ):
+        load_weights(tmp_path / "picture.safetensors")
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "ring.pth")
+    with pytest.raises(ValueError, match=r"no weights were found, got .*ring\.pth with the keys: model"):
+        load_weights(tmp_path / "ring.pth")

@@ -1,0 +1,265 @@
+"""`convert` and `export`: the authors' names and shapes to ours and back, strictly; errors say what is wrong."""
+
+import time
+import warnings
+
+import pytest
+import reference
+import torch
+from timm.models.davit import DaVit
+from torch.func import functional_call
+
+from models import create_model
+from models.checkpoints import conversion, convert, export
+from models.checkpoints.biformer import LAYOUTS
+from models.checkpoints.conversion import source_of
+
+SMALL = {"dims": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+# of the authors' code: model, and whether it is the backbone of their detectors
+CASES = {
+    "biformer/biformer_tiny": ("biformer_tiny", False),
+    "biformer/biformer_stl": ("biformer_stl", False),
+    "biformer/biformer_stl_nchw": ("biformer_stl_nchw", False),
+    "biformer/biformer_mm_tiny__nwin8_autopad_200x264": ("biformer_tiny", True),
+    "davit/davit_tiny": ("davit_tiny", False),
+    "davit/davit_mm_tiny__200x264": ("davit_tiny", True),
+}
+
+
+def numbered(shapes, start=0):
+    """A state dict in which no two neighbouring elements are equal, from shapes and types by name."""
+    state = {}
+    for place, (name, (shape, dtype)) in enumerate(shapes.items(), start):
+        count = torch.Size(shape).numel()
+        state[name] = (torch.arange(count) + place).view(shape).to(getattr(torch, dtype))
+    return state
+
+
+def recorded(case):
+    """What the authors' state dict holds: {name: ((sides), type)}."""
+    return {name: (tuple(shape), dtype) for name, (shape, dtype) in reference.info(case)["state"].items()}
+
+
+def layout_of(state):
+    return {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()}
+
+
+def small(name, features_only=False, classes=5):
+    """The state dict of a small model of ours."""
+    with torch.device("meta"):
+        model = conversion.create_model(name, features_only=features_only, num_classes=classes, **SMALL)
+    return numbered(layout_of(model.state_dict()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models():
+    """Each model without memory is made once for all tests of this file: composing one takes a third of a second."""
+    made = {}
+
+    def remembered(name, **settings):
+        key = name, str(sorted(settings.items())), torch.get_default_device().type
+        if key not in made:
+            made[key] = create_model(name, **settings)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "create_model", remembered)
+        yield made
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small biformer_tiny in the authors' names, not to be changed."""
+    return export(small("biformer_tiny"), "biformer_tiny", **SMALL)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_authors_names_and_shapes_map_completely_and_back(case):
+    name, pyramid = CASES[case]
+    theirs = numbered(recorded(case))
+    with torch.device("meta"):
+        model = create_model(name, features_only=pyramid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = convert(theirs, name)
+    model.load_state_dict(ours, assign=True)
+    back = export(ours, name)
+    assert layout_of(back) == recorded(case)
+    assert all(torch.equal(back[key], value) for key, value in theirs.items())
+    assert same(convert(back, name), ours)
+
+
+def test_timm_names_give_timm_s_results():
+    torch.manual_seed(0)
+    theirs = DaVit(depths=(1, 1, 1, 1), embed_dims=SMALL["dims"], num_heads=SMALL["num_heads"], num_classes=5).eval()
+    ours = convert(theirs.state_dict(), "davit_tiny", num_classes=5, **SMALL)
+    model = create_model("davit_tiny", num_classes=5, **SMALL).eval()
+    model.load_state_dict(ours)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-5)
+    assert source_of(theirs.state_dict(), "davit_tiny", **SMALL) == "timm"
+    assert source_of(export(ours, "davit_tiny", **SMALL), "davit_tiny", **SMALL) == "dingmyu/davit"
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw", "davit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_our_own_names_are_taken_as_they_are(name, features_only):
+    ours = small(name, features_only)
+    assert same(convert(ours, name, **SMALL), ours)
+    assert source_of(ours, name, **SMALL) == "this project"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.source)
+def test_every_form_of_biformer_s_weights_is_read(layout):
+    name = "biformer_stl" if "STL" in layout.source else "biformer_tiny"
+    ours = small(name)
+    theirs = {layout.theirs(key): layout.give(key, value) for key, value in ours.items()}
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert same(convert(theirs, name, **SMALL), ours)
+    assert source_of(theirs, name, **SMALL) == layout.source
+
+
+def test_the_other_form_of_biformer_is_another_function_and_says_so():
+    second = export(small("biformer_stl_nchw"), "biformer_stl_nchw", **SMALL)
+    with pytest.warns(UserWarning, match=r"convert: biformer_stl from .*nchw.*: biformer_stl_nchw is the model that"):
+        convert(second, "biformer_stl", **SMALL)
+    with pytest.warns(UserWarning, match=r"convert: biformer_stl_nchw from .*first form.*: biformer_stl is the model"):
+        convert(export(small("biformer_stl"), "biformer_stl", **SMALL), "biformer_stl_nchw", **SMALL)
+    ours = small("biformer_tiny")
+    rewritten = {LAYOUTS[2].theirs(key): LAYOUTS[2].give(key, value) for key, value in ours.items()}
+    with pytest.warns(UserWarning, match="attention=biformer_nchw is the setting that gives its results"):
+        convert(rewritten, "biformer_tiny", **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(convert(rewritten, "biformer_tiny", attention="biformer_nchw", **SMALL), ours)
+
+
+def test_nests_and_prefixes(tiny):
+    ours = convert(tiny, "biformer_tiny", **SMALL)
+    prefixed = {f"module.{key}": value for key, value in tiny.items()}
+    for content in (
+        {"model": tiny},
+        {"state_dict": prefixed, "epoch": 3},
+        {"model": {"state_dict": prefixed}},
+        prefixed,
+    ):
+        assert same(convert(content, "biformer_tiny", **SMALL), ours)
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "davit_tiny"])
+def test_of_a_detector_the_backbone_is_taken(name):
+    ours = small(name, features_only=True)
+    backbone = {f"backbone.{key}": value for key, value in export(ours, name, **SMALL).items()}
+    detector = {**backbone, "neck.lateral_convs.0.conv.weight": torch.ones(2), "bbox_head.bias": torch.ones(3)}
+    content = {"meta": {"epoch": 12}, "state_dict": detector}
+    assert same(convert(content, name, **SMALL), ours)
+    segmenter = {"state_dict": {f"module.{key}": value for key, value in detector.items()}}
+    assert same(convert(segmenter, name, **SMALL), ours)
+
+
+def test_counters_that_old_files_lack_are_filled(tiny):
+    old = {key: value for key, value in tiny.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(tiny)
+    ours = convert(old, "biformer_tiny", **SMALL)
+    model = create_model("biformer_tiny", num_classes=5, **SMALL)
+    model.load_state_dict(ours)
+    counters = {key: value for key, value in ours.items() if key.endswith("num_batches_tracked")}
+    assert len(counters) == len(tiny) - len(old)
+    assert all(value.dtype == torch.int64 and value == 0 for value in counters.values())
+
+
+def test_other_types_of_numbers_are_kept(tiny):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in tiny.items()}
+    ours = convert(half, "biformer_tiny", **SMALL)
+    assert {value.dtype for value in ours.values()} == {torch.float16, torch.int64}
+
+
+def test_names_that_do_not_fit(tiny):
+    def refused(state, text):
+        with pytest.raises(ValueError, match=text):
+            convert(state, "biformer_tiny", **SMALL)
+
+    less = {key: value for key, value in tiny.items() if not key.startswith("stages.0.0.norm")}
+    refused(less, r"convert: the file lacks 'stages\.0\.0\.norm1\.weight' and 3 more of biformer_tiny \(names of "
+            r"rayleizhu/BiFormer\); give the model, and the settings, that the file was saved from")  # fmt: skip
+    refused(tiny | {"aux_head.weight": torch.ones(2)}, r"the file has 'aux_head\.weight', which biformer_tiny has not")
+    refused(
+        {"a": torch.ones(1), "b": torch.ones(1)}, r"2 of the 2 names in the file are none of biformer_tiny, got 'a'"
+    )
+    refused(
+        tiny | {"norm.weight": torch.ones(3)}, r"norm\.weight must have the shape \(64\) in biformer_tiny, got \(3,\)"
+    )
+    refused(
+        tiny | {"head.weight": torch.ones(5, 3)},
+        r"head\.weight must have the shape \(classes, 64\) in .*, got \(5, 3\)",
+    )
+    refused(tiny | {"head.bias": torch.tensor(1.0)}, r"head\.bias must have the shape \(classes\) in .*, got \(\)")
+    refused(
+        tiny | {"head.bias": torch.ones(4)},
+        r"must have one number of classes, got \{'head\.weight': 5, 'head\.bias': 4\}",
+    )
+
+
+def test_what_is_no_state_dict():
+    with pytest.raises(ValueError, match="convert: no weights were found, got the state dict with the keys: epoch"):
+        convert({"epoch": 3}, "biformer_tiny")
+    with pytest.raises(ValueError, match="convert: a mapping of weights was expected, got Linear in the state dict"):
+        convert(torch.nn.Linear(1, 1), "biformer_tiny")
+
+
+def test_another_size_of_the_family_is_named():
+    with torch.device("meta"):
+        state = create_model("biformer_small").state_dict()
+    with pytest.raises(ValueError, match=r"convert: .*biformer_tiny.*; it holds biformer_small$"):
+        convert(state, "biformer_tiny")
+
+
+def test_the_number_of_classes():
+    state = export(small("davit_tiny", classes=21841), "davit_tiny", **SMALL)
+    assert len(convert(state, "davit_tiny", num_classes=21841, **SMALL)["head.weight"]) == 21841
+    assert len(convert(state, "davit_tiny", **SMALL)["head.weight"]) == 21841
+    with pytest.raises(
+        ValueError,
+        match=r"convert: the file must have 1000 classes, got 21841; fine-tune it, or evaluate it on .* 21841 classes$",
+    ):
+        convert(state, "davit_tiny", num_classes=1000, **SMALL)
+    pyramid = small("davit_tiny", features_only=True)
+    assert same(convert(pyramid, "davit_tiny", num_classes=1000, **SMALL), pyramid)
+
+
+def test_models_that_nobody_else_has():
+    with pytest.raises(ValueError, match=r"export: vit_tiny has no names but ours.*; available for biformer_base, "):
+        export({}, "vit_tiny")
+    for name in ("biformer_tinny", "layout_tiny", "no.such_model"):
+        with pytest.raises(ValueError, match=rf"there is no model '{name}'"):
+            convert({"a": torch.ones(1)}, name)
+        with pytest.raises(ValueError, match=f"export: {name} has no names but ours"):
+            export({"a": torch.ones(1)}, name)
+
+
+@pytest.mark.parametrize("name", ["biformer_stl_nchw", "davit_tiny"])
+def test_gradients_arrive_at_the_authors_own_tensors(name):
+    theirs = export(create_model(name, num_classes=5, **SMALL).state_dict(), name, **SMALL)
+    learned = {k: v.requires_grad_() for k, v in theirs.items() if v.is_floating_point() and "running" not in k}
+    model = create_model(name, num_classes=5, **SMALL).eval()
+    output = functional_call(model, convert(theirs, name, **SMALL), (torch.randn(1, 3, 64, 64),))
+    output.square().sum().backward()
+    without = [key for key, value in learned.items() if value.grad is None or value.grad.shape != value.shape]
+    assert learned and not without
+
+
+def test_the_largest_published_model_is_renamed_in_no_time(models):
+    with torch.device("meta"):
+        state = create_model("davit_base").state_dict()
+    theirs = export(state, "davit_base")
+    conversion._shapes_of_file.cache_clear()
+    models.clear()
+    start = time.process_time()
+    convert(theirs, "davit_base")
+    assert time.process_time() - start < 3
