@@ -34,20 +34,24 @@ _STL = (
     (r"\.mlp\.fc2\.", ".mlp.2."),
     *_BLOCK,
 )
+_OF_SECOND, _OF_FIRST = (
+    f"these weights belong to the {form} form of the authors' code, whose last stage is another function: "
+    for form in ("second", "first")
+)
 _NCHW = {
     "pointwise": r"^stages\.\d+\.blocks\..*\.(qkv|proj|fc1|fc2)\.weight$",
-    "warning": tuple(
-        (
-            name,
-            "these weights belong to the second form of the authors' code, whose last stage is another function: "
-            "biformer_stl_nchw is the model that gives its results",
-        )
-        for name in ("biformer_stl", "biformer_tiny", "biformer_small", "biformer_base")
+    "warning": (
+        ("biformer_stl", _OF_SECOND + "biformer_stl_nchw is the model that gives its results"),
+        *(
+            (name, _OF_SECOND + "attention=biformer_nchw is the setting that gives its results")
+            for name in ("biformer_tiny", "biformer_small", "biformer_base")
+        ),
     ),
 }
+_FIRST_FORM = (("biformer_stl_nchw", _OF_FIRST + "biformer_stl is the model that gives its results"),)
 LAYOUTS = (
     Layout("rayleizhu/BiFormer", _BIFORMER + _ROUTED),
-    Layout("rayleizhu/BiFormer (STL)", _STL + _ROUTED),
+    Layout("rayleizhu/BiFormer (STL)", _STL + _ROUTED, warning=_FIRST_FORM),
     Layout("rayleizhu/BiFormer (nchw)", _BIFORMER + _REWRITTEN, **_NCHW),
     Layout("rayleizhu/BiFormer (STL, nchw)", _STL + _REWRITTEN, **_NCHW),
 )

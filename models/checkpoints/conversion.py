@@ -5,21 +5,26 @@ first word of the model's name. Values are renamed and reshaped, never computed 
 same bits, and gradients pass through.
 """
 
+from __future__ import annotations
+
+import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models import create_model, list_models
 from models.checkpoints.layout import OURS, Layout
 from models.checkpoints.weights import strip, unwrap
 
+if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
+    import torch
+    from torch import Tensor
+
 COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
 DETECTOR = "backbone."
+HEAD = "head."
 
 
 class _Table(NamedTuple):
@@ -47,12 +52,16 @@ def convert(
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the message names it, and a model that would fit.
     """
-    state = _weights(state_dict)
+    import torch
+
+    state = _weights(state_dict, "convert")
     table = _best(_tables(name, settings), state)
-    if problem := _problem(table, state, name, num_classes):
-        raise ValueError(f"convert: {problem}{_hint(state, name)}")
+    if problem := _problem(table, state, name):
+        raise ValueError(f"convert: {problem}; {_advice(state, name)}")
+    if problem := _wrong_classes(table, state, num_classes):
+        raise ValueError(f"convert: {problem}")
     for model, text in table.layout.warning:
-        if model == name:
+        if model == name and "attention" not in settings:
             warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
     ours = {mine: table.layout.take(state[theirs]) for theirs, mine in table.names.items() if theirs in state}
     return {mine: ours[mine] if mine in ours else torch.tensor(0) for mine in table.names.values()}
@@ -69,7 +78,8 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     """
     family = _family(name)
     if family is None:
-        raise ValueError(f"export: {name} has no authors' names; available for {', '.join(_exportable())}")
+        exportable = ", ".join(other for other in list_models() if _family(other))
+        raise ValueError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
     ours = convert(state_dict, name, **settings)
     layout = family.authors(name)
     return {layout.theirs(mine): layout.give(mine, value) for mine, value in ours.items()}
@@ -77,33 +87,41 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
 
 def source_of(state_dict: Mapping[str, Any], name: str, **settings: Any) -> str:
     """Whose names a file has, e.g. "timm"."""
-    return _best(_tables(name, settings), _weights(state_dict)).layout.source
+    return _best(_tables(name, settings), _weights(state_dict, "source_of")).layout.source
 
 
-def _weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = strip(unwrap(dict(state_dict), ema=False, where="the state dict"), "the state dict")
+def _weights(state_dict: Mapping[str, Any], who: str) -> dict[str, Tensor]:
+    content = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+    state = strip(unwrap(content, False, "the state dict", who), "the state dict", who)
     backbone = {key.removeprefix(DETECTOR): value for key, value in state.items() if key.startswith(DETECTOR)}
     return backbone or state
 
 
 def _family(name: str) -> ModuleType | None:
+    """The module with the layouts of a model; None for a model that only we have, and for no model."""
     module = f"models.checkpoints.{name.partition('_')[0]}"
-    return importlib.import_module(module) if importlib.util.find_spec(module) else None
-
-
-def _exportable() -> list[str]:
-    return [name for name in list_models() if _family(name)]
+    return importlib.import_module(module) if name in list_models() and importlib.util.find_spec(module) else None
 
 
 def _tables(name: str, settings: dict[str, Any]) -> Iterator[_Table]:
     """Every layout for the classifier and for the pyramid of the model."""
     family = _family(name)
     for features_only in (False, True):
-        with torch.device("meta"):
-            model = create_model(name, features_only=features_only, **settings)
-        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        shapes = (_shapes if settings else _shapes_of_file)(name, features_only=features_only, **settings)
         for layout in (OURS, *(family.LAYOUTS if family else ())):
             yield _Table(layout, {layout.theirs(key): key for key in shapes}, shapes)
+
+
+def _shapes(name: str, **settings: Any) -> dict[str, torch.Size]:
+    """Names and shapes of the state dict of a model, which is made without memory."""
+    import torch
+
+    with torch.device("meta"):
+        model = create_model(name, **settings)
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+_shapes_of_file = functools.cache(_shapes)  # a model as it stands in conf/model is asked for again and again
 
 
 def _best(tables: Iterator[_Table], state: dict[str, Tensor]) -> _Table:
@@ -111,42 +129,52 @@ def _best(tables: Iterator[_Table], state: dict[str, Tensor]) -> _Table:
     return max(tables, key=lambda table: (len(table.names.keys() & state.keys()), -len(table.names)))
 
 
-def _problem(table: _Table, state: dict[str, Tensor], name: str, num_classes: int | None) -> str:
-    """What keeps the state from being the model's, as one sentence; "" for nothing."""
+def _problem(table: _Table, state: dict[str, Tensor], name: str) -> str:
+    """What keeps the state from being the model's with any number of classes; "" for nothing."""
     missing = [key for key in table.names if key not in state and not key.endswith(COUNTER)]
     unknown = [key for key in state if key not in table.names]
-    if len(unknown) == len(state):
-        return f"no name in the file is one of {name}, got {some(unknown)}; give the model that the file was saved from"
+    if 2 * len(unknown) > len(state):
+        return f"{len(unknown)} of the {len(state)} names in the file are none of {name}, got {some(unknown)}"
     if missing:
         return f"the file lacks {some(missing)} of {name} (names of {table.layout.source})"
     if unknown:
         return f"the file has {some(unknown)}, which {name} has not (names of {table.layout.source})"
-    for theirs, mine in table.names.items():
-        if theirs in state and (text := _misfit(theirs, mine, table, state[theirs], name, num_classes)):
-            return text
-    return ""
+    present = [(theirs, mine) for theirs, mine in table.names.items() if theirs in state]
+    return next(filter(None, (_misfit(theirs, mine, table, state[theirs], name) for theirs, mine in present)), "")
 
 
-def _misfit(theirs: str, mine: str, table: _Table, value: Tensor, name: str, num_classes: int | None) -> str:
+def _misfit(theirs: str, mine: str, table: _Table, value: Tensor, name: str) -> str:
+    """What is wrong with the shape of a value; the head may have any number of classes."""
     wanted, got = tuple(table.shapes[mine]), tuple(table.layout.take(value).shape)
-    if not mine.startswith("head."):
-        return "" if got == wanted else f"{theirs} must have the shape {wanted} in {name}, got {got}"
-    if got[1:] != wanted[1:]:
-        return f"{theirs} must have the shape (classes, {', '.join(map(str, wanted[1:]))}) in {name}, got {got}"
-    if num_classes is not None and got[0] != num_classes:
-        return (
-            f"the file has {got[0]} classes, {num_classes} are asked for; fine-tune it, or evaluate it on data with "
-            f"{got[0]} classes"
-        )
+    free = int(mine.startswith(HEAD))
+    if len(got) == len(wanted) and got[free:] == wanted[free:]:
+        return ""
+    sides = ", ".join(["classes"] * free + [str(side) for side in wanted[free:]])
+    return f"{theirs} must have the shape ({sides}) in {name}, got {got}"
+
+
+def _wrong_classes(table: _Table, state: dict[str, Tensor], num_classes: int | None) -> str:
+    """What is wrong with the number of classes; "" for nothing, and where there is no head."""
+    classes = {theirs: len(state[theirs]) for theirs, mine in table.names.items() if mine.startswith(HEAD)}
+    if len(set(classes.values())) > 1:
+        return f"the parts of the head must have one number of classes, got {classes}; fetch the file again"
+    for found in set(classes.values()) - {num_classes}:
+        if num_classes is not None:
+            return (
+                f"the file must have {num_classes} classes, got {found}; fine-tune it, or evaluate it on data with "
+                f"{found} classes"
+            )
     return ""
 
 
-def _hint(state: dict[str, Tensor], name: str) -> str:
+def _advice(state: dict[str, Tensor], name: str) -> str:
     """Which other model of the family the weights are of."""
     family = name.partition("_")[0]
     others = [other for other in list_models() if other.partition("_")[0] == family and other != name]
-    fitting = [other for other in others if not _problem(_best(_tables(other, {}), state), state, other, None)]
-    return f"; it holds {' or '.join(fitting)}" if fitting else ""
+    fitting = [other for other in others if not _problem(_best(_tables(other, {}), state), state, other)]
+    if fitting:
+        return f"it holds {' or '.join(fitting)}"
+    return "give the model, and the settings, that the file was saved from"
 
 
 def some(names: list[str]) -> str:

@@ -1,0 +1,130 @@
+"""Renames the weights in a file: an authors' to ours (convert), ours to the authors' (export).
+
+    python -m models.checkpoints convert biformer_tiny_best.pth --model biformer_tiny -o biformer_tiny.safetensors
+    python -m models.checkpoints export outputs/mine/checkpoints/best --ema --model biformer_tiny -o theirs.pth
+
+Exit status 2 and one sentence where that cannot be done; then no output file exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` and a wrong argument do not wait for torch
+    from torch import Tensor
+
+_OUTPUTS = {"convert": (".safetensors",), "export": (".pth", ".safetensors")}
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the file and says what it holds; 2 where nothing was written."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        _check(chosen)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            lines = _run(chosen)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"models.checkpoints: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print("\n".join(lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.checkpoints", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (
+        ("convert", "weights under the authors' names, or timm's → ours, as .safetensors"),
+        ("export", "our weights → the names of the model's authors, as .pth or .safetensors"),
+    ):
+        sub = commands.add_parser(command, help=text, description=text)
+        sub.add_argument("file", metavar="FILE", help="a file of weights, or a checkpoint directory of a run")
+        sub.add_argument("--model", required=True, metavar="NAME", help="whose weights they are, e.g. biformer_tiny")
+        sub.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the file to write; a new one")
+        sub.add_argument("--ema", action="store_true", help="the averaged weights instead of the raw ones")
+    return parser
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    """What can be known to be wrong before a file is read.
+
+    Raises:
+        ValueError: the model is unknown, or the output file exists or cannot be made.
+    """
+    from conf.cli import nearest
+    from models import list_models
+
+    out, endings = chosen.output, _OUTPUTS[chosen.command]
+    if chosen.model not in list_models():
+        raise ValueError(
+            f"--model: must be one of {', '.join(list_models())}, got {chosen.model!r}"
+            f"{nearest(chosen.model, list_models())}"
+        )
+    if out.suffix not in endings:
+        raise ValueError(f"--output: must end in {' or '.join(endings)}, got {out}; rename it")
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"--output: must be a new file, got {out}, which exists; remove it first")
+    if not out.parent.is_dir():
+        raise ValueError(f"--output: must lie in a folder that exists, got {out}; make {out.parent} first")
+
+
+def _run(chosen: argparse.Namespace) -> list[str]:
+    """Loads, renames and writes; the lines that say what was done."""
+    from models.checkpoints.conversion import convert, export, source_of
+    from models.checkpoints.weights import load_weights
+
+    given = load_weights(chosen.file, ema=chosen.ema)
+    state = (convert if chosen.command == "convert" else export)(given, chosen.model)
+    before, after = (source_of(weights, chosen.model) for weights in (given, state))
+    heads = [value for name, value in state.items() if name.startswith("head.")]
+    kind = f"{len(heads[0])} classes" if heads else "pyramid, no classifier"
+    millions = sum(value.numel() for name, value in state.items() if not name.endswith(_BUFFERS)) / 1e6
+    _write(state, chosen)
+    written = f"{chosen.model}: {len(state)} tensors, {millions:.1f} M parameters, {kind}, names of {before} → {after}"
+    setting = f"num_classes={len(heads[0])}" if heads else "features_only=True"
+    load = f'create_model("{chosen.model}", {setting}).load_state_dict(load_weights("{chosen.output}"))'
+    return [f"{written}, written: {chosen.output}", *([f"load it: {load}"] if chosen.command == "convert" else [])]
+
+
+def _write(state: dict[str, Tensor], chosen: argparse.Namespace) -> None:
+    """The file under a hidden name beside the target, flushed to the disk, then renamed.
+
+    Raises:
+        OSError: it could not be written; nothing of it remains.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from models.checkpoints.codec import plain_tensor
+    from models.checkpoints.write import sync
+
+    out = chosen.output
+    temporary = out.with_name(f".writing-{out.name}-{os.getpid()}")
+    state = {name: plain_tensor(value, name) for name, value in state.items()}
+    try:
+        if out.suffix == ".pth":
+            torch.save({"model": state}, temporary)
+        else:
+            metadata = {"format": "pt", "model": chosen.model, "source": Path(chosen.file).name}
+            save_file(state, temporary, metadata)
+        sync(temporary)
+        os.rename(temporary, out)
+        sync(out.parent)
+    except (RuntimeError, SafetensorError) as error:  # of a full disk, in the words of the two writers
+        raise OSError(f"--output: cannot be written, got {out}: {error}; make room, or write elsewhere") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
