@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.layers.mlp import ConvMlp
+from models.layers.position import ConvPosition
 
 
 class Block(nn.Module):
@@ -58,19 +59,23 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        x = x_BNC if self.position is None else self.position(x_BNC, grid)
-        mixed, losses = self.attn(x if self.post_norm else self.norm1(x), grid)
+        x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
+        mixed, losses = self.attn(y, grid)
         x = x + self.drop_path(self.scale1(mixed))
         if self.post_norm:
             x = self.norm1(x)
-        if self.mlp_position is not None:
-            x = self.mlp_position(x, grid)
-        return (x if self.mlp is None else self._forward_mlp(x, grid)), losses
-
-    def _forward_mlp(self, x: Tensor, grid: tuple) -> Tensor:
-        y = x if self.post_norm else self.norm2(x)
+        if self.mlp is None:
+            return (x if self.mlp_position is None else self.mlp_position(x, grid)), losses
+        x, y = self._positioned(x, grid, self.mlp_position, self.norm2)
         x = x + self.drop_path(self.scale2(self.mlp(y, grid) if self.mlp_kernel else self.mlp(y)))
-        return self.norm2(x) if self.post_norm else x
+        return (self.norm2(x) if self.post_norm else x), losses
+
+    def _positioned(self, x: Tensor, grid: tuple, position: nn.Module | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The tokens with their position, and what goes into a branch: these, or normalised first."""
+        if isinstance(position, ConvPosition) and not self.post_norm:
+            return position.with_norm(x, grid, norm)
+        x = x if position is None else position(x, grid)
+        return x, (x if self.post_norm else norm(x))
 
 
 class Stage(nn.Module):

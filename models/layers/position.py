@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.depthwise_conv import depthwise_conv
+from kernels.layer_norm import WIDEST, conv_norm
 from models.layers.tokens import to_map, to_tokens
 
 
@@ -48,3 +49,11 @@ class ConvPosition(nn.Module):
         return depthwise_conv(
             x_BNC, tuple(grid), self.proj.weight, self.proj.bias, residual=x_BNC, backend=self.backend
         )
+
+    def with_norm(self, x_BNC: Tensor, grid: tuple, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The encoded tokens and their norm, on a GPU in one pass over memory."""
+        if x_BNC.shape[-1] > WIDEST:
+            x_BNC = self(x_BNC, grid)
+            return x_BNC, norm(x_BNC)
+        parameters = (self.proj.weight, self.proj.bias, norm.weight, norm.bias)
+        return conv_norm(x_BNC, tuple(grid), *parameters, eps=norm.eps, backend=self.backend)

@@ -1,5 +1,7 @@
 """The fused kernels inside the mechanisms: same outputs and gradients as in PyTorch, and a line that says what runs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,25 @@ def test_whole_models_agree(attention):
         with kernels.reference():
             plain = model(images)
     assert (fused - plain).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [("biformer_tiny", [1, 2, 2, 4]), ("biformer_stl_nchw", [1, 2, 2, 4]), ("davit_tiny", [1, 1, 2, 2])],
+)
+def test_models_of_the_papers_agree(name, heads):
+    """With every kernel they use, also position encoding and norm in one; outputs and all gradients."""
+    torch.manual_seed(0)
+    model = create_model(name, dims=[16, 32, 32, 64], depths=[1, 1, 1, 1], num_heads=heads, num_classes=5).eval()
+    images, results = torch.randn(1, 3, 64, 72), []
+    for context in (kernels.reference(), nullcontext()):
+        with context:
+            logits = model(images)
+            gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append([logits, *gradients])
+    for plain, fused in zip(*results, strict=True):
+        assert (fused - plain).norm() <= 1e-4 * plain.norm() + 1e-9
 
 
 @pytest.mark.fused

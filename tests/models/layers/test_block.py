@@ -80,3 +80,22 @@ def test_frozen_statistics_leave_a_batch_norm_as_it_was():
     assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers()) and norm.momentum == 0.1
     torch.testing.assert_close(inside, norm(batch + 3))
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("dim", [8, 1032])
+def test_position_and_norm_in_one_pass_or_in_two(dim):
+    """Wider than the kernel goes, they are computed one after the other."""
+    torch.manual_seed(0)
+    position, norm, tokens = ConvPosition(dim), nn.LayerNorm(dim, eps=1e-5), torch.randn(2, 12, dim)
+    x, n = position.with_norm(tokens, grid, norm)
+    torch.testing.assert_close(x, position(tokens, grid))
+    torch.testing.assert_close(n, norm(x))
+
+
+def test_post_norm_and_a_convolution_in_the_mlp():
+    torch.manual_seed(0)
+    block = Block(8, Double(), mlp_kernel=3, post_norm=True)
+    middle = block.norm1(3 * x)
+    hidden = block.mlp.fc1(middle).transpose(1, 2).unflatten(2, grid[:2])
+    hidden = nn.functional.gelu(block.mlp.conv(hidden)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(block(x, grid)[0], block.norm2(middle + block.mlp.fc2(hidden)))
