@@ -2,6 +2,7 @@
 
 $ python eval.py ckpt=outputs/mine/checkpoints/best
 $ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the/images data.batch_size=256
+$ python eval.py recipe=biformer/tiny_in1k data.root=/data/imagenet ckpt=biformer_tiny_best.pth
 """
 
 from omegaconf import DictConfig

@@ -1,6 +1,7 @@
 """Train one configuration.
 
 $ python train.py model=swin_tiny attention=agent data=imagenet1k data.root=/data/imagenet
+$ python train.py recipe=biformer/tiny_in1k data.root=/data/imagenet trainer.devices=8
 $ python train.py --help
 """
 

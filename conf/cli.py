@@ -187,11 +187,19 @@ def _composition(error: Exception, config_name: str) -> str:
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):
             return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
+        if swept := _swept():
+            return f"there is no setting {key!r} before {swept} is chosen; in this sweep write ++{key}=..."
         return f"there is no setting {key!r}{_near_keys(key, config_name)}"
     cause = chain[-1]
     if cause is not error and str(cause) not in text:
         text = f"{text}\n{str(cause).splitlines()[0]}"
     return text
+
+
+def _swept() -> str:
+    """The first group of which a sweep tries several options, which Hydra has not chosen when it looks at the keys."""
+    pairs = [argument.partition("=")[::2] for argument in sys.argv[1:]]
+    return next((key for key, value in pairs if key in (*groups(), "recipe") and "," in value), "")
 
 
 def _near_keys(key: str, config_name: str) -> str:

@@ -17,7 +17,7 @@ from conf.cli import compose_run
 from data.augment import Augment
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 from models.factory import build
-from models.tasks.classification import Schedule
+from models.tasks.schedule import Schedule
 from models.tasks.verdict import judge
 from recipes import __main__ as table
 
@@ -65,7 +65,7 @@ def test_the_whole_configuration_is_the_recorded_one(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_targets(name):
     target = recipes.load(name).target
-    assert set(target) == {"paper", "metric", "value", "tolerance", "status"}
+    assert set(target) == {"paper", "source", "metric", "value", "tolerance", "status"}
     assert target.paper.startswith("arXiv:") and target.metric in ("val/top1", "val/top1_ema")
     assert 70 < target.value < 95 and 0 < target.tolerance <= 0.3
     assert target.status in ("unverified", "forward", "trained")
@@ -278,6 +278,13 @@ def test_a_recipe_in_a_sweep_from_another_folder_with_overrides(command, tmp_pat
     chosen = [OmegaConf.load(path) for path in configs]
     assert {cfg.run.recipe for cfg in chosen} == set(names.split(","))
     assert [(cfg.model.drop_path, cfg.schedule.cooldown_epochs) for cfg in chosen] == [(0.05, 10)] * 2
+
+
+def test_a_setting_that_only_the_swept_models_have(command):
+    sweep = ("-m", "recipe=davit/tiny_in1k,davit/small_in1k", "logger=none")
+    status, _, err = command("train", *sweep, "model.num_heads=[1,1,2,2]")
+    assert status == 2
+    assert "no setting 'model.num_heads' before recipe is chosen; in this sweep write ++model.num_heads=..." in err
 
 
 def test_a_recipe_and_a_smoke_run(command):

@@ -317,3 +317,16 @@ def test_the_command_line_is_instant(arguments):
     assert result.returncode == (2 if "agnt" in arguments[0] else 0)
     if arguments == ["--help"]:
         assert "attention: " in result.stdout and "focused_linear" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "attention"), [("biformer_tiny", ["attention.topk=[1,4,4,all]"]), ("davit_tiny", [])]
+)
+def test_models_of_the_papers_learn_the_digits(model, attention, command, tmp_path):
+    """Reduced widths, a third of the default epochs, the default data: above 95 % top-1."""
+    shape = ("model.dims=[32,64,96,128]", "model.depths=[1,1,1,1]", "model.num_heads=[1,2,3,4]", "image_size=32")
+    run = ("trainer.max_epochs=12", "logger=none", "run.name=digits", "trainer.accelerator=cpu")
+    status, _, err = command("train", f"model={model}", *attention, *shape, *run)
+    assert status == 0, err
+    assert json.loads((tmp_path / "outputs" / "digits" / "metrics.json").read_text())["val/top1"] > 0.95

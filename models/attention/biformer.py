@@ -135,13 +135,15 @@ class BiLevelRoutingAttention(nn.Module):
             o = self._forward_fused(x, tiled, size)
             return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
         qkv_BNC = self.qkv(x)
-        q_BNC, kv_BNC = qkv_BNC.split([self.qk_dim, self.qk_dim + self.dim], dim=-1)
-        q_WTC, kv_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, kv_BNC))
-        kv_WSC = gather(self._pool(kv_WTC, size), *self.router(*self._means(x, qkv_BNC, tiled, size), self.scale))
-        o_WTC = self._attend(q_WTC, kv_WSC)
+        routes = self.router(*self._means(x, qkv_BNC, tiled, size), self.scale)
+        # keys and values are gathered apart: the gradient of a split behind the gather would be a copy of all of them
+        q_BNC, k_BNC, v_BNC = qkv_BNC.split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
+        q_WTC, k_WTC, v_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, k_BNC, v_BNC))
+        k_WSC, v_WSC = (gather(self._pool(t, size), *routes) for t in (k_WTC, v_WTC))
+        o_WTC = self._attend(q_WTC, k_WSC, v_WSC)
         o = windows.merge(o_WTC, tiled.height, tiled.width, size)
         if self.lepe is not None:
-            o = enhance(self.lepe, kv_BNC[..., self.qk_dim :], tiled, o, self.backend)
+            o = enhance(self.lepe, v_BNC, tiled, o, self.backend)
         return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
 
     def runs(self) -> Runs:
@@ -228,13 +230,12 @@ class BiLevelRoutingAttention(nn.Module):
                 mean_BRC = F.linear(mean_BRC, weight, bias)
             return mean_BRC.chunk(2, dim=-1)
 
-    def _pool(self, kv_WTC: Tensor, size: tuple[int, int]) -> Tensor:
+    def _pool(self, x_WTC: Tensor, size: tuple[int, int]) -> Tensor:
         if self.kv_pool is None:
-            return kv_WTC
-        return to_tokens(self.kv_pool(to_map(kv_WTC, Grid(*size))))
+            return x_WTC
+        return to_tokens(self.kv_pool(to_map(x_WTC, Grid(*size))))
 
-    def _attend(self, q_WTC: Tensor, kv_WSC: Tensor) -> Tensor:
-        k_WSC, v_WSC = kv_WSC.split([self.qk_dim, self.dim], dim=-1)
+    def _attend(self, q_WTC: Tensor, k_WSC: Tensor, v_WSC: Tensor) -> Tensor:
         (q,), (k,), (v,) = (split_heads(t, 1, self.num_heads) for t in (q_WTC, k_WSC, v_WSC))
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
 
@@ -278,17 +279,17 @@ class Router(nn.Module):
         return routes_BRK, None if self.kind == "hard" else best.values[..., : self.topk].softmax(-1)
 
 
-def gather(kv_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Tensor:
-    """(B·R, S, C) → (B·R, K·S, C): the keys and values of the regions that each region is routed to.
+def gather(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Tensor:
+    """(B·R, S, C) → (B·R, K·S, C): the keys or values of the regions that each region is routed to.
 
     Whole rows are selected: the backward pass of `torch.gather` on an expanded tensor would allocate R times the map.
     """
     B, R, K = routes_BRK.shape
     rows = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
-    picked = kv_WSC.index_select(0, rows.flatten())
+    picked = x_WSC.index_select(0, rows.flatten())
     if weights_BRK is not None:
         picked = picked * weights_BRK.to(picked.dtype).reshape(-1, 1, 1)
-    return picked.view(B * R, K * kv_WSC.shape[1], kv_WSC.shape[2])
+    return picked.view(B * R, K * x_WSC.shape[1], x_WSC.shape[2])
 
 
 def _check_options(num_regions: int, topk: int, padding: str, routing: str) -> None:

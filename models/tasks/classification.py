@@ -10,17 +10,14 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from models.tasks.effective_batch import images_per_step, scaled_rate
+from models.tasks.schedule import Schedule, check_number, check_schedule
 from models.tasks.token_labelling import TokenHead, prepare
 
-SCHEDULES = ("cosine", "constant", "step", "poly")
-INTERVALS = ("step", "epoch")
-EPOCHS = ("warmup_epochs", "cooldown_epochs", "decay_epochs", "late_epochs")  # settings of a schedule
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
 
 
@@ -61,7 +58,7 @@ class Classification(pl.LightningModule):
             raise ValueError(
                 f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing"
             )
-        _check_number("task", "token_weight", token_weight)
+        check_number("task", "token_weight", token_weight)
         _check_settings(model, optimizer, schedule)
         for name, how in (auxiliary or {}).items():
             if how["reduction"] not in REDUCTIONS:
@@ -166,55 +163,6 @@ class Classification(pl.LightningModule):
         metrics["top5"].update(logits, batch.labels)
 
 
-class Schedule:
-    """A timm schedule as a function of the optimizer step alone: nothing of it is kept in checkpoints.
-
-    Args:
-        optimizer: with the learning rate to reach after the warm-up.
-        settings: `sched`, `warmup_epochs`, `warmup_lr`, `min_lr`, `cooldown_epochs` and more, see conf/schedule.
-            `interval`: "step", or "epoch" for one rate throughout an epoch. `late_epochs`: the schedule begins that
-            much later, holds its first value until then, and is cut off at the end; it is 1 for authors whose code
-            calls timm's `step(epoch)` after the epoch of that number.
-        total: steps of the run.
-        per_epoch: steps of an epoch.
-
-    The warm-up, and before it what the schedule is late, take at most half of the run, so that a short trial reaches
-    its learning rate.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], total: int, per_epoch: int) -> None:
-        self.optimizer = optimizer
-        options = {key: value for key, value in settings.items() if value is not None}
-        self.every = per_epoch if options.pop("interval", "step") == "epoch" else 1
-        total, epoch = math.ceil(total / self.every), per_epoch // self.every  # both in what timm counts
-        cooldown = round(options.pop("cooldown_epochs", 0) * epoch)
-        warmup = min(round(options.pop("warmup_epochs", 0) * epoch), total // 2)
-        self.late = min(round(options.pop("late_epochs", 0) * epoch), total // 2 - warmup)
-        if "decay_epochs" in options:
-            options["decay_epochs"] = max(round(options["decay_epochs"] * epoch), 1)
-        if options.get("sched") == "constant":
-            options |= {"sched": "cosine", "min_lr": max(group["lr"] for group in optimizer.param_groups)}
-        self.timm, _ = create_scheduler_v2(
-            optimizer,
-            num_epochs=max(total - cooldown, 1),
-            warmup_epochs=warmup,
-            cooldown_epochs=cooldown,
-            updates_per_epoch=1,
-            step_on_epochs=False,
-            **options,
-        )
-
-    def step_update(self, step: int) -> None:
-        """Sets the learning rates of the given optimizer step, 0-based."""
-        self.timm.step_update(max(step // self.every - self.late, 0))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: the step decides."""
-
-
 def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, **{key: value for key, value in settings.items() if value is not None})
 
@@ -225,40 +173,14 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
     Raises:
         ValueError: an unknown optimizer or schedule, an unknown key, or a value of a wrong type or range.
     """
-    for group, settings, names in [
-        ("optimizer", optimizer, ("lr", "reference_batch", "weight_decay", "layer_decay")),
-        ("schedule", schedule, (*EPOCHS, "warmup_lr", "min_lr")),
-    ]:
-        for name in names:
-            if settings.get(name) is not None:
-                _check_number(group, name, settings[name])
-    if schedule.get("sched", "cosine") not in SCHEDULES:
-        raise ValueError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {schedule['sched']!r}")
-    _check_interval(schedule)
+    for name in ("lr", "reference_batch", "weight_decay", "layer_decay"):
+        check_number("optimizer", name, optimizer.get(name))
+    check_schedule(schedule)
     if optimizer:
         try:
             _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
         except (TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
-
-
-def _check_interval(schedule: dict[str, Any]) -> None:
-    interval = schedule.get("interval", "step")
-    if interval not in INTERVALS:
-        raise ValueError(
-            f"schedule: interval must be one of {', '.join(INTERVALS)}, got {interval!r}; set schedule.interval"
-        )
-    for name in EPOCHS if interval == "epoch" else ():
-        if (schedule.get(name) or 0) % 1:
-            raise ValueError(
-                f"schedule: {name} must be a whole number where the rate changes once per epoch, "
-                f"got {schedule[name]!r}; set schedule.{name}, or schedule.interval=step"
-            )
-
-
-def _check_number(group: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

@@ -8,7 +8,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from conf.cli import CONF
-from models.tasks.classification import Classification, Schedule
+from models.tasks.classification import Classification
+from models.tasks.schedule import Schedule
 from tests.models.tasks.test_classification import OPTIMIZER, Data, Net, trainer
 
 SETTINGS = {"sched": "cosine", "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "cooldown_epochs": 0}
