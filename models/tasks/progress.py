@@ -143,11 +143,13 @@ class RunProgress(Callback):
     def _describe(self, trainer: pl.Trainer) -> str:
         done = trainer.global_step - self._first
         elapsed = time.perf_counter() - self._started
-        left = elapsed / done * (self._total - trainer.global_step) if done else 0.0
+        steps = self._total - trainer.global_step
+        left = f"ETA {duration(elapsed / done * steps)}" if done else ""  # not known before the first step is taken
         loss = trainer.callback_metrics.get("train/loss")
         shown = [f"loss {float(loss):.{4 if self._wide else 2}f}"] if loss is not None else []
         note = self._note if self._wide else self._note.removeprefix("val ")
-        shown += [f"{self.throughput.images_per_second:.0f} images/s", f"ETA {duration(left)}", note]
+        rate = self.throughput.images_per_second
+        shown += [f"{rate:.{0 if rate >= 10 else 1}f} images/s" if rate else "", left, note]
         return ("  " if self._wide else " ").join(filter(None, shown))
 
 
