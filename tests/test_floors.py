@@ -19,7 +19,8 @@ FLOORS = {
     "models.checkpoints": ["=models", "conf.cli"],  # what models there are, to give weights their names
     "models.probes": ["models.layers"],
     "models.tasks": [
-        *("models.attention.backend", "models.checkpoints", "models.factory", "models.layers", "conf.cli", "recipes")
+        *("models.attention.backend", "models.checkpoints", "models.cost", "models.factory", "models.layers"),
+        *("conf.cli", "recipes"),
     ],
     "models.factory": ["conf", "=models.backbones.base"],
     "models.tables": [
@@ -31,7 +32,7 @@ FLOORS = {
         "models.factory",
     ],
     "models.cost": [],
-    "recipes.__main__": ["conf", "models.backbones.base", "models.cost", "models.factory"],
+    "recipes.__main__": ["=recipes", "conf", "models.backbones.base", "models.cost", "models.factory"],
     "models": ["conf", "models.factory"],
     "data": [],
     "recipes": [],

@@ -34,8 +34,9 @@ def evaluate(cfg: DictConfig) -> float:
     given = resolved(cfg)
     weights = _of_file(cfg, given) if Path(cfg.ckpt).is_file() else _of_directory(cfg, given)
     data = build(cfg, "data")
+    _check_number(weights.num_classes, data)
     check_data(data, training=False)
-    _check_classes(weights, data)
+    _check_classes(weights.classes, data)
     model, ema = (_model(cfg, weights, ema) for ema in (False, True))
     task = Classification(model, {}, {}, data.num_classes)
     task.ema_model = ema
@@ -160,14 +161,17 @@ def _throughput(model: nn.Module, images: Tensor, seconds: float = 1.0) -> float
     return passes * len(images) / elapsed
 
 
-def _check_classes(weights: Weights, data: pl.LightningDataModule) -> None:
-    """Raises when there are more or fewer classes than in training, or a label means another class."""
-    if weights.num_classes not in (None, data.num_classes):
+def _check_number(num_classes: int | None, data: pl.LightningDataModule) -> None:
+    """Raises when there are more or fewer classes than in training."""
+    if num_classes not in (None, data.num_classes):
         raise UserError(
-            f"eval: the checkpoint has {weights.num_classes} classes, the data has {data.num_classes}; "
+            f"eval: the checkpoint has {num_classes} classes, the data has {data.num_classes}; "
             "evaluate on the data it was trained for"
         )
-    trained = weights.classes
+
+
+def _check_classes(trained: list[str] | None, data: pl.LightningDataModule) -> None:
+    """Raises when a label means another class than in training."""
     if trained is None or trained == data.class_names:
         return
     pairs = enumerate(zip(trained, data.class_names, strict=False))
