@@ -47,7 +47,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     resolvers.register()
-    recipes.register()
+    recipes.register(sys.argv[1:])
     failed: list[int] = []
 
     @wraps(job)
@@ -91,7 +91,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
 def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """What train.py would run with these arguments, outside of a run, and the option chosen in every group."""
     resolvers.register()
-    recipes.register()
+    recipes.register(overrides)
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()  # Hydra refuses to compose while it runs a job
     try:

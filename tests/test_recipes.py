@@ -84,6 +84,23 @@ def test_published_values(name, value):
     assert recipes.load(name).target.value == value
 
 
+def test_only_recipes_that_are_named_are_read(monkeypatch):
+    """And one that has been read keeps its content when a later command names another."""
+    monkeypatch.setattr(recipes, "_read", set())
+    read = []
+    monkeypatch.setattr(recipes, "load", lambda name: read.append(name) or OmegaConf.create({"seed": 1}))
+    stored = {}
+    monkeypatch.setattr(recipes, "_store", stored.__setitem__)
+    recipes.register(["model=vit_tiny", "recipe=davit/tiny_in1k", "seed=3"])
+    assert read == ["davit/tiny_in1k"] and set(stored) == set(NAMES) and stored["davit/base_in1k"] == {}
+    recipes.register(["recipe=davit/base_in1k"])
+    assert stored["davit/tiny_in1k"] == stored["davit/base_in1k"] == {"seed": 1}
+    recipes.register(["recipe=glob(*)"])
+    assert len(read) == 2 + len(NAMES)
+    recipes.register()
+    assert len(read) == 2 + 2 * len(NAMES)
+
+
 # The numbers of the training
 
 
