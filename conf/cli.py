@@ -108,7 +108,9 @@ def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
 def _refuse_lists_of_options() -> None:
     """`attention=[window,softmax]` would be merged by Hydra into one mixture of both."""
     for argument in sys.argv[1:]:
-        group, _, value = argument.partition("=")
+        group, given, value = argument.partition("=")
+        if not given:  # an option of Hydra, or its value, as in --cfg job -p model
+            continue
         if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
             raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
         if group in groups() and value in ("null", ""):

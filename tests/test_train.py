@@ -304,7 +304,9 @@ def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):
     assert status == 2 and "the checkpoint has 10 classes, the data has 7" in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["attention=agnt"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "-p", "model"], ["attention=agnt"]], ids=" ".join
+)
 def test_the_command_line_is_instant(arguments):
     seconds = []
     for _ in range(3):
