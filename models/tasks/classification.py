@@ -174,7 +174,8 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
         ValueError: an unknown optimizer or schedule, an unknown key, or a value of a wrong type or range.
     """
     for name in ("lr", "reference_batch", "weight_decay", "layer_decay"):
-        check_number("optimizer", name, optimizer.get(name))
+        if optimizer.get(name) is not None:
+            check_number("optimizer", name, optimizer[name])
     check_schedule(schedule)
     if optimizer:
         try:

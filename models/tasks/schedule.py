@@ -67,7 +67,8 @@ def check_schedule(settings: dict[str, Any]) -> None:
         ValueError: an unknown schedule or interval, or a value of a wrong type or range.
     """
     for name in (*EPOCHS, "warmup_lr", "min_lr"):
-        check_number("schedule", name, settings.get(name))
+        if settings.get(name) is not None:
+            check_number("schedule", name, settings[name])
     if settings.get("sched", "cosine") not in SCHEDULES:
         raise ValueError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {settings['sched']!r}")
     interval = settings.get("interval", "step")
@@ -84,8 +85,6 @@ def check_schedule(settings: dict[str, Any]) -> None:
 
 
 def check_number(group: str, name: str, value: Any) -> None:
-    """Refuses a value that is given and is no number of at least 0."""
-    if value is None:
-        return
+    """Refuses what is no number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
