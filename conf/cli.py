@@ -49,10 +49,12 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     resolvers.register()
     recipes.register(sys.argv[1:])
     failed: list[int] = []
+    command = sys.argv[:]
 
     @wraps(job)
     def guarded(cfg: DictConfig) -> object:
         """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on."""
+        sys.argv[:] = command  # `before` may have taken something off, which further processes of this run need
         try:
             return job(cfg)
         except UserError as error:
@@ -68,6 +70,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     try:
         _refuse_lists_of_options()
         _refuse_unknown_recipes()
+        _let_sweeps_set_everything(config_name)
         if before is not None:
             before()
         hydra.main(config_path=str(CONF), config_name=config_name, **_main_options())(guarded)()
@@ -189,8 +192,6 @@ def _composition(error: Exception, config_name: str) -> str:
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):
             return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
-        if swept := _swept():
-            return f"there is no setting {key!r} before {swept} is chosen; in this sweep write ++{key}=..."
         return f"there is no setting {key!r}{_near_keys(key, config_name)}"
     cause = chain[-1]
     if cause is not error and str(cause) not in text:
@@ -198,10 +199,32 @@ def _composition(error: Exception, config_name: str) -> str:
     return text
 
 
-def _swept() -> str:
-    """The first group of which a sweep tries several options, which Hydra has not chosen when it looks at the keys."""
-    pairs = [argument.partition("=")[::2] for argument in sys.argv[1:]]
-    return next((key for key, value in pairs if key in (*groups(), "recipe") and "," in value), "")
+def _let_sweeps_set_everything(config_name: str) -> None:
+    """In a sweep over options Hydra looks at the other settings before it chooses any: `++` keeps it from judging them.
+
+    They are judged here, with the first option of each, so that a mistyped setting is found as everywhere else.
+    """
+    arguments = sys.argv[1:]
+    pairs = [argument.partition("=")[::2] for argument in arguments]
+    swept = [key for key, value in pairs if key in (*groups(), "recipe") and "," in value]
+    if not swept or not {"-m", "--multirun"} & set(arguments) or any("(" in value for _, value in pairs):
+        return
+    first = [f"{key}={_first(value)}" for key, value in pairs if value and not key.startswith(("-", "hydra."))]
+    with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
+        hydra.compose(config_name, overrides=first)
+    settings = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
+    free = [key for key in settings if key not in (*groups(), "recipe") and not key.startswith(("hydra.", "run."))]
+    sys.argv[1:] = [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
+
+
+def _first(value: str) -> str:
+    """The first of several values; commas inside brackets, braces and quotes are part of one."""
+    depth = 0
+    for position, letter in enumerate(value):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0 and value[:position].count("'") % 2 == 0:
+            return value[:position]
+    return value
 
 
 def _near_keys(key: str, config_name: str) -> str:

@@ -24,7 +24,8 @@ class Augment:
 
     ``erasing``: probability of erasing a rectangle, filled with noise. ``mixup`` and ``cutmix``: Beta parameters, 0
     switches off; ``mix_probability`` per batch, ``switch_probability`` of cutmix when both are on. Mixed targets are
-    soft but not smoothed: smoothing belongs to the loss.
+    soft but not smoothed: smoothing belongs to the loss. ``erase_mixed``: erase after mixing, as timm's loader does,
+    instead of before.
 
     ``repeated``: appearances of an image in a row (repeated augmentation); 1 is ordinary training.
     """
@@ -42,6 +43,7 @@ class Augment:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     switch_probability: float = 0.5
+    erase_mixed: bool = False
 
     repeated: int = 1
 
@@ -76,6 +78,8 @@ class Augment:
             found.append(f"interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
         if not isinstance(self.repeated, int) or isinstance(self.repeated, bool) or self.repeated < 1:
             found.append(f"repeated={self.repeated!r}, expected a whole number from 1")
+        if not isinstance(self.erase_mixed, bool):
+            found.append(f"erase_mixed={self.erase_mixed!r}, expected true or false")
         if self.rand_augment is not None and not str(self.rand_augment).startswith("rand-"):
             found.append(f"rand_augment={self.rand_augment!r}, expected a policy such as rand-m9-mstd0.5-inc1")
         return found

@@ -102,12 +102,21 @@ class DeviceStage:
         return token_targets(labels, grid, self.num_classes)
 
     def _change(self, batch: Batch) -> Batch:
-        images, labels = batch.images, batch.labels
-        if self.augment.erasing > 0:
-            erase = RandomErasing(self.augment.erasing, mode="pixel", device=images.device)
-            images = erase(images)
-        if self._mix_token is not None and batch.token_labels is not None:
-            return self._mix_token(batch._replace(images=images))
-        if self._mixup is not None:
-            images, labels = self._mixup(images, labels)
+        steps = [self._erase, self._mix]
+        for step in reversed(steps) if self.augment.erase_mixed else steps:
+            batch = step(batch)
+        return batch
+
+    def _erase(self, batch: Batch) -> Batch:
+        if self.augment.erasing == 0:
+            return batch
+        erase = RandomErasing(self.augment.erasing, mode="pixel", device=batch.images.device)
+        return batch._replace(images=erase(batch.images))
+
+    def _mix(self, batch: Batch) -> Batch:
+        if self._mixup is None:
+            return batch
+        if batch.token_labels is not None:
+            return self._mix_token(batch)
+        images, labels = self._mixup(batch.images, batch.labels)
         return batch._replace(images=images, labels=labels)

@@ -160,6 +160,7 @@ class ImageData(pl.LightningDataModule):
             repeats=self.augment.repeated,
             drop_last=self.drop_last,
             shuffle=not overfit,
+            accumulated=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
         )
 
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:

@@ -31,6 +31,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         seed: names the order together with the epoch.
         rank, world: this process and the number of processes.
         repeats: appearances of an image in a row; 1 is ordinary training.
+        accumulated: batches of an optimizer step. They are dealt like the batches of as many processes, so that with
+            repeated augmentation too a batch is the same on one device that accumulates as on many.
         drop_last: leave out the last batch when it is not full. When kept, it is split as evenly as possible and
             still left out when some process would get nothing.
         shuffle: ``False`` keeps the source's order in every epoch (overfitting on the first batches).
@@ -49,9 +51,10 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         repeats: int = 1,
         drop_last: bool = True,
         shuffle: bool = True,
+        accumulated: int = 1,
     ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world, self.repeats = rank, world, repeats
+        self.rank, self.world, self.repeats, self.accumulated = rank, world, repeats, accumulated
         self.drop_last, self.shuffle = drop_last, shuffle
         self.epoch = 0
         self.start_epoch: int | None = None
@@ -82,10 +85,18 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         epoch = self.epoch if self.start_epoch is None else self.start_epoch
         start, self.start_epoch, self.start_batch = self.start_batch, None, 0
         order = self._order(epoch)
-        size = self.batch_size * self.world
         for number in range(start, len(self)):
-            positions = range(number * size + self.rank, min((number + 1) * size, self.samples), self.world)
+            positions = self._positions(number)
             yield [Draw(epoch, int(order[p // self.repeats]), p % self.repeats, number) for p in positions]
+
+    def _positions(self, number: int) -> range:
+        """Where the samples of a batch are in the epoch; batches that make no whole step are dealt one by one."""
+        size = self.batch_size * self.world
+        step, part = divmod(number, self.accumulated)
+        if (step + 1) * self.accumulated * size <= self.samples:
+            first, hands = step * self.accumulated * size, self.world * self.accumulated
+            return range(first + part * self.world + self.rank, first + self.accumulated * size, hands)
+        return range(number * size + self.rank, min((number + 1) * size, self.samples), self.world)
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

@@ -1,6 +1,8 @@
 """`python eval.py` on published files of weights and with recipes; checkpoints of runs are in test_train.py."""
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from models import create_model
 from models.checkpoints import export
 
+ROOT = Path(__file__).parents[1]
 SHAPE = {"dims": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
 SMALL = [f"model.{key}={value}".replace(" ", "") for key, value in SHAPE.items()]
 FAKE = ("data=fake", "data.source.val_images=6", "data.batch_size=3", "image_size=64", "trainer.accelerator=cpu")
@@ -43,7 +46,9 @@ def test_an_authors_file_and_a_recipe(published, command, model):
     assert figures["parameters"] == sum(p.numel() for p in model.parameters())
     assert figures["val/loss"] != figures["val/loss_ema"], "the average in the file is another model"
     lines = out.strip().splitlines()
-    assert lines[-1].startswith("not reproduced: val/top1 ") and lines[-1].endswith("on fake instead of imagenet1k")
+    assert lines[-1].startswith("not reproduced: val/top1 ") and lines[-1].endswith(
+        "with data=fake instead of imagenet1k"
+    )
     assert "biformer_tiny with biformer attention on fake, biformer_best.pth" in out
 
 
@@ -63,9 +68,38 @@ def test_evaluation_needs_no_training_images(published, command, tmp_path):
     data = ("data=imagefolder", f"data.root={tmp_path / 'images'}", "image_size=64", "data.workers=0")
     status, out, err = command("eval", "recipe=biformer/tiny_in1k", *SMALL, *data, f"ckpt={published}")
     assert status == 0, err
-    assert out.strip().endswith("measured on imagefolder instead of imagenet1k")
+    assert out.strip().endswith("with data=imagefolder instead of imagenet1k")
     status, _, err = command("train", "model=vit_32px", *data, "logger=none")
     assert status == 2 and "no folder" in err and "train" in err
+
+
+def test_a_model_with_another_option_of_its_attention(command, tmp_path):
+    model = create_model("biformer_tiny", num_classes=10, lepe_kernel=3, **SHAPE)
+    torch.save({"model": export(model.state_dict(), "biformer_tiny", lepe_kernel=3, **SHAPE)}, tmp_path / "theirs.pth")
+    status, _, err = command("eval", *RECIPE, "attention.lepe_kernel=3", f"ckpt={tmp_path / 'theirs.pth'}")
+    assert status == 0, err
+    assert "lepe.weight' must have the shape" in refused(command, *RECIPE, f"ckpt={tmp_path / 'theirs.pth'}").replace(
+        "lepe.weight must", "lepe.weight' must"
+    )
+
+
+def test_the_second_form_of_the_authors_code_is_named(command, tmp_path):
+    state = export(
+        create_model("biformer_stl_nchw", num_classes=10, **SHAPE).state_dict(), "biformer_stl_nchw", **SHAPE
+    )
+    torch.save(state, tmp_path / "nchw.pth")
+    status, out, err = command("eval", "recipe=biformer/stl_in1k", *SMALL, *FAKE, f"ckpt={tmp_path / 'nchw.pth'}")
+    assert status == 0, err
+    assert "warning: " in out and "biformer_stl_nchw is the model that gives its results" in out
+
+
+@pytest.mark.slow
+def test_two_devices(published, tmp_path):
+    """Lightning starts the second process with the command as it was typed."""
+    command = [sys.executable, ROOT / "eval.py", *RECIPE, f"ckpt={published}", "trainer.devices=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("with data=fake instead of imagenet1k")
 
 
 def refused(command, *arguments: str) -> str:

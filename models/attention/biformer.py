@@ -78,7 +78,9 @@ class BiLevelRoutingAttention(nn.Module):
 
     Args:
         site: the place in the backbone.
-        num_regions: regions per side of the map (the authors' `n_win`), cut to the side of a smaller map.
+        num_regions: regions per side of the map (the authors' `n_win`). Where the map that the model is built for is
+            smaller, and always under padding "qkv", it is cut to the side of the map; otherwise a smaller map of a
+            forward pass is padded to it, as the authors do.
         topk: regions that each region attends to. A map that a forward pass brings may have fewer regions than `topk`:
             then all of them are attended to.
         lepe_kernel: side of the depth-wise convolution of the values that is added (LePE); 0 for none.
@@ -121,6 +123,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.topk = topk
         self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
         self.qk_dim = qk_dim or site.dim
+        self.cut = padding == "qkv" or min(site.grid[:2]) < num_regions
         self._check_site(site)
         self.scale = self.qk_dim**-0.5
         self.qkv = nn.Linear(site.dim, 2 * self.qk_dim + site.dim)
@@ -212,7 +215,7 @@ class BiLevelRoutingAttention(nn.Module):
         return _extend(x_BNC, grid, tiled), tiled, size
 
     def _sides(self, grid: Grid) -> list[int]:
-        return [min(self.num_regions, side) for side in grid[:2]]
+        return [min(self.num_regions, side) if self.cut else self.num_regions for side in grid[:2]]
 
     def _means(self, x_BNC: Tensor, qkv_BNC: Tensor, tiled: Grid, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Mean query and key of each region, (B, R, qk_dim) in float32.

@@ -82,7 +82,10 @@ class Backbone(Trunk):
         return (logits, losses) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:
-        """The normalised tokens (B, N, C) of the last stage, their map, and the auxiliary losses."""
+        """The tokens (B, N, C) of the last stage as they are pooled, their map, and the auxiliary losses.
+
+        They are normalised where the norm of the family stands before the pooling (not in ConvNeXt and DaViT).
+        """
         maps, losses = self._forward_stages(images)
         x_BNC, grid = maps[-1]
         return self.norm(x_BNC), grid, _stack(losses)
@@ -92,11 +95,11 @@ class Backbone(Trunk):
         return self.head(self.pool(x_BNC, grid))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The normalised tokens (B, N, C) of the last stage, prefix tokens first."""
+        """The tokens (B, N, C) of the last stage, prefix tokens first; see `forward_tokens`."""
         return self.forward_tokens(images)[0]
 
     def forward_pyramid(self, images: Tensor) -> list[Tensor]:
-        """One map (B, C, H, W) per stage, channels and strides as in `channels` and `strides`."""
+        """One map (B, C, H, W) per stage as it leaves the stage; `Pyramid` is what dense tasks take."""
         maps, _ = self._forward_stages(images)
         return [to_map(x, grid) for x, grid in maps]
 

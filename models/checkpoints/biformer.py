@@ -6,6 +6,7 @@ Source: BiFormer, arXiv:2303.08810; the state dicts of its code at commit 1697bb
 from models.checkpoints.layout import Layout
 
 _BLOCK = (
+    (r"\.bn\.", "."),
     (r"\.position\.proj\.", ".pos_embed."),
     (r"\.scale([12])\.gamma$", r".gamma\1"),
     (r"\.mlp\.fc1\.", ".mlp.0."),

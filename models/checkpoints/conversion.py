@@ -46,7 +46,7 @@ def convert(
             as `module.`. Of a detector's or segmenter's file the backbone is taken: then the result is for
             `create_model(name, features_only=True)`.
         name: the model, see `models.list_models`.
-        num_classes: refuse a head for any other number of classes; None takes every head.
+        num_classes: refuse a head for any other number of classes, and none; None takes every head.
         settings: those that the model was made with, see `models.create_model`.
 
     Raises:
@@ -154,7 +154,11 @@ def _misfit(theirs: str, mine: str, table: _Table, value: Tensor, name: str) -> 
 
 
 def _wrong_classes(table: _Table, state: dict[str, Tensor], num_classes: int | None) -> str:
-    """What is wrong with the number of classes; "" for nothing, and where there is no head."""
+    """What is wrong with the number of classes; "" for nothing."""
+    if num_classes is not None and not any(mine.startswith(HEAD) for mine in table.names.values()):
+        return (
+            "the file has no classifier, got the backbone of a detector or segmenter; give a classification checkpoint"
+        )
     classes = {theirs: len(state[theirs]) for theirs, mine in table.names.items() if mine.startswith(HEAD)}
     if len(set(classes.values())) > 1:
         return f"the parts of the head must have one number of classes, got {classes}; fetch the file again"

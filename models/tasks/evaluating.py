@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint of ours, or of a published file of weights, and of what a recipe promises."""
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from conf.cli import UserError
+from conf.cli import UserError, compose_run
 from models.attention.backend import describe
 from models.checkpoints import check_config, convert, load_weights, read_config, read_manifest, resolve
 from models.cost import multiply_adds, parameters
@@ -19,7 +20,7 @@ from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
 from models.tasks.resume import without_backend
 from models.tasks.running import title
-from models.tasks.verdict import judge
+from models.tasks.verdict import deviations, judge
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -48,7 +49,9 @@ def evaluate(cfg: DictConfig) -> float:
     with trainer.precision_plugin.forward_context():
         figures |= cost(model, size, data.batch_size, trainer.strategy.root_device)
     if trainer.is_global_zero:
-        _report(weights, given, figures)
+        images = len(data.source.val)
+        measured = images if trainer.limit_val_batches == 1.0 else 0
+        _report(weights, given, figures, images, measured)
     return figures["val/top1"]
 
 
@@ -91,8 +94,7 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
     path, run = Path(cfg.ckpt), given["run"]
-    settings = {key: given["model"][key] for key in given["model"] if key not in ("attention", "num_classes")}
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    settings = _settings(run["model"], run["attention"], given)
 
     def load(ema: bool) -> dict[str, Tensor] | None:
         try:
@@ -101,18 +103,32 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
             if not ema:
                 raise
             return None  # the raw weights were there: the file has no average
-        names = {"attention": run["attention"], "num_classes": given["model"]["num_classes"]}
-        return convert(content, run["model"], **names, **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            state = convert(content, run["model"], num_classes=given["model"]["num_classes"], **settings)
+        for warning in caught if not ema else ():
+            print(f"warning: {warning.message}")
+        return state
 
     known = {"checkpoint": str(path), "model": run["model"]}
     output = path.with_name(f"{path.name}.metrics.json")
     return Weights(f"{title(given)}, {path.name}", known, output, load, None, None)
 
 
-def _report(weights: Weights, given: dict[str, Any], figures: dict[str, Any]) -> None:
+def _settings(name: str, attention: str, given: dict[str, Any]) -> dict[str, Any]:
+    """How the model differs from `create_model(name)`, so that the names and shapes of its weights are known."""
+    options = given["attention"] if isinstance(given["attention"], dict) else {}
+    plain = {key: value for key, value in (options | given["model"]).items() if not isinstance(value, dict)}
+    own = compose_run([f"model={name}"])[1]["attention"]
+    settings = {key: value for key, value in plain.items() if not key.startswith("_") and key != "num_classes"}
+    settings.pop("attention", None)  # a list of mechanisms
+    return settings | ({} if attention == own else {"attention": attention})
+
+
+def _report(weights: Weights, given: dict[str, Any], figures: dict[str, Any], images: int, measured: int) -> None:
     print_table(weights.title, _rows(figures))
-    recipe, target = given["run"].get("recipe"), given.get("target")
-    verdict = judge(recipe, target, figures, given["run"]["data"]) if recipe and target else None
+    recipe = given["run"].get("recipe")
+    verdict = judge(recipe, figures, deviations(recipe, given, images, measured)) if recipe else None
     known = weights.known | ({"recipe": recipe, "reproduced": verdict.reproduced} if verdict else {})
     write_json(weights.output, figures | known)
     print(f"metrics: {weights.output}")

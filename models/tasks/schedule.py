@@ -23,8 +23,8 @@ class Schedule:
         total: steps of the run.
         per_epoch: steps of an epoch.
 
-    The warm-up, and before it what the schedule is late, take at most half of the run, so that a short trial reaches
-    its learning rate.
+    The warm-up, and before it what the schedule is late, take at most half of the run, and the cooldown at most half
+    of the rest, so that a short trial reaches its learning rate and spends time at it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], total: int, per_epoch: int) -> None:
@@ -32,9 +32,9 @@ class Schedule:
         options = {key: value for key, value in settings.items() if value is not None}
         self.every = per_epoch if options.pop("interval", "step") == "epoch" else 1
         total, epoch = math.ceil(total / self.every), per_epoch // self.every  # both in what timm counts
-        cooldown = round(options.pop("cooldown_epochs", 0) * epoch)
         warmup = min(round(options.pop("warmup_epochs", 0) * epoch), total // 2)
         self.late = min(round(options.pop("late_epochs", 0) * epoch), total // 2 - warmup)
+        cooldown = min(round(options.pop("cooldown_epochs", 0) * epoch), (total - warmup) // 2)
         if "decay_epochs" in options:
             options["decay_epochs"] = max(round(options["decay_epochs"] * epoch), 1)
         if options.get("sched") == "constant":

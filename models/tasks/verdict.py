@@ -1,8 +1,20 @@
 """Whether an evaluation gives what its recipe promises."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from omegaconf import DictConfig, OmegaConf
+
 import recipes
+from conf.cli import compose_run
+from models.tasks.resume import without_backend
+
+# What decides a figure besides the weights; paths, batch sizes and what only training uses do not.
+JUDGED = ("image_size", "attention", "model", "data")
+FREE = ("model.attention", "model.image_size", "model.drop_path", "data.image_size", "data.eval.size", "data.root")
+FREE += ("data.source.root", "data.batch_size", "data.workers", "data.timeout", "data.augment", "data.seed")
+FREE += ("data.token_labels", "data.drop_last", "data.on_error", "data.num_classes", "model.num_classes")
+FREE_BELOW = ("model.attention.", "data.augment.")  # copies of other settings, and of training
 
 
 class Verdict(NamedTuple):
@@ -12,29 +24,58 @@ class Verdict(NamedTuple):
     text: str
 
 
-def judge(recipe: str, target: dict[str, Any], figures: dict[str, Any], data: str) -> Verdict:
+def judge(recipe: str, figures: dict[str, Any], differences: list[str]) -> Verdict:
     """Compares the figure that a recipe's `target` names with the published value.
 
     Args:
-        recipe: its name, for the data that the target is of.
-        target: `metric`, `value` (percent), `tolerance` (points) and `paper`.
+        recipe: its name.
         figures: measured, as fractions, by metric.
-        data: what they were measured on; on other data than the recipe's nothing is reproduced.
+        differences: what was not as in the recipe, see `deviations`: then nothing is reproduced.
     """
-    measured, wanted = 100 * figures[target["metric"]], target["value"]
-    difference = round(measured - wanted, 3)  # percent are given with one digit, accuracies are multiples of 0.002
-    text = (
-        f"{target['metric']} {measured:.2f} %, published {wanted} % ({target['paper']}), {difference + 0.0:+.2f} points"
-    )
-    if data != (meant := data_of(recipe)):
-        return Verdict(False, f"not reproduced: {text}, measured on {data} instead of {meant}")
-    reproduced = difference >= -target["tolerance"]
-    return Verdict(
-        reproduced, f"{'' if reproduced else 'not '}reproduced: {text}, {target['tolerance']} less are allowed"
-    )
+    target = recipes.load(recipe).target
+    measured, allowed = 100 * figures[target.metric], target.tolerance
+    difference = round(measured - target.value, 3) + 0.0
+    text = f"{target.metric} {measured:.3f} %, published {target.value} % ({target.paper}), {difference:+.3f} points"
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        return Verdict(False, f"not reproduced: {text}, with {', '.join(differences[:3])}{more}")
+    if difference < -allowed:
+        return Verdict(False, f"not reproduced: {text}, {allowed} less are allowed")
+    surprise = ", which is more than runs differ by: is it the right data?" if difference > allowed else ""
+    return Verdict(True, f"reproduced: {text}, {allowed} less are allowed{surprise}")
 
 
-def data_of(recipe: str) -> str:
-    """The option of `data=` that a recipe chooses."""
-    chosen = [entry for entry in recipes.load(recipe).defaults if "override /data" in entry]
-    return chosen[0]["override /data"]
+def deviations(recipe: str, given: dict[str, Any], images: int, measured: int) -> list[str]:
+    """What an evaluation does otherwise than the recipe, as `key=value instead of value`.
+
+    Args:
+        recipe: its name.
+        given: the resolved configuration of the evaluation.
+        images: in the validation data.
+        measured: of them.
+    """
+    cfg, choices = compose_run([f"recipe={recipe}"])
+    if given["run"]["data"] != choices["data"]:
+        return [f"data={given['run']['data']} instead of {choices['data']}"]
+    wanted = dict(_leaves({key: without_backend(_resolved(cfg, key)) for key in JUDGED}))
+    found = dict(_leaves({key: without_backend(given[key]) for key in JUDGED}))
+    keys = [key for key in wanted if key not in FREE and not key.startswith(FREE_BELOW)]
+    changed = [key for key in keys if found.get(key) != wanted[key]]
+    texts = [f"{key}={found.get(key)} instead of {wanted[key]}" for key in changed]
+    everything = recipes.load(recipe).target.images
+    if (images, measured) != (everything, everything):
+        texts.append(f"{min(images, measured):,} of {everything:,} images")
+    return texts
+
+
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by its path; a list is one value."""
+    if not isinstance(node, dict):
+        yield path, node
+        return
+    for name, value in node.items():
+        yield from _leaves(value, f"{path}.{name}" if path else str(name))

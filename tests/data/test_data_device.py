@@ -113,3 +113,14 @@ def test_erasing_touches_training_images_only_and_about_its_share():
 def test_mixing_probability():
     soft = [stage(mixup=0.8, mix_probability=0.3)(batch(number=n), training=True).labels.max() < 1 for n in range(200)]
     assert abs(sum(map(bool, soft)) / 200 - 0.3) < 0.13  # four standard deviations
+
+
+def test_erasing_before_or_after_mixing(monkeypatch):
+    order = []
+    monkeypatch.setattr("data.device.RandomErasing", lambda *a, **k: lambda x: order.append("erase") or x)
+    for erase_mixed in (False, True):
+        made = stage(erasing=1.0, mixup=0.8, erase_mixed=erase_mixed)
+        mix = made._mixup
+        made._mixup = lambda x, y, mix=mix: order.append("mix") or mix(x, y)
+        made(batch(), training=True)
+    assert order == ["erase", "mix", "mix", "erase"]

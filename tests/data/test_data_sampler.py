@@ -55,6 +55,22 @@ def test_global_batches_are_the_same_for_any_number_of_processes(repeats, world)
     assert all(len(part) == len(whole) for part in parts)
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_accumulated_batches_are_those_of_as_many_processes(repeats):
+    """One process that accumulates four batches, two that accumulate two, and four: the same batches."""
+
+    def drawn_by(world, accumulated):
+        ranks = [EpochBatchSampler(50, 3, 5, rank, world, repeats, accumulated=accumulated) for rank in range(world)]
+        return [[(d.index, d.repeat) for d in batch] for step in zip(*ranks, strict=True) for batch in step]
+
+    wanted, alone = drawn_by(4, 1), drawn_by(1, 4)
+    assert alone[: len(wanted)] == wanted and len(wanted) == 16
+    assert drawn_by(2, 2)[:16] == wanted
+    if repeats == 1:  # what makes no whole step is not lost
+        drawn = [draw for batch in alone for draw in batch]
+        assert len(drawn) == len(set(drawn)) == 48
+
+
 def test_starting_at_a_batch_skips_the_ones_before_once():
     sampler = EpochBatchSampler(23, 4, seed=1)
     whole = epoch_of(sampler, 2)

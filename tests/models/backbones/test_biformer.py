@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
+from models.attention import Grid, Site
+from models.attention.biformer import BiLevelRoutingAttention
 from models.attention.dual import Positioned
 from models.layers.position import ConvPosition
 
@@ -69,7 +71,28 @@ def test_batch_norm_of_tokens_is_that_of_the_map():
     got = model.norm.train()(x.flatten(2).transpose(1, 2))
     torch.testing.assert_close(got.transpose(1, 2).unflatten(2, (2, 4)), expected)
     for key, value in theirs.state_dict().items():
-        torch.testing.assert_close(model.norm.state_dict()[key], value)
+        torch.testing.assert_close(model.norm.bn.state_dict()[key], value)
+
+
+def test_batch_norms_can_be_synchronised():
+    """What `trainer.sync_batchnorm=true` does; on one process the results are the same."""
+    torch.manual_seed(0)
+    model = create_model("biformer_tiny", **SMALL).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    torch.testing.assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()(images), expected)
+
+
+def test_smaller_maps_are_padded_to_the_grid_of_regions():
+    """As the authors pad, where the model was built for larger maps; a model built for them has fewer regions."""
+    site = Site(32, 2, Grid(14, 14), 2, 0, 1, "hierarchical")
+    module, x = BiLevelRoutingAttention(site, num_regions=7, topk=4), torch.randn(2, 30, 32)
+    padded = nn.functional.pad(x.unflatten(1, (5, 6)), (0, 0, 0, 1, 0, 2)).flatten(1, 2)
+    expected = module(padded, Grid(7, 7)).x.unflatten(1, (7, 7))[:, :5, :6].flatten(1, 2)
+    torch.testing.assert_close(module(x, Grid(5, 6)).x, expected)
+    assert module.routes(x, Grid(5, 6)).shape == (2, 49, 4)
+    small = BiLevelRoutingAttention(site._replace(grid=Grid(5, 6)), num_regions=7, topk=4)
+    assert small.routes(x, Grid(5, 6)).shape == (2, 30, 4)
 
 
 def test_what_cannot_be_built():

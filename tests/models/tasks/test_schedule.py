@@ -102,6 +102,14 @@ def test_warm_up_and_delay_take_at_most_half_of_a_run(unit, length, warmup, late
     assert max(expected) >= LR / 2
 
 
+@pytest.mark.parametrize("length", [6, 10, 12, 20])
+def test_a_short_run_spends_time_at_its_learning_rate(length):
+    """Ten epochs of cooldown are wanted: they take at most half of what the warm-up leaves."""
+    found = rates(DAVIT, range(4 * length), total=4 * length, per_epoch=4)
+    assert sum(rate > LR / 4 for rate in found) >= len(found) / 4
+    assert found[-1] == pytest.approx(1e-5)
+
+
 def test_constant_and_step_schedules_count_epochs_too():
     constant = {"sched": "constant", "warmup_epochs": 2, "warmup_lr": 1e-6, "interval": "epoch", "late_epochs": 1}
     found = rates(constant, range(40), total=40, per_epoch=4)
