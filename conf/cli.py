@@ -70,7 +70,8 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     try:
         _refuse_lists_of_options()
         _refuse_unknown_recipes()
-        _let_sweeps_set_everything(config_name)
+        if config_name == "train":
+            _let_sweeps_set_everything(config_name)
         if before is not None:
             before()
         hydra.main(config_path=str(CONF), config_name=config_name, **_main_options())(guarded)()

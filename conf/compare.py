@@ -25,7 +25,8 @@ class CompareRuns(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         hydra = job_return.hydra_cfg.hydra
-        self.jobs.append((list(hydra.overrides.task), Path(hydra.runtime.output_dir)))
+        overrides = [override.lstrip("+") for override in hydra.overrides.task]
+        self.jobs.append((overrides, Path(hydra.runtime.output_dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rich.console import Console

@@ -64,7 +64,7 @@ def _of_file(arguments: dict[str, str]) -> dict:
 def _composed(arguments: dict[str, str]) -> dict:
     """What an evaluation takes from a recipe, or from a model and data that are named."""
     cfg, choices = compose_run([f"{key}={arguments[key]}" for key in CHOICES if key in arguments])
-    kept = ("seed", "image_size", "attention", "model", "augment", "data", "target")
+    kept = ("seed", "image_size", "attention", "model", "augment", "data")
     node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
     _without_token_labels(node["data"])
     node["run"] = {key: choices.get(key) for key in CHOICES}

@@ -27,7 +27,7 @@ def run_name() -> str:
 
 def slug(number: int, overrides: str) -> str:
     """A folder name for one job of a sweep, such as `0_attention-softmax`: it can be pasted after `ckpt=`."""
-    return re.sub(r"[^\w.+-]+", "-", f"{number}_{overrides}")[:120].rstrip("_-")
+    return re.sub(r"[^\w.+-]+", "-", f"{number}_{overrides.replace('++', '')}")[:120].rstrip("_-")
 
 
 def register() -> None:

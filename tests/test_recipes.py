@@ -291,7 +291,7 @@ def test_a_recipe_in_a_sweep_from_another_folder_with_overrides(command, tmp_pat
     small = ("model.num_heads=[1,1,2,2]", "model.drop_path=0.05")  # DaViT's own setting, and everybody's
     status, out, err = command("train", "-m", f"recipe={names}", *TINY, *small, *fake, *RUN)
     assert status == 0, err
-    assert "2 of 2 runs" in out
+    assert "2 of 2 runs" in out and "++" not in out[out.index("2 of 2 runs") :]
     configs = sorted((tmp_path / "outputs" / "sweep").glob("*/config.yaml"))
     chosen = [OmegaConf.load(path) for path in configs]
     assert {cfg.run.recipe for cfg in chosen} == set(names.split(","))
@@ -374,12 +374,13 @@ def test_nothing_is_reproduced_by_another_protocol():
         "data=fake instead of imagenet1k"
     ]
     for override, text in [
-        ("image_size=256", "image_size=256 instead of 224"),
+        ("data.eval.size=256", "data.eval.size=256 instead of 224"),
         ("data.eval.crop_fraction=1.0", "data.eval.crop_fraction=1.0 instead of 0.875"),
         ("model.depths=[1,1,1,1]", "model.depths=[1, 1, 1, 1] instead of [2, 2, 8, 2]"),
         ("attention.topk=2", "attention.topk=2 instead of [1, 4, 16, 'all']"),
     ]:
         assert deviations(name, evaluation(override), *whole) == [text]
+    assert deviations(name, evaluation("image_size=256"), *whole)[0] == "image_size=256 instead of 224"
     assert any("attention._target_" in text for text in deviations(name, evaluation("attention=agent"), *whole))
     assert deviations(name, evaluation(), 1000, 1000) == ["1,000 of 50,000 images"]
     assert deviations(name, evaluation(), 50_000, 0) == ["0 of 50,000 images"]

@@ -11,7 +11,7 @@ from models.tasks.resume import without_backend
 
 # What decides a figure besides the weights; paths, batch sizes and what only training uses do not.
 JUDGED = ("image_size", "attention", "model", "data")
-FREE = ("model.attention", "model.image_size", "model.drop_path", "data.image_size", "data.eval.size", "data.root")
+FREE = ("model.attention", "model.image_size", "model.drop_path", "data.image_size", "data.root")
 FREE += ("data.source.root", "data.batch_size", "data.workers", "data.timeout", "data.augment", "data.seed")
 FREE += ("data.token_labels", "data.drop_last", "data.on_error", "data.num_classes", "model.num_classes")
 FREE_BELOW = ("model.attention.", "data.augment.")  # copies of other settings, and of training
