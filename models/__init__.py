@@ -36,7 +36,7 @@ def list_models() -> list[str]:
 
 
 def list_attentions() -> list[str]:
-    """The names that `attention=` takes."""
+    """The mechanisms that `attention=` takes; it also takes the plans that combine two of them, conf/attention/plan."""
     from conf.cli import options
 
-    return options("attention")
+    return [name for name in options("attention") if "/" not in name]

@@ -96,6 +96,7 @@ class Attention(Protocol):
 
     A mixer that has a Triton kernel also has `runs() -> Runs`, and an attribute `backend`: "auto" (the kernel on a GPU,
     PyTorch elsewhere), "triton" (refused where it would not be the kernel) or "torch"; the results agree to rounding.
+    One whose attribute `reads_stream` is true is called with `stream_BNC` too, the block's input before its norm.
     """
 
     accepts: Accepts

@@ -18,34 +18,39 @@ from torch import Tensor, nn
 from kernels.agent_attention import MOST_AGENTS
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
-from models.attention import Grid, Runs, Site
-from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
-from models.layers.reduction import SpatialReduction
+from models.attention import Grid, Refused, Runs, Site
+from models.attention.multihead import for_stage, head_channels, heads_to_map, map_to_heads, reduction
+from models.attention.stripes import lay_out
+
+SIDES = (3, 4, 7, 7)  # of the papers' grids of agents, stage by stage
 
 
 def agent_attention(
     site: Site,
     *,
-    agent_tokens: int | Sequence[int] = 49,
-    trained_agent_tokens: int | Sequence[int] | None = None,
-    window: int | tuple[int, int] | None = None,
-    sr_ratio: int = 1,
+    agent_tokens: int | str | Sequence = "auto",
+    trained_agent_tokens: int | Sequence | None = None,
+    window: int | Sequence[int] | None = None,
+    stripe: int | str | Sequence[int | str] | None = None,
+    sr_ratio: int | Sequence[int] = 1,
     kernel_size: int = 3,
     bias: bool = True,
     bias_size: int = 7,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> MultiHead:
+) -> nn.Module:
     """Attention through agents pooled from the queries: linear in tokens for a fixed number of agents.
 
     Args:
         site: the place in the backbone.
-        agent_tokens: agents, a square number or (height, width) of their grid; no side is longer than the map (or
-            window) that the mixer is built for. Papers: 9, 16, 49, 49 from the first stage to the last.
+        agent_tokens: agents: a square number, (height, width) of their grid, or a list with one of these per stage (a
+            plain ViT takes the third). "auto": the papers' 9, 16, 49, 49, no side longer than the map (or window) that
+            the mixer is built for.
         trained_agent_tokens: the agent grid of the bias tables where it is another one, as in detection with more
-            agents than in pre-training; None for `agent_tokens`.
+            agents than in pre-training, for larger maps; None for `agent_tokens`.
         window: side of the windows in tokens, cut to the map; None for the whole map.
-        sr_ratio: keys and values come from a map with sides this many times shorter.
+        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
+        sr_ratio: keys and values come from a map with sides this many times shorter; one number or one per stage.
         kernel_size: of the depth-wise convolution of V; odd.
         bias: learned agent biases B1 and B2, or none.
         bias_size: side of their coarse tables, interpolated to the map.
@@ -54,38 +59,60 @@ def agent_attention(
 
     Raises:
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
+        Refused: a side of the grid of agents is longer than the map.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"agent_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 3")
     if bias_size < 1:
         raise ValueError(f"agent_attention: bias_size must be at least 1, got {bias_size}; set bias=false for none")
-    size, dim = window_of(window, site.grid), head_channels(site)
-    grid = site.grid if size is None else Grid(*size)
-    reduce = SpatialReduction(site.dim, sr_ratio) if sr_ratio != 1 else None
+    dim, asked = head_channels(site), _of_stage("agent_tokens", agent_tokens, site)
+    trained = None if trained_agent_tokens is None else _of_stage("trained_agent_tokens", trained_agent_tokens, site)
+
+    def core(num_heads: int, grid: Grid, kv_grid: Grid) -> AgentCore:
+        agents = _agents_on(grid, asked, site) if trained is None else agent_grid(asked)
+        tables = [None, None]
+        if bias:
+            of = agents if trained is None else agent_grid(trained)
+            tables = [AgentBias(num_heads, of, grid, bias_size) for grid in (kv_grid, grid)]
+        return AgentCore(num_heads, dim, agents, kernel_size, *tables)
+
+    reduce = reduction(site, sr_ratio)
+    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+
+
+def _of_stage(name: str, agents: int | str | Sequence, site: Site) -> int | str | Sequence:
+    """The entry of the stage; two numbers are not a list for two stages but one grid."""
+    pair = isinstance(agents, Sequence) and len(agents) == 2 and all(isinstance(side, int) for side in agents)
+    return agents if pair else for_stage(name, agents, site)
+
+
+def _agents_on(grid: Grid, agent_tokens: int | str | Sequence[int], site: Site) -> tuple[int, int]:
+    """Height and width of the grid of agents on a map."""
+    if agent_tokens == "auto":
+        side = for_stage("agent_tokens", SIDES, site._replace(stage=min(site.stage, len(SIDES) - 1)))
+        return min(side, grid.height), min(side, grid.width)
     height, width = agent_grid(agent_tokens)
-    agents = (min(height, grid.height), min(width, grid.width))
-    gather = scatter = None
-    if bias:
-        trained = agents if trained_agent_tokens is None else agent_grid(trained_agent_tokens)
-        gather = AgentBias(site.num_heads, trained, reduce.reduced(grid) if reduce else grid, bias_size)
-        scatter = AgentBias(site.num_heads, trained, grid, bias_size)
-    core = AgentCore(site.num_heads, dim, agents, kernel_size=kernel_size, gather_bias=gather, scatter_bias=scatter)
-    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+    if height > grid.height or width > grid.width:
+        raise Refused(
+            f"agent_tokens={agent_tokens} is a grid of {height}x{width} agents on a {grid.height}x{grid.width} map",
+            "set attention.agent_tokens=auto, or to a smaller grid, or one per stage",
+        )
+    return height, width
 
 
 def agent_grid(agent_tokens: int | Sequence[int]) -> tuple[int, int]:
     """Height and width of the grid of agents, from a square number or from both sides."""
-    if isinstance(agent_tokens, int):
-        side = math.isqrt(max(agent_tokens, 0))
-        height, width = side, side
-    else:
-        height, width = agent_tokens
-    if min(height, width) < 1 or (isinstance(agent_tokens, int) and height * width != agent_tokens):
-        raise ValueError(
-            f"agent_attention: agent_tokens must be a square number or [height, width], got {agent_tokens}; "
-            "use e.g. 9, 16, 49 or [3, 5]"
-        )
-    return int(height), int(width)
+    sides = tuple(agent_tokens) if isinstance(agent_tokens, Sequence) else (agent_tokens,)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    if whole and not isinstance(agent_tokens, str):
+        if len(sides) == 2:
+            return sides
+        if len(sides) == 1 and math.isqrt(sides[0]) ** 2 == sides[0]:
+            return (math.isqrt(sides[0]),) * 2
+    raise ValueError(
+        f"agent_attention: agent_tokens must be a square number, [height, width] or auto, got {agent_tokens!r}; "
+        "use e.g. 9, 16, 49 or [3, 5]"
+    )
 
 
 def attend(
@@ -124,7 +151,6 @@ class AgentCore(nn.Module):
         num_heads: int,
         head_dim: int,
         agents: tuple[int, int],
-        *,
         kernel_size: int = 3,
         gather_bias: nn.Module | None = None,
         scatter_bias: nn.Module | None = None,

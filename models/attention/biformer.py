@@ -21,14 +21,13 @@ from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.attention.lepe import ConvMixer, LePEAttention, depthwise, enhance
-from models.attention.multihead import gated_heads, head_channels, split_heads
+from models.attention.multihead import for_stage, gated_heads, head_channels, split_heads
 from models.layers import window as windows
 from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")
 PADDINGS = ("input", "qkv")
-STAGE_OF_VIT = 2  # a plain ViT has patches of 16 pixels, as the third stage of a BiFormer
 
 
 def biformer_attention(
@@ -54,23 +53,12 @@ def biformer_attention(
     Raises:
         Refused: the list has no entry for the stage; or see the three classes.
     """
-    chosen = _of_stage(topk, site)
+    chosen = for_stage("topk", topk, site)
     if chosen == 0 and not isinstance(chosen, bool):
         return ConvMixer(site, backend=backend)
     if chosen in ("all", -1):
         return LePEAttention(site, lepe_kernel=lepe_kernel, lepe_input=lepe_input, backend=backend)
     return BiLevelRoutingAttention(site, topk=chosen, lepe_kernel=lepe_kernel, backend=backend, **routed)
-
-
-def _of_stage(topk: int | str | Sequence[int | str], site: Site) -> int | str:
-    if isinstance(topk, str) or not isinstance(topk, Sequence):
-        return topk
-    stage = STAGE_OF_VIT if site.kind == "vit" else site.stage
-    if stage >= len(topk):
-        raise Refused(
-            f"topk={list(topk)} has no entry for stage {stage}", "set attention.topk to one number, or one per stage"
-        )
-    return topk[stage]
 
 
 class BiLevelRoutingAttention(nn.Module):

@@ -9,6 +9,8 @@ learned position encoding; Q and K are divided by a learned scale per channel; t
 sums over keys are means, so that they do not grow with the map.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from models.attention import Grid, Runs, Site
-from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, window_of
+from models.attention.multihead import head_channels, heads_to_map, map_to_heads, reduction
+from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
-from models.layers.reduction import PooledReduction, SpatialReduction
 from models.layers.tokens import to_map, to_tokens
 
 EPS = 1e-6  # of the features and of the denominator, as in the authors' code
@@ -29,13 +31,14 @@ def focused_linear_attention(
     *,
     power: float = 3,
     kernel_size: int = 5,
-    window: int | tuple[int, int] | None = None,
-    sr_ratio: int = 1,
+    window: int | Sequence[int] | None = None,
+    stripe: int | str | Sequence[int | str] | None = None,
+    sr_ratio: int | Sequence[int] = 1,
     kv_pool: int | None = None,
     lepe: bool = False,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> MultiHead:
+) -> nn.Module:
     """Linear attention with features raised to a power: linear in tokens.
 
     Args:
@@ -43,7 +46,8 @@ def focused_linear_attention(
         power: the focusing factor p, at least 1; 1 leaves the features as they are. Paper: 3.
         kernel_size: of the depth-wise convolution of V that all heads share; odd.
         window: side of the windows in tokens, cut to the map; None for the whole map.
-        sr_ratio: keys and values come from a map with sides this many times shorter (PVT).
+        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
+        sr_ratio: keys and values come from a map with sides this many times shorter (PVT); one number or one per stage.
         kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
         lepe: also add a 3×3 depth-wise convolution of V with its own weights per channel (CSWin).
         qkv_bias: bias of the projection.
@@ -58,21 +62,13 @@ def focused_linear_attention(
         raise ValueError(
             f"focused_linear_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 5"
         )
-    if kv_pool is not None and sr_ratio != 1:
-        raise ValueError(
-            f"focused_linear_attention: sr_ratio and kv_pool both shorten the keys, got {sr_ratio} and {kv_pool}; "
-            "set sr_ratio=1 or kv_pool=null"
-        )
-    size, dim = window_of(window, site.grid), head_channels(site)
-    grid = site.grid if size is None else Grid(*size)
-    reduce = None
-    if kv_pool is not None:
-        reduce = PooledReduction(site.dim, kv_pool)
-    elif sr_ratio != 1:
-        reduce = SpatialReduction(site.dim, sr_ratio)
-    kv_grid = reduce.reduced(grid) if reduce else grid
-    core = FocusedLinearCore(site.num_heads, dim, kv_grid, power=power, kernel_size=kernel_size, lepe=lepe)
-    return MultiHead(site, core, window=size, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+    dim = head_channels(site)
+
+    def core(num_heads: int, grid: Grid, kv_grid: Grid) -> FocusedLinearCore:
+        return FocusedLinearCore(num_heads, dim, kv_grid, power=power, kernel_size=kernel_size, lepe=lepe)
+
+    reduce = reduction(site, sr_ratio, kv_pool)
+    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
 
 
 def focus(x_BMND: Tensor, power: float) -> Tensor:
@@ -116,7 +112,7 @@ class FocusedLinearCore(nn.Module):
         super().__init__()
         dim = num_heads * head_dim
         self.num_heads, self.power, self.kv_grid = num_heads, power, kv_grid
-        self.scale = nn.Parameter(torch.zeros(dim))
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim))  # no vector: it decays, as in the authors' runs
         self.positional_encoding = nn.Parameter(torch.zeros(1, kv_grid.cells, dim))
         self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim)
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
@@ -131,7 +127,7 @@ class FocusedLinearCore(nn.Module):
         """(B, N, 3·M·D) → (B, N, M·D); see `models.attention.multihead.Core`."""
         lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
         return fused_focused_linear_attention(
-            qkv_BNC, grid, num_heads, power=self.power, scale_C=F.softplus(self.scale.float()),
+            qkv_BNC, grid, num_heads, power=self.power, scale_C=F.softplus(self.scale.float()).flatten(),
             position_NC=self.position(grid).transpose(1, 2).flatten(2)[0], weight=self.dwc.weight, bias=self.dwc.bias,
             lepe_weight=lepe_weight, lepe_bias=lepe_bias,
         )  # fmt: skip

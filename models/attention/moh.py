@@ -60,6 +60,8 @@ class MoHAttention(nn.Module):
                 f"moh cannot gate the heads of {type(self.mixer).__name__}",
                 "choose another attention.core, e.g. softmax",
             )
+        if getattr(self.mixer, "reads_stream", False):
+            raise Refused("moh gives the attention no input of the block", "set attention.core.residual_input=normed")
         if isinstance(self.mixer, MultiHead):
             self.mixer.gated = True
         self.backend = backend

@@ -7,7 +7,8 @@ Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head; W
 take the places of B and N inside a windowed layout.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.layers import window as windows
+from models.layers.reduction import PooledReduction, SpatialReduction
 from models.layers.tokens import to_map, to_tokens
+
+STAGE_OF_VIT = 2  # see `for_stage`
 
 
 class Core(Protocol):
@@ -29,6 +33,9 @@ class Core(Protocol):
     `fused(qkv, grid, num_heads, layout...)` calls it. Where that kernel finds the windows by itself, `finds_windows` is
     true and `fused` also takes `window`, `shift` and the `padding` that completes the map; where it weights the heads,
     `fused` takes `gates`.
+
+    A core may have `context(x_BNC) -> dict`: what it reads from the tokens of each sequence besides queries, keys and
+    values. Both ways of computing then take that as keywords.
     """
 
     finds_windows: bool
@@ -75,6 +82,7 @@ class MultiHead(nn.Module):
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
         self.proj = nn.Linear(inner, site.dim)
         self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
+        self.reads_stream = getattr(core, "reads_stream", False)
         self.accepts = Accepts(prefix="attended" if window is None and reduce is None else "refused")
 
     def runs(self) -> Runs:
@@ -85,23 +93,27 @@ class MultiHead(nn.Module):
             return Runs(type(self.core).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         return self.core.runs(self.window, self.gated)
 
-    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+    def forward(
+        self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
+    ) -> Mixed:
         runs = self.runs()
         if runs.fused and is_fused(runs.operation, self.backend, x_BNC):
-            return Mixed(self._forward_fused(x_BNC, grid, gates_BNM), {})
+            return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
         x, local = self._split(x_BNC, grid)
         q, k, v, kv_grid = self._project(x, local)
-        mask = self._mask(grid, x.device)
-        o_BMND = self.core(q, k, v, local, kv_grid) if mask is None else self.core(q, k, v, local, kv_grid, mask)
+        given = self._context(x_BNC, stream_BNC, grid)
+        if (mask := self._mask(grid, x.device)) is not None:
+            given["mask"] = mask
+        o_BMND = self.core(q, k, v, local, kv_grid, **given)
         if gates_BNM is not None:
             gates, _ = self._split(gates_BNM, grid)
             o_BMND = o_BMND * gates.transpose(1, 2).unsqueeze(-1)
-        o = self.proj(o_BMND.transpose(1, 2).flatten(2))
+        o = self.proj(merge_heads(o_BMND))
         return Mixed(
             o if self.window is None else windows.merge(o, grid.height, grid.width, self.window, self.shift), {}
         )
 
-    def _forward_fused(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+    def _forward_fused(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None, stream_BNC: Tensor | None) -> Tensor:
         """The same from the packed projection: queries, keys and values are never separated or copied."""
         if self.window is not None and self.core.finds_windows:
             layout = {"window": self.window, "shift": self.shift, "padding": self.qkv.bias}
@@ -110,7 +122,7 @@ class MultiHead(nn.Module):
         if gates_BNM is not None and self.core.runs(self.window, gated=True).operation == "moh_attention":
             return self.proj(self.core.fused(self.qkv(x_BNC), grid, self.num_heads, gates=gates_BNM))
         x, local = self._split(x_BNC, grid)
-        o_BNC = self.core.fused(self.qkv(x), local, self.num_heads)
+        o_BNC = self.core.fused(self.qkv(x), local, self.num_heads, **self._context(x_BNC, stream_BNC, grid))
         gates = None if gates_BNM is None else self._split(gates_BNM, grid)[0]
         o_BNC = self.proj(gated_heads(o_BNC, gates))
         if self.window is None:
@@ -129,6 +141,12 @@ class MultiHead(nn.Module):
         q, k, _, kv_grid = self._project(x, local)
         mask = self._mask(grid, x.device)
         return self.core.matrix(q, k, local, kv_grid) if mask is None else self.core.matrix(q, k, local, kv_grid, mask)
+
+    def _context(self, x_BNC: Tensor, stream_BNC: Tensor | None, grid: Grid) -> dict[str, Tensor]:
+        """What the core reads from the tokens: of the layer, or of the block where it reads the stream."""
+        if not hasattr(self.core, "context"):
+            return {}
+        return self.core.context(self._split(stream_BNC if self.reads_stream else x_BNC, grid)[0])
 
     def _split(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         if self.window is None:
@@ -160,9 +178,14 @@ def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]
     return x_BNC.view(B, N, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
+def merge_heads(x_BMND: Tensor) -> Tensor:
+    """(B, M, N, D) → (B, N, M·D)."""
+    return x_BMND.transpose(1, 2).flatten(2)
+
+
 def heads_to_map(x_BMND: Tensor, grid: Grid) -> Tensor:
     """(B, M, N, D) → the map (B, M·D, H, W) without prefix tokens, in channels_last memory."""
-    return to_map(x_BMND.transpose(1, 2).flatten(2), grid)
+    return to_map(merge_heads(x_BMND), grid)
 
 
 def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
@@ -176,6 +199,39 @@ def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
     if gates_BNM is None:
         return x_BNC
     return (x_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(-2)
+
+
+def for_stage(name: str, value: Any, site: Site) -> Any:
+    """An option that is one value, or a list with one per stage; a plain ViT takes the third.
+
+    Its patches are of 16 pixels, as the tokens of a third stage are.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value
+    stage = STAGE_OF_VIT if site.kind == "vit" else site.stage
+    if stage >= len(value):
+        raise Refused(
+            f"{name}={list(value)} has no entry for stage {stage}",
+            f"set attention.{name} to one value, or one per stage",
+        )
+    return value[stage]
+
+
+def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None = None) -> nn.Module | None:
+    """What shortens keys and values: a convolution with stride `sr_ratio`, pooling to side `kv_pool`, or nothing.
+
+    Raises:
+        ValueError: both at once.
+    """
+    ratio = for_stage("sr_ratio", sr_ratio, site)
+    if kv_pool is None:
+        return None if ratio == 1 else SpatialReduction(site.dim, ratio)
+    if ratio != 1:
+        raise ValueError(
+            f"attention: sr_ratio and kv_pool both shorten the keys, got {ratio} and {kv_pool}; "
+            "set sr_ratio=1 or kv_pool=null"
+        )
+    return PooledReduction(site.dim, kv_pool)
 
 
 def head_channels(site: Site) -> int:

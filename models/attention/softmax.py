@@ -1,9 +1,11 @@
-"""Softmax attention: over the whole map, in windows, or in shifted windows with relative position bias.
+"""Softmax attention: over the whole map or a shortened one, or in windows, shifted and with relative position bias.
 
 Source: Attention Is All You Need, Vaswani et al., 2017, arXiv:1706.03762, equation 1; windows, shift and bias: Swin
 Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, equation 4.
 Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels per head, R = windows, T = their tokens.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from kernels.moh_attention import moh_attention
 from kernels.window_attention import window_attention
 from models.attention import Grid, Refused, Runs, Site
-from models.attention.multihead import MultiHead, head_channels, window_of
+from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, reduction, window_of
 
 
 def softmax_attention(
@@ -24,6 +26,8 @@ def softmax_attention(
     qkv_bias: bool = True,
     qk_norm: bool = False,
     head_dim: int | None = None,
+    sr_ratio: int | Sequence[int] = 1,
+    kv_pool: int | None = None,
     backend: str = "auto",
 ) -> MultiHead:
     """Scaled dot-product attention, `softmax(q kᵀ / √D) v`, with whichever backend PyTorch finds fastest.
@@ -35,6 +39,9 @@ def softmax_attention(
         relative_position_bias: a learned bias per head and offset inside the window.
         qkv_bias, qk_norm: bias of the projection, LayerNorm on queries and keys.
         head_dim: channels per head D; C / M by default.
+        sr_ratio: keys and values come from a map with sides this many times shorter, one number or one per stage
+            (PVT: 8, 4, 2, 1); a plain ViT takes the third.
+        kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
         backend: "auto", "triton" or "torch"; over the whole map it is PyTorch's own fused kernel in any case.
     """
     size = window_of(window, site.grid)
@@ -46,25 +53,42 @@ def softmax_attention(
         rolled = tuple(w // 2 if w < side else 0 for w, side in zip(size, site.grid[:2], strict=True))
     dim = head_dim or head_channels(site)
     core = SoftmaxCore(site.num_heads, dim, size if relative_position_bias else None, qk_norm)
-    return MultiHead(site, core, window=size, shift=rolled, qkv_bias=qkv_bias, head_dim=dim, backend=backend)
+    reduce = reduction(site, sr_ratio, kv_pool)
+    if size is not None and reduce is not None:
+        raise Refused("windows and shortened keys exclude each other", "set attention.window=null, or sr_ratio=1")
+    options = {"qkv_bias": qkv_bias, "head_dim": dim, "backend": backend}
+    return MultiHead(site, core, window=size, shift=rolled, reduce=reduce, **options)
 
 
 class SoftmaxCore(nn.Module):
-    """`softmax(q kᵀ / √D + bias) v` per head."""
+    """`softmax(q kᵀ / √D + bias) v` per head, and with `lepe` a 3×3 depth-wise convolution of v (CSWin) beside it."""
 
     finds_windows = True
 
-    def __init__(self, num_heads: int, head_dim: int, window: tuple[int, int] | None = None, qk_norm: bool = False):
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        window: tuple[int, int] | None = None,
+        qk_norm: bool = False,
+        lepe: bool = False,
+    ) -> None:
         super().__init__()
         self.scale = head_dim**-0.5
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.bias = RelativePositionBias(num_heads, window) if window else None
+        dim = num_heads * head_dim
+        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The windows have a kernel, and so have gated heads; the rest is PyTorch's scaled_dot_product_attention."""
         if not isinstance(self.q_norm, nn.Identity):
             return Runs("scaled_dot_product_attention", False, "queries and keys are normalised first (qk_norm)")
+        if self.lepe is not None:
+            return Runs(
+                "scaled_dot_product_attention", False, "PyTorch's own fused kernel, and a convolution beside it"
+            )
         if window is not None:
             return Runs("window_attention", True)
         if gated:
@@ -93,7 +117,11 @@ class SoftmaxCore(nn.Module):
         self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
     ) -> Tensor:
         bias = self._bias(q_BMND, mask)
-        return F.scaled_dot_product_attention(self.q_norm(q_BMND), self.k_norm(k_BMND), v_BMND, bias, scale=self.scale)
+        q, k = self.q_norm(q_BMND), self.k_norm(k_BMND)
+        o_BMND = F.scaled_dot_product_attention(q, k, v_BMND, bias, scale=self.scale)
+        if self.lepe is None:
+            return o_BMND
+        return o_BMND + map_to_heads(self.lepe(heads_to_map(v_BMND, kv_grid)), v_BMND.shape[1], grid.prefix)
 
     def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
         """The attention weights (B, M, N, S)."""

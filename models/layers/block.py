@@ -23,7 +23,8 @@ class Block(nn.Module):
 
     Args:
         dim: channels C.
-        mixer: `(x, grid) -> Mixed`; an attention mechanism.
+        mixer: `(x, grid) -> Mixed`; an attention mechanism. One with `reads_stream` is also given the tokens before
+            the norm, as `stream_BNC`.
         mlp_ratio: hidden channels of the MLP over C; 0 leaves the MLP out.
         drop_path: probability that a sample skips a branch in training.
         layer_scale: initial value of the learned scale of each branch; None for no scale.
@@ -51,6 +52,7 @@ class Block(nn.Module):
         self.post_norm, self.mlp_kernel = post_norm, mlp_kernel
         self.position, self.mlp_position = position, mlp_position
         self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale(dim, layer_scale)
+        self.reads_stream = getattr(mixer, "reads_stream", False)
         self.mlp = None
         if mlp_ratio:
             self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)
@@ -60,7 +62,7 @@ class Block(nn.Module):
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
-        mixed, losses = self.attn(y, grid)
+        mixed, losses = self.attn(y, grid, stream_BNC=x) if self.reads_stream else self.attn(y, grid)
         x = x + self.drop_path(self.scale1(mixed))
         if self.post_norm:
             x = self.norm1(x)

@@ -173,18 +173,43 @@ def test_runs_on_other_maps_than_it_is_built_for(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "grid", "options", "agents"),
+    ("asked", "grid", "stage", "options", "agents"),
     [
-        (49, Grid(4, 9), {}, (4, 7)),
-        (49, Grid(14, 14), {"window": [3, 14]}, (3, 7)),
-        ([3, 5], Grid(8, 8), {}, (3, 5)),
-        (9, Grid(1, 1), {}, (1, 1)),
+        ("auto", Grid(4, 9), 2, {}, (4, 7)),
+        ("auto", Grid(14, 14), 0, {}, (3, 3)),
+        ("auto", Grid(14, 14), 1, {"window": [3, 14]}, (3, 4)),
+        ("auto", Grid(7, 7), 4, {}, (7, 7)),
+        ("auto", Grid(1, 1), 3, {}, (1, 1)),
+        ([3, 5], Grid(8, 8), 1, {}, (3, 5)),
+        ([9, 16, 49, 49], Grid(8, 8), 1, {}, (4, 4)),
+        ([9, [2, 5], 49, 49], Grid(8, 8), 1, {}, (2, 5)),
     ],
 )
-def test_agents_are_cut_to_the_map(asked: int | list[int], grid: Grid, options: dict, agents: tuple) -> None:
-    module = mixer(grid, agent_tokens=asked, **options)
+def test_agents_of_a_stage(asked: object, grid: Grid, stage: int, options: dict, agents: tuple) -> None:
+    module = agent_attention(Site(16, 2, grid, stage, 0, 1, "hierarchical"), agent_tokens=asked, **options).double()
     assert module.core.agents == agents and module.core.gather_bias.agents == agents
     assert module(tokens(grid), grid).x.shape == (2, grid.tokens, 16)
+
+
+def test_a_vit_takes_the_third_entry() -> None:
+    site = Site(16, 2, Grid(8, 8, 1), 0, 0, 1, "vit")
+    assert agent_attention(site).core.agents == (7, 7)
+    assert agent_attention(site, agent_tokens=[9, 16, 25, 49]).core.agents == (5, 5)
+
+
+@pytest.mark.parametrize(("asked", "options"), [(81, {}), ([3, 9], {}), (25, {"window": 4}), (9, {"stripe": 2})])
+def test_refuses_more_agents_than_tokens(asked: int | list[int], options: dict) -> None:
+    message = (
+        r"agent_tokens=.* is a grid of \dx\d agents on a \dx\d map; set attention.agent_tokens=auto, or to a smaller"
+    )
+    with pytest.raises(Refused, match=message):
+        mixer(Grid(8, 8), agent_tokens=asked, **options)
+
+
+def test_more_agents_than_trained_may_be_asked_for_larger_maps() -> None:
+    """As in detection: the last stage of a PVT was trained on 7x7 tokens and has 28x28 agents."""
+    module, grid = mixer(Grid(2, 2), agent_tokens=[5, 5], trained_agent_tokens=[2, 2]), Grid(6, 9)
+    assert module.core.agents == (5, 5) and module(tokens(grid), grid).x.shape == (2, grid.tokens, 16)
 
 
 def test_windows_do_not_see_each_other() -> None:
@@ -248,9 +273,9 @@ def test_compiles_as_one_graph(options: dict) -> None:
     torch.testing.assert_close(compiled(x, grid).x, module(x, grid).x)
 
 
-@pytest.mark.parametrize("asked", [8, 0, -4, [0, 3]])
+@pytest.mark.parametrize("asked", [8, 0, -4, [0, 3], [3.0, 3], True, "many", [2, 2, 2]])
 def test_refuses_agents_that_form_no_grid(asked: int | list[int]) -> None:
-    message = r"agent_attention: agent_tokens must be a square number or \[height, width\], got .*; use e.g. 9"
+    message = r"agent_attention: agent_tokens must be a square number, \[height, width\] or auto, got .*; use e.g. 9"
     with pytest.raises(ValueError, match=message):
         agent_grid(asked)
 
@@ -278,7 +303,7 @@ def test_refuses_channels_that_do_not_divide_into_heads() -> None:
 def test_class_tokens_are_refused_where_keys_are_shortened_or_windowed() -> None:
     assert mixer(Grid(4, 4)).accepts.prefix == "attended"
     assert mixer(Grid(4, 4), sr_ratio=2).accepts.prefix == "refused"
-    assert mixer(Grid(4, 4), window=2).accepts.prefix == "refused"
+    assert mixer(Grid(4, 4), window=2, agent_tokens=4).accepts.prefix == "refused"
 
 
 def test_core_has_no_bias_parameters_without_biases() -> None:

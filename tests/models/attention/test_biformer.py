@@ -282,7 +282,7 @@ def test_each_stage_has_its_attention() -> None:
     assert biformer_attention(site(14, 14), topk=3).topk == 3
     assert type(biformer_attention(site(14, 14), topk=0)) is ConvMixer
     with pytest.raises(
-        Refused, match=r"topk=\[1, 4\] has no entry for stage 2; set attention.topk to one number, or one"
+        Refused, match=r"topk=\[1, 4\] has no entry for stage 2; set attention.topk to one value, or one"
     ):
         biformer_attention(site(14, 14)._replace(stage=2, kind="hierarchical"), topk=[1, 4])
 

@@ -261,7 +261,7 @@ def test_compiles_as_one_graph(options: dict, autocast: bool) -> None:
         ({"kernel_size": -1}, "focused_linear_attention: kernel_size must be odd and positive, got -1; the paper"),
         (
             {"sr_ratio": 2, "kv_pool": 7},
-            "focused_linear_attention: sr_ratio and kv_pool both shorten the keys, got 2 and 7; set sr_ratio=1 or kv",
+            "attention: sr_ratio and kv_pool both shorten the keys, got 2 and 7; set sr_ratio=1 or kv",
         ),
         ({"sr_ratio": 0}, "SpatialReduction: ratio must be at least 1, got 0; 1 keeps every token"),
         ({"kv_pool": 0}, "PooledReduction: size must be at least 1, got 0; the paper uses 7"),

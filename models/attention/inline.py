@@ -1,0 +1,179 @@
+"""InLine attention: linear attention without a quotient, and a convolution of the values that every image makes itself.
+
+Source: Bridging the Divide: Reconsidering Softmax and Linear Attention, Han et al., NeurIPS 2024, arXiv:2412.06590,
+equations 5 to 7. With φ the kernel function, s = 1 / √D, and means over the keys:
+    O = s φ(Q) Kφᵀ V / N + (1 − s φ(Q)·mean φ(K)) mean V = mean V + s φ(Q) Cov(φ(K), V)
+    weights of the convolution = W2 GELU(W1 mean x), 3×3 per image and channel
+The second form of O is computed, in float32 at least: where keys share a large mean, the first subtracts large numbers.
+Shapes: B = batch, N = tokens, S = keys, M = heads, D = channels per head, C = M·D, H W = map.
+Where the authors' code decides: a class token is a key and enters the mean of x, and the convolution leaves it out; W1
+and W2 act within each head; in CSWin the mean is that of the block's input before its norm (`residual_input`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear_attention import inline_attention as fused_inline_attention
+from models.attention import Grid, Runs, Site
+from models.attention.multihead import head_channels, heads_to_map, map_to_heads, reduction
+from models.attention.stripes import lay_out
+from models.layers.precision import full_precision
+
+FEATURES = {  # φ
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "exp": lambda x: (0.2 * x).exp(),
+}
+INPUTS = ("normed", "stream")
+
+
+def inline_attention(
+    site: Site,
+    *,
+    feature: str = "identity",
+    residual: bool = True,
+    residual_input: str = "normed",
+    lepe: bool = False,
+    window: int | Sequence[int] | None = None,
+    stripe: int | str | Sequence[int | str] | None = None,
+    sr_ratio: int | Sequence[int] = 1,
+    qkv_bias: bool = True,
+    backend: str = "auto",
+) -> nn.Module:
+    """Injective linear attention with a dynamic local residual: linear in tokens.
+
+    Args:
+        site: the place in the backbone.
+        feature: the kernel function φ: "identity" (every released model), "relu", "leaky_relu" or "exp", exp(0.2 x).
+        residual: add the convolution whose weights are made from the mean token.
+        residual_input: of which tokens that is the mean: "normed", what the layer is given, or "stream", the input of
+            the block before its norm (the authors' CSWin).
+        lepe: also add a 3×3 depth-wise convolution of V with learned weights (CSWin).
+        window: side of the windows in tokens, cut to the map; None for the whole map.
+        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
+        sr_ratio: keys and values come from a map with sides this many times shorter; one number or one per stage.
+        qkv_bias: bias of the projection.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: an unknown feature or residual_input.
+    """
+    if feature not in FEATURES:
+        raise ValueError(
+            f"inline_attention: feature must be one of {', '.join(FEATURES)}, got {feature!r}; set attention.feature"
+        )
+    if residual_input not in INPUTS:
+        raise ValueError(
+            f"inline_attention: residual_input must be normed or stream, got {residual_input!r}; "
+            "set attention.residual_input"
+        )
+    dim = head_channels(site)
+
+    def core(num_heads: int, grid: Grid, kv_grid: Grid) -> InLineCore:
+        reads_stream = residual and residual_input == "stream"
+        return InLineCore(num_heads, dim, feature, residual=residual, reads_stream=reads_stream, lepe=lepe)
+
+    reduce = reduction(site, sr_ratio)
+    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+
+
+class InLineCore(nn.Module):
+    """The covariance of keys and values, read by every query, and the convolutions of the values.
+
+    Args:
+        num_heads, head_dim: M and D.
+        feature, residual, lepe: see `inline_attention`.
+        reads_stream: whether `context` is to be given the input of the block instead of that of the layer.
+    """
+
+    finds_windows = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        feature: str = "identity",
+        *,
+        residual: bool = True,
+        reads_stream: bool = False,
+        lepe: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.num_heads, self.scale = num_heads, head_dim**-0.5
+        self.feature, self.reads_stream = feature, reads_stream
+        self.residual = None
+        if residual:
+            # pointwise, within each head
+            layers = nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
+            self.residual = nn.Sequential(*layers)
+        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
+
+    def context(self, x_BNC: Tensor) -> dict[str, Tensor]:
+        """The weights (B, C, 3, 3) of the convolution, from the mean token of each sequence."""
+        if self.residual is None:
+            return {}
+        return {"weight_BC33": self.residual(x_BNC.mean(1).unsqueeze(2)).unflatten(1, (-1, 3, 3)).squeeze(-1)}
+
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `models.attention.multihead.Core`."""
+        if self.feature != "identity":
+            return Runs("linear attention", False, f"the kernel has no feature={self.feature}")
+        return Runs("linear_attention", True)
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int, weight_BC33: Tensor | None = None) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `models.attention.multihead.Core`."""
+        if self.lepe is not None:  # a convolution of the values with the sum of the weights is the sum of both
+            given = 0 if weight_BC33 is None else weight_BC33
+            weight_BC33 = (given + self.lepe.weight.squeeze(1)).expand(qkv_BNC.shape[0], -1, -1, -1)
+        o_BNC = fused_inline_attention(qkv_BNC, grid, num_heads, scale=self.scale, dynamic_weight_BC33=weight_BC33)
+        return o_BNC if self.lepe is None else o_BNC + self._lepe_bias(o_BNC, grid)
+
+    def forward(
+        self,
+        q_BMND: Tensor,
+        k_BMSD: Tensor,
+        v_BMSD: Tensor,
+        grid: Grid,
+        kv_grid: Grid,
+        weight_BC33: Tensor | None = None,
+    ) -> Tensor:
+        with full_precision(q_BMND.device):
+            dtype = torch.promote_types(q_BMND.dtype, torch.float32)
+            q, k, v = q_BMND.to(dtype), k_BMSD.to(dtype), v_BMSD.to(dtype)
+            if self.feature != "identity":
+                q, k = FEATURES[self.feature](q), FEATURES[self.feature](k)
+            mean_v = v.mean(2, keepdim=True)
+            covariance_BMDD = (k - k.mean(2, keepdim=True)).mT @ ((v - mean_v) / k.shape[2])
+            x_BMND = mean_v + self.scale * q @ covariance_BMDD
+        return x_BMND.to(v_BMSD.dtype) + self.local(v_BMSD, grid, kv_grid, weight_BC33)
+
+    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, weight_BC33: Tensor | None) -> Tensor:
+        """The convolutions of the values, (B, M, N, D); zero for prefix tokens.
+
+        Shortened values are enlarged bilinearly; the authors' code stops there.
+        """
+        v_BCHW = heads_to_map(v_BMSD, kv_grid)
+        if kv_grid[:2] != grid[:2]:
+            v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
+        B, C = v_BCHW.shape[:2]
+        local_BCHW = v_BCHW.new_zeros(()).expand_as(v_BCHW) if self.lepe is None else self.lepe(v_BCHW)
+        if weight_BC33 is not None and B:  # conv2d refuses no groups
+            weight = weight_BC33.to(v_BCHW.dtype).reshape(B * C, 1, 3, 3)
+            flat = v_BCHW.reshape(1, B * C, *grid[:2])
+            local_BCHW = local_BCHW + F.conv2d(flat, weight, padding=1, groups=B * C).view_as(v_BCHW)
+        return map_to_heads(local_BCHW, self.num_heads, grid.prefix)
+
+    def _lepe_bias(self, o_BNC: Tensor, grid: Grid) -> Tensor:
+        bias_NC = self.lepe.bias.expand(grid.cells, -1)
+        return F.pad(bias_NC, (0, 0, grid.prefix, 0)).to(o_BNC.dtype)
+
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The weights (B, M, N, S) on the values, without the convolutions; a row sums to one, some may be negative."""
+        with full_precision(q_BMND.device):
+            q, k = (FEATURES[self.feature](x.float()) for x in (q_BMND, k_BMSD))
+            return (1 + self.scale * q @ (k - k.mean(2, keepdim=True)).mT) / k.shape[2]

@@ -1,0 +1,38 @@
+"""One mechanism in the first blocks of every stage, another in the others: how papers place theirs in a backbone.
+
+Agent-Swin-T is [all, all, all, 0] (AAAB in its authors' code), Agent-Swin-B [all, all, 2, 0] (AAMB2).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.attention import AttentionFactory, Refused, Site
+
+
+def first_blocks(
+    site: Site, *, blocks: Sequence[int | str], first: AttentionFactory, rest: AttentionFactory, backend: str = "auto"
+) -> nn.Module:
+    """The mixer of a place: `first` in the first blocks of its stage, `rest` in the others.
+
+    Args:
+        site: the place in the backbone.
+        blocks: of each stage, how many blocks get `first`, counted from its beginning; "all" for the whole stage. A
+            plain ViT has one stage.
+        first, rest: factories of mixers.
+        backend: what both are configured with; see conf/attention/plan.
+
+    Raises:
+        Refused: there is no entry for the stage, or it is no number of blocks.
+    """
+    if site.stage >= len(blocks):
+        raise Refused(
+            f"blocks={list(blocks)} has no entry for stage {site.stage}", "give attention.blocks one entry per stage"
+        )
+    count = blocks[site.stage]
+    if count != "all" and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= site.depth):
+        raise Refused(
+            f"blocks={list(blocks)} asks for the first {count} of {site.depth} blocks in stage {site.stage}",
+            "use numbers of blocks up to the depth of the stage, or all",
+        )
+    return (first if count == "all" or site.block < count else rest)(site)
