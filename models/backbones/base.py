@@ -3,14 +3,12 @@
 Shapes: B = batch, N = tokens, C = channels, H W = map.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, Site
-from models.layers.patch_embed import cells
+from models.attention import Grid
 from models.layers.tokens import to_map
 
 
@@ -21,12 +19,15 @@ class Trunk(nn.Module):
         stem: `images -> (x_BNC, grid)`.
         stages: ModuleList of `models.layers.block.Stage`.
         channels, strides: of the map that each stage ends with.
+        undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
+            authors' codes of most families.
     """
 
     stem: nn.Module
     stages: nn.ModuleList
     channels: list[int]
     strides: list[int]
+    undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block in the backward pass: less memory, about a third more time."""
@@ -34,20 +35,21 @@ class Trunk(nn.Module):
             stage.gradient_checkpointing = enabled
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that never decay besides biases and norms: position tables and class tokens."""
-        pattern = re.compile(r"(^|\.)(position\.table|bias\.table|class_token)$")
-        return {name for name, _ in self.named_parameters() if pattern.search(name)}
+        """Parameters that never decay besides biases and norms: those whose names end as `undecayed` says."""
+        ends = tuple(f".{end}" for end in self.undecayed)
+        return {name for name, _ in self.named_parameters() if f".{name}".endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm's layer decay: the stem, then block after block (or stage after stage), then the head.
 
-        As in timm's own models the last norm belongs to the last block: timm reads (99999,) as "with the one before".
+        As in timm's own models a norm at the end belongs to the last block: timm reads (99999,) as "with the one
+        before".
         """
         stem = r"^stem"
         if coarse:
             return {"stem": stem, "blocks": r"^stages\.(\d+)"}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": stem, "blocks": [*blocks, (r"^norm", (99999,))]}
+        return {"stem": stem, "blocks": [*blocks, (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,))]}
 
     def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
         x, grid = self.stem(images)
@@ -122,7 +124,7 @@ class Pyramid(Trunk):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.stem, self.stages = backbone.stem, backbone.stages
-        self.channels, self.strides = backbone.channels, backbone.strides
+        self.channels, self.strides, self.undecayed = backbone.channels, backbone.strides, backbone.undecayed
         self.norms = nn.ModuleList(backbone.level_norm(dim) for dim in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -170,72 +172,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def sites_of(
-    kind: str,
-    image_size: int | Sequence[int],
-    *,
-    strides: Sequence[int],
-    dims: Sequence[int],
-    depths: Sequence[int],
-    num_heads: Sequence[int] | Mapping[int, int],
-    stages: Sequence[int] | None = None,
-    positioned: bool = False,
-) -> list[Site]:
-    """The place of a mixer in every block of the given stages (all when None), in order; `num_heads` goes by stage."""
-    return [
-        Site(dims[s], num_heads[s], Grid(*cells(pair(image_size), strides[s])), s, block, depths[s], kind, positioned)
-        for s in (range(len(dims)) if stages is None else stages)
-        for block in range(depths[s])
-    ]
-
-
-def check_lists(who: str, **options: Sequence[int]) -> None:
-    """Refuses lists with one entry per stage that disagree about the number of stages or have entries below 1."""
-    lengths = {name: len(values) for name, values in options.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(
-            f"{who}: options with one entry per stage differ in length, got {lengths}; give as many of each"
-        )
-    for name, values in options.items():
-        if min(values) < 1:
-            raise ValueError(f"{who}: {name} must be at least 1 in every stage, got {list(values)}; set model.{name}")
-
-
-def heads_of(who: str, dim: int, head_dim: int) -> int:
-    """How many heads of `head_dim` channels make up `dim`."""
-    if dim % head_dim:
-        raise ValueError(
-            f"{who}: {dim} channels are not a multiple of head_dim, got {head_dim}; change model.dims or model.head_dim"
-        )
-    return dim // head_dim
-
-
-def per_stage(
-    who: str, attention: AttentionFactory | Sequence[AttentionFactory | None], chosen: Sequence[int], stages: int
-) -> list[AttentionFactory | None]:
-    """What each stage gets: the injected attention in the chosen stages, None in the others.
-
-    A list is taken as it is, with None where there is no attention; what would go unnoticed is refused.
-
-    Raises:
-        ValueError: no stage or one that does not exist, or a list that does not go with the chosen stages.
-    """
-    if not chosen or not set(chosen) <= set(range(stages)):
-        raise ValueError(
-            f"{who}: attention_stages must name at least one of the stages 0 to {stages - 1}, got {list(chosen)}; "
-            "set model.attention_stages"
-        )
-    if not isinstance(attention, Sequence):
-        return [attention if s in chosen else None for s in range(stages)]
-    given = [s for s, factory in enumerate(attention) if factory is not None]
-    if len(attention) != stages or set(given) != set(chosen):
-        raise ValueError(
-            f"{who}: a list of mechanisms has {stages} entries, null for stages not in attention_stages, "
-            f"{list(chosen)}, got {len(attention)} entries with mechanisms for {given}; change either list"
-        )
-    return list(attention)
 
 
 def classifier(dim: int, num_classes: int) -> nn.Module:

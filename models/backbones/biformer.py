@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, build
-from models.backbones.base import Backbone, PatchStem, check_lists, classifier, init_weights, sites_of
-from models.layers.block import Block, Stage, drop_path_rates
+from models.attention import AttentionFactory, Grid
+from models.backbones.base import Backbone, PatchStem, classifier, init_weights
+from models.backbones.stages import check_lists, sites_of, stages_of
+from models.layers.block import Block
 from models.layers.downsample import ConvDownsample
 from models.layers.norm import TokenBatchNorm
 from models.layers.patch_embed import PatchEmbed
@@ -61,24 +62,16 @@ class BiFormer(Backbone):
         overlapping = layout == "biformer"
         self.channels, self.strides = list(dims), [4 << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}
-        mixers = iter(build(attention, sites_of("hierarchical", image_size, **shape, positioned=overlapping)))
-        rates = iter(drop_path_rates(drop_path, sum(depths)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "norm_eps": EPS}
-        stages = []
-        for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            blocks = [
-                Block(
-                    dim,
-                    next(mixers),
-                    drop_path=next(rates),
-                    position=ConvPosition(dim) if overlapping else None,
-                    **options,
-                )
-                for _ in range(depth)
-            ]
-            stages.append(Stage(blocks, _downsample(dims[s - 1], dim, overlapping) if s else None))
+        stages = stages_of(
+            attention,
+            sites_of("hierarchical", image_size, **shape, positioned=overlapping),
+            drop_path,
+            block=lambda site, mixer, rate: _block(site.dim, mixer, overlapping, drop_path=rate, **options),
+            between=lambda s: _downsample(dims[s - 1], dims[s], overlapping),
+        )
         self.stem = Stem(in_channels, dims[0]) if overlapping else _patches(in_channels, dims[0])
-        self.stages = nn.ModuleList(stages)
+        self.stages = stages
         self.norm = TokenBatchNorm(dims[-1])
         self.head = classifier(dims[-1], num_classes)
         self.apply(init_weights)
@@ -104,6 +97,10 @@ class Stem(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         x_BCHW = self.conv(images)
         return to_tokens(x_BCHW), Grid(*x_BCHW.shape[-2:])
+
+
+def _block(dim: int, mixer: nn.Module, overlapping: bool, **options) -> Block:
+    return Block(dim, mixer, position=ConvPosition(dim) if overlapping else None, **options)
 
 
 def _patches(in_channels: int, dim: int) -> PatchStem:

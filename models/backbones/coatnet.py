@@ -14,16 +14,8 @@ from operator import mul
 from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, build
-from models.backbones.base import (
-    Backbone,
-    check_counts,
-    check_lists,
-    classifier,
-    heads_of,
-    init_weights,
-    per_stage,
-    sites_of,
-)
+from models.backbones.base import Backbone, check_counts, classifier, init_weights
+from models.backbones.stages import check_lists, heads_of, per_stage, sites_of
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.downsample import PoolDownsample
 from models.layers.mbconv import MBConvBlock, MBConvDownsample, init_convolutions

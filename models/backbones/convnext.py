@@ -11,19 +11,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, build
-from models.backbones.base import (
-    Backbone,
-    PatchStem,
-    check_counts,
-    check_lists,
-    classifier,
-    heads_of,
-    init_weights,
-    per_stage,
-    sites_of,
-)
-from models.layers.block import Block, Stage, drop_path_rates
+from models.attention import AttentionFactory, Grid
+from models.backbones.base import Backbone, PatchStem, check_counts, classifier, init_weights
+from models.backbones.stages import check_lists, heads_of, per_stage, sites_of, stages_of
+from models.layers.block import Block
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.downsample import ConvDownsample
 from models.layers.patch_embed import PatchEmbed
@@ -71,15 +62,16 @@ class ConvNeXt(Backbone):
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
         heads = [heads_of("ConvNeXt", dim, head_dim) for dim in dims]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": heads}
-        mixers = iter(build(factories, sites_of("convnet", image_size, **shape)))
-        rates = iter(drop_path_rates(drop_path, sum(depths)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
-        stages = []
-        for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            blocks = [residual(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)]
-            stages.append(Stage(blocks, downsample(dims[s - 1], dim) if s else None))
+        stages = stages_of(
+            factories,
+            sites_of("convnet", image_size, **shape),
+            drop_path,
+            block=lambda site, mixer, rate: residual(site.dim, mixer, drop_path=rate, **options),
+            between=lambda s: downsample(dims[s - 1], dims[s]),
+        )
         self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=nn.LayerNorm(dims[0], eps=1e-6)))
-        self.stages = nn.ModuleList(stages)
+        self.stages = stages
         self.norm = nn.Identity()
         self.head_norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = classifier(dims[-1], num_classes)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.attention import AttentionFactory, Grid, build
-from models.backbones.base import Backbone, PatchStem, check_lists, classifier, init_weights, sites_of
-from models.layers.block import Block, Stage, drop_path_rates
+from models.attention import AttentionFactory, Grid
+from models.backbones.base import Backbone, PatchStem, classifier, init_weights
+from models.backbones.stages import check_lists, sites_of, stages_of
+from models.layers.block import Block
 from models.layers.downsample import ConvDownsample
 from models.layers.patch_embed import PatchEmbed
 from models.layers.position import ConvPosition
@@ -56,18 +57,17 @@ class DaViT(Backbone):
         blocks = [2 * pairs for pairs in depths]
         self.channels, self.strides = list(dims), [4 << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": blocks, "num_heads": num_heads}
-        mixers = iter(build(attention, sites_of("hierarchical", image_size, **shape, positioned=True)))
-        rates = iter(drop_path_rates(drop_path, sum(blocks)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
-        stages = []
-        for s, (dim, depth) in enumerate(zip(dims, blocks, strict=True)):
-            between = _downsample(dims[s - 1], dim, downsample_kernel) if s else None
-            stages.append(
-                Stage([_block(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)], between)
-            )
+        stages = stages_of(
+            attention,
+            sites_of("hierarchical", image_size, **shape, positioned=True),
+            drop_path,
+            block=lambda site, mixer, rate: _block(site.dim, mixer, drop_path=rate, **options),
+            between=lambda s: _downsample(dims[s - 1], dims[s], downsample_kernel),
+        )
         norm = nn.LayerNorm(dims[0], eps=EPS)
         self.stem = PatchStem(PatchEmbed(in_channels, dims[0], 4, kernel_size=7, padding=3, norm=norm))
-        self.stages = nn.ModuleList(stages)
+        self.stages = stages
         self.norm = nn.Identity()
         self.head_norm = nn.LayerNorm(dims[-1], eps=EPS)
         self.head = classifier(dims[-1], num_classes)

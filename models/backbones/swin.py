@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from models.attention import AttentionFactory, build
-from models.backbones.base import Backbone, PatchStem, check_counts, check_lists, classifier, init_weights, sites_of
-from models.layers.block import Block, Stage, drop_path_rates
+from models.attention import AttentionFactory
+from models.backbones.base import Backbone, PatchStem, check_counts, classifier, init_weights
+from models.backbones.stages import check_lists, sites_of, stages_of
+from models.layers.block import Block
 from models.layers.downsample import PatchMerging
 from models.layers.patch_embed import PatchEmbed
 
@@ -50,15 +51,16 @@ class Swin(Backbone):
         check_lists("Swin", dims=dims, depths=depths, num_heads=num_heads)
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}
-        mixers = iter(build(attention, sites_of("hierarchical", image_size, **shape)))
-        rates = iter(drop_path_rates(drop_path, sum(depths)))
         options = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "norm_eps": 1e-5}
-        stages = []
-        for s, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            blocks = [Block(dim, next(mixers), drop_path=next(rates), **options) for _ in range(depth)]
-            stages.append(Stage(blocks, PatchMerging(dims[s - 1], dim) if s else None))
+        stages = stages_of(
+            attention,
+            sites_of("hierarchical", image_size, **shape),
+            drop_path,
+            block=lambda site, mixer, rate: Block(site.dim, mixer, drop_path=rate, **options),
+            between=lambda s: PatchMerging(dims[s - 1], dims[s]),
+        )
         self.stem = PatchStem(PatchEmbed(in_channels, dims[0], patch_size, norm=nn.LayerNorm(dims[0])))
-        self.stages = nn.ModuleList(stages)
+        self.stages = stages
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
         self.head = classifier(dims[-1], num_classes)
         self.apply(init_weights)

@@ -9,29 +9,49 @@ from torch import Tensor, nn
 
 from kernels.depthwise_conv import depthwise_conv
 from kernels.layer_norm import WIDEST, conv_norm
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import square_side, to_map, to_tokens
 
 
 class LearnedPosition(nn.Module):
-    """Adds a learned vector per token; on another map size the table is resized bicubically.
+    """Adds a learned vector per token; on another map size the table is resized.
 
     Args:
         dim: channels C.
         grid: height, width and prefix tokens that the table is made for.
+        mode: "bicubic" with antialiasing, as timm's ViT does, or "bilinear" without, as the authors of PVT do.
+
+    Raises:
+        ValueError: another mode.
     """
 
-    def __init__(self, dim: int, grid: tuple) -> None:
+    def __init__(self, dim: int, grid: tuple, mode: str = "bicubic") -> None:
         super().__init__()
+        if mode not in ("bicubic", "bilinear"):
+            raise ValueError(f"LearnedPosition: mode is unknown, got {mode!r}; use bicubic or bilinear")
+        self.mode = mode
         height, width, prefix = self.grid = tuple(grid)
         self.table = nn.Parameter(torch.empty(1, prefix + height * width, dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
-        if tuple(grid) == self.grid:
-            return x_BNC + self.table
+        return x_BNC + self._fitted(self.table, self.grid, tuple(grid))
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A table (1, N', C) of another square map as the one of this module.
+
+        Raises:
+            ValueError: the other map is no square.
+        """
         prefix = self.grid[2]
-        resized = F.interpolate(to_map(self.table, self.grid), size=grid[:2], mode="bicubic", antialias=True)
-        return x_BNC + to_tokens(resized, self.table[:, :prefix])
+        side = square_side(value.shape[1] - prefix, "tokens")
+        return self._fitted(value, (side, side, prefix), self.grid)
+
+    def _fitted(self, table: Tensor, grid: tuple, new: tuple) -> Tensor:
+        if grid == new:
+            return table
+        table_BCHW, antialias = to_map(table, grid), self.mode == "bicubic"
+        resized = F.interpolate(table_BCHW, size=new[:2], mode=self.mode, antialias=antialias)
+        return to_tokens(resized, table[:, : grid[2]])
 
 
 class ConvPosition(nn.Module):
