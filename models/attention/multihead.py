@@ -27,7 +27,8 @@ class Core(Protocol):
     """Computes the heads of one sequence of tokens.
 
     `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
-    keys). `mask` is bool (R, T, T), True where a pair may attend; a core only receives one in shifted windows.
+    keys). `mask` is (R, T, T), bool and True where a pair may attend, or numbers that are
+    added to the logits; a core only receives one in shifted windows.
 
     `runs(window, gated)` names the kernel that computes the same from the packed projection (B, N, 3·M·D), and
     `fused(qkv, grid, num_heads, layout...)` calls it. Where that kernel finds the windows by itself, `finds_windows` is
@@ -57,6 +58,8 @@ class MultiHead(nn.Module):
         core: computes the heads; see `Core`.
         window: height and width of the windows that tokens see; None for the whole map.
         shift: how far the windows are rolled, (0, 0) for not at all.
+        stored_mask: keep the mask of shifted windows for the map of the site among the weights, as the files of Swin
+            do; then a file may bring another one, which holds for maps of that size.
         reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that shortens the sequence of keys and values; None for none.
         qkv_bias: whether queries, keys and values have a bias.
         head_dim: channels per head D; None for C / M.
@@ -70,6 +73,7 @@ class MultiHead(nn.Module):
         *,
         window: tuple[int, int] | None = None,
         shift: tuple[int, int] = (0, 0),
+        stored_mask: bool = False,
         reduce: nn.Module | None = None,
         qkv_bias: bool = True,
         head_dim: int | None = None,
@@ -84,6 +88,9 @@ class MultiHead(nn.Module):
         self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
         self.reads_stream = getattr(core, "reads_stream", False)
         self.accepts = Accepts(prefix="attended" if window is None and reduce is None else "refused")
+        self.grid, self.usual_mask = site.grid, True
+        mask = self._usual_mask(torch.get_default_device()) if stored_mask and any(shift) else None
+        self.register_buffer("shift_mask", mask)
 
     def runs(self) -> Runs:
         """See `models.attention.Runs`."""
@@ -91,7 +98,23 @@ class MultiHead(nn.Module):
             return Runs(type(self.core).__name__, False, "its keys come from a map of another size than its queries")
         if self.head_dim > WIDEST_HEAD:
             return Runs(type(self.core).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
+        if not self.usual_mask:
+            return Runs(type(self.core).__name__, False, "its file brought a mask of shifted windows of its own")
         return self.core.runs(self.window, self.gated)
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A stored mask for a map of another size becomes the one for the map of the site; the rest stays as it is."""
+        return self._usual_mask(value.device) if name == "shift_mask" else value
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.shift_mask is not None and not self.shift_mask.is_meta:
+            self.usual_mask = torch.equal(self.shift_mask, self._usual_mask(self.shift_mask.device))
+
+    def _usual_mask(self, device: torch.device) -> Tensor:
+        """(R, T, T): 0 where a pair may attend and -100 where not, as in the files of Swin."""
+        mask = windows.shift_mask(*self.grid[:2], self.window, self.shift, device)
+        return torch.where(mask, 0.0, -100.0)
 
     def forward(
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
@@ -156,6 +179,8 @@ class MultiHead(nn.Module):
     def _mask(self, grid: Grid, device: torch.device) -> Tensor | None:
         if self.window is None or not any(self.shift):
             return None
+        if self.shift_mask is not None and grid[:2] == self.grid[:2]:
+            return self.shift_mask
         return windows.shift_mask(grid.height, grid.width, self.window, self.shift, device)
 
     def _project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:

@@ -2,20 +2,22 @@
 
 What the names are elsewhere stands in one file per source repository (`biformer.py`, `davit.py`, …), found by the
 first word of the model's name. Values are renamed and reshaped, never computed with, so that a round trip gives the
-same bits, and gradients pass through.
+same bits, and gradients pass through. The one exception: tables that are bound to the size of the image are resized
+when the model was made for another size than the file, by the module that owns them (`resized`), with a warning.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models import create_model, list_models
-from models.checkpoints.layout import OURS, Layout
+from models.checkpoints.layout import OURS, Layout, Part
 from models.checkpoints.weights import strip, unwrap
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
@@ -27,12 +29,31 @@ DETECTOR = "backbone."
 HEAD = "head."
 
 
+class _Skeleton(NamedTuple):
+    """A model without values."""
+
+    shapes: dict[str, torch.Size]  # by our names
+    resized: dict[str, Callable[[Tensor], Tensor]]  # tables bound to the size of the image: one of another size → ours
+
+
 class _Table(NamedTuple):
-    """One way to read a file: a layout, and our names and values by their names."""
+    """One way to read a file: a layout, and its names for ours."""
 
     layout: Layout
-    names: dict[str, str]  # theirs → ours
-    shapes: dict[str, torch.Size]  # ours
+    parts: dict[str, tuple[Part, ...]]  # by our names
+    model: _Skeleton
+
+    @property
+    def names(self) -> dict[str, tuple[str, Part]]:
+        """Our name by each of theirs."""
+        return {part.name: (mine, part) for mine, parts in self.parts.items() for part in parts}
+
+    def take(self, mine: str, state: Mapping[str, Tensor]) -> Tensor:
+        """Our weight from a state in their names, of the size that it has there."""
+        import torch
+
+        pieces = [self.layout.take(part.name, state[part.name]) for part in self.parts[mine]]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def convert(
@@ -47,7 +68,8 @@ def convert(
             `create_model(name, features_only=True)`.
         name: the model, see `models.list_models`.
         num_classes: refuse a head for any other number of classes, and none; None takes every head.
-        settings: those that the model was made with, see `models.create_model`.
+        settings: those that the model was made with, see `models.create_model`. Where its image size is another one
+            than that of the file, position tables, agent biases and the like are resized, and a warning says which.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the message names it, and a model that would fit.
@@ -56,15 +78,22 @@ def convert(
 
     state = _weights(state_dict, "convert")
     table = _best(_tables(name, settings), state)
-    if problem := _problem(table, state, name):
+    state = _learned(table.layout, state)
+    if problem := _problem(table, state, name, resize=True):
         raise ValueError(f"convert: {problem}; {_advice(state, name)}")
     if problem := _wrong_classes(table, state, num_classes):
         raise ValueError(f"convert: {problem}")
     for model, text in table.layout.warning:
         if model == name and "attention" not in settings:
             warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
-    ours = {mine: table.layout.take(state[theirs]) for theirs, mine in table.names.items() if theirs in state}
-    return {mine: ours[mine] if mine in ours else torch.tensor(0) for mine in table.names.values()}
+    here = [mine for mine, parts in table.parts.items() if all(part.name in state for part in parts)]
+    ours = {mine: table.take(mine, state) for mine in here}
+    other = [mine for mine in here if mine in table.model.resized and ours[mine].shape != table.model.shapes[mine]]
+    if other:
+        ours |= {mine: table.model.resized[mine](ours[mine]) for mine in other}
+        text = f"tables made for another image size, window or number of agents were resized: {some(other)}"
+        warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
+    return {mine: ours[mine] if mine in ours else torch.tensor(0) for mine in table.parts}
 
 
 def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict[str, Tensor]:
@@ -78,11 +107,15 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     """
     family = _family(name)
     if family is None:
-        exportable = ", ".join(other for other in list_models() if _family(other))
+        exportable = ", ".join(sorted({f"{other.partition('_')[0]}_*" for other in list_models() if _family(other)}))
         raise ValueError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
     ours = convert(state_dict, name, **settings)
     layout = family.authors(name)
-    return {layout.theirs(mine): layout.give(mine, value) for mine, value in ours.items()}
+    parts = layout.names(ours)
+    theirs = [layout.give(mine, value, parts[mine]) for mine, value in ours.items()]
+    if layout.make_constants is not None:
+        theirs.append(layout.make_constants(ours))
+    return {key: value for weights in theirs for key, value in weights.items()}
 
 
 def source_of(state_dict: Mapping[str, Any], name: str, **settings: Any) -> str:
@@ -107,21 +140,27 @@ def _tables(name: str, settings: dict[str, Any]) -> Iterator[_Table]:
     """Every layout for the classifier and for the pyramid of the model."""
     family = _family(name)
     for features_only in (False, True):
-        shapes = (_shapes if settings else _shapes_of_file)(name, features_only=features_only, **settings)
+        model = (_skeleton if settings else _skeleton_of_file)(name, features_only=features_only, **settings)
         for layout in (OURS, *(family.LAYOUTS if family else ())):
-            yield _Table(layout, {layout.theirs(key): key for key in shapes}, shapes)
+            yield _Table(layout, layout.names(model.shapes), model)
 
 
-def _shapes(name: str, **settings: Any) -> dict[str, torch.Size]:
+def _skeleton(name: str, **settings: Any) -> _Skeleton:
     """Names and shapes of the state dict of a model, which is made without memory."""
     import torch
 
     with torch.device("meta"):
         model = create_model(name, **settings)
-    return {key: value.shape for key, value in model.state_dict().items()}
+    resized = {
+        f"{path}.{key}": functools.partial(module.resized, key)
+        for path, module in model.named_modules()
+        if hasattr(module, "resized")
+        for key in (*module._parameters, *module._buffers)
+    }
+    return _Skeleton({key: value.shape for key, value in model.state_dict().items()}, resized)
 
 
-_shapes_of_file = functools.cache(_shapes)  # a model as it stands in conf/model is asked for again and again
+_skeleton_of_file = functools.cache(_skeleton)  # a model as it stands in conf/model is asked for again and again
 
 
 def _best(tables: Iterator[_Table], state: dict[str, Tensor]) -> _Table:
@@ -129,37 +168,54 @@ def _best(tables: Iterator[_Table], state: dict[str, Tensor]) -> _Table:
     return max(tables, key=lambda table: (len(table.names.keys() & state.keys()), -len(table.names)))
 
 
-def _problem(table: _Table, state: dict[str, Tensor], name: str) -> str:
-    """What keeps the state from being the model's with any number of classes; "" for nothing."""
-    missing = [key for key in table.names if key not in state and not key.endswith(COUNTER)]
-    unknown = [key for key in state if key not in table.names]
+def _learned(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is not learned, such as the indices of windows."""
+    return {key: v for key, v in state.items() if not (layout.constants and re.search(layout.constants, key))}
+
+
+def _problem(table: _Table, state: dict[str, Tensor], name: str, resize: bool = False) -> str:
+    """What keeps the state from being the model's with any number of classes; "" for nothing.
+
+    With `resize` tables that are bound to the image size may be of another one.
+    """
+    names = table.names
+    missing = [key for key in names if key not in state and not key.endswith(COUNTER)]
+    unknown = [key for key in state if key not in names]
     if 2 * len(unknown) > len(state):
         return f"{len(unknown)} of the {len(state)} names in the file are none of {name}, got {some(unknown)}"
     if missing:
         return f"the file lacks {some(missing)} of {name} (names of {table.layout.source})"
     if unknown:
         return f"the file has {some(unknown)}, which {name} has not (names of {table.layout.source})"
-    present = [(theirs, mine) for theirs, mine in table.names.items() if theirs in state]
-    return next(filter(None, (_misfit(theirs, mine, table, state[theirs], name) for theirs, mine in present)), "")
+    misfits = (_misfit(mine, part, table, state, name, resize) for mine, part in names.values() if part.name in state)
+    return next(filter(None, misfits), "")
 
 
-def _misfit(theirs: str, mine: str, table: _Table, value: Tensor, name: str) -> str:
+def _misfit(mine: str, part: Part, table: _Table, state: dict[str, Tensor], name: str, resize: bool) -> str:
     """What is wrong with the shape of a value; the head may have any number of classes."""
-    wanted, got = tuple(table.shapes[mine]), tuple(table.layout.take(value).shape)
+    taken = table.layout.take(part.name, state[part.name])
+    wanted, got = table.layout.shape_of(part, table.model.shapes[mine]), tuple(taken.shape)
     free = int(mine.startswith(HEAD))
     if len(got) == len(wanted) and got[free:] == wanted[free:]:
         return ""
     sides = ", ".join(["classes"] * free + [str(side) for side in wanted[free:]])
-    return f"{theirs} must have the shape ({sides}) in {name}, got {got}"
+    text = f"{part.name} must have the shape ({sides}) in {name}, got {got}"
+    if not resize or mine not in table.model.resized:
+        return text
+    try:
+        fits = table.model.resized[mine](taken.detach()).shape == wanted
+    except ValueError as error:
+        return f"{text}: {error}"
+    return "" if fits else text
 
 
 def _wrong_classes(table: _Table, state: dict[str, Tensor], num_classes: int | None) -> str:
     """What is wrong with the number of classes; "" for nothing."""
-    if num_classes is not None and not any(mine.startswith(HEAD) for mine in table.names.values()):
+    if num_classes is not None and not any(mine.startswith(HEAD) for mine in table.parts):
         return (
             "the file has no classifier, got the backbone of a detector or segmenter; give a classification checkpoint"
         )
-    classes = {theirs: len(state[theirs]) for theirs, mine in table.names.items() if mine.startswith(HEAD)}
+    classes = {theirs: len(state[theirs]) for theirs, (mine, _) in table.names.items() if mine.startswith(HEAD)}
     if len(set(classes.values())) > 1:
         return f"the parts of the head must have one number of classes, got {classes}; fetch the file again"
     for found in set(classes.values()) - {num_classes}:
@@ -175,10 +231,15 @@ def _advice(state: dict[str, Tensor], name: str) -> str:
     """Which other model of the family the weights are of."""
     family = name.partition("_")[0]
     others = [other for other in list_models() if other.partition("_")[0] == family and other != name]
-    fitting = [other for other in others if not _problem(_best(_tables(other, {}), state), state, other)]
+    fitting = [other for other in others if _fits(other, state)]
     if fitting:
         return f"it holds {' or '.join(fitting)}"
     return "give the model, and the settings, that the file was saved from"
+
+
+def _fits(name: str, state: dict[str, Tensor]) -> bool:
+    table = _best(_tables(name, {}), state)
+    return not _problem(table, _learned(table.layout, state), name)
 
 
 def some(names: list[str]) -> str:

@@ -3,12 +3,70 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+
+class Part(NamedTuple):
+    """One weight of theirs: all of one of ours, or a share of its rows."""
+
+    name: str
+    share: int = 1  # of `of` equal shares
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Weights that are separate there and one here, row after row, such as queries and keys with values.
+
+    Attributes:
+        pattern: in the name that the rules give.
+        parts: what stands in its place there, with the number of equal shares of the rows: ((".q.", 1), (".kv.", 2)).
+    """
+
+    pattern: str
+    parts: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Weights with other axes there.
+
+    Attributes:
+        pattern: of their name.
+        theirs: one letter per axis, in their order; a `1` is an axis of length one that ours lacks.
+        ours: the same letters in our order.
+    """
+
+    pattern: str
+    theirs: str
+    ours: str
+
+    def take(self, value: Tensor) -> Tensor:
+        """Their value as ours; as it is when it has other axes than expected."""
+        if value.dim() != len(self.theirs) or any(
+            side != 1 for axis, side in zip(self.theirs, value.shape, strict=True) if axis == "1"
+        ):
+            return value
+        letters = self.theirs.replace("1", "")
+        sides = [side for axis, side in zip(self.theirs, value.shape, strict=True) if axis != "1"]
+        return value.reshape(sides).permute([letters.index(axis) for axis in self.ours])
+
+    def give(self, value: Tensor) -> Tensor:
+        """Our value as theirs."""
+        letters = self.theirs.replace("1", "")
+        value = value.permute([self.ours.index(axis) for axis in letters])
+        for place, axis in enumerate(self.theirs):
+            if axis == "1":
+                value = value.unsqueeze(place)
+        return value.contiguous()
 
 
 @dataclass(frozen=True)
@@ -20,27 +78,72 @@ class Layout:
         rules: pairs (pattern, replacement) of `re.sub`, applied in turn to one of our names; the result is theirs.
         pointwise: pattern of those of our names whose Linear weights are 1×1 convolutions there; "" for none.
         warning: what a user should know who loads such a file, by model; a model that is not named has nothing to know.
+        joined: weights that are several there.
+        axes: weights with other axes there.
+        numbered: whether blocks are counted through all stages there; the rules then see `blocks.K.` for them.
+        constants: pattern of names in their files that hold nothing learned; "" for none.
+        make_constants: `our weights -> ` those, to be written into files for them.
     """
 
     source: str
-    rules: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = ()
+    rules: Rules = ()
     pointwise: str = ""
     warning: tuple[tuple[str, str], ...] = ()
+    joined: tuple[Joined, ...] = ()
+    axes: tuple[Axes, ...] = ()
+    numbered: bool = False
+    constants: str = ""
+    make_constants: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
-    def theirs(self, name: str) -> str:
-        """Their name for one of ours."""
+    def names(self, ours: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+        """Their names for each of ours, all names of a model together."""
+        ours = list(ours)
+        blocks = sorted({_block(name) for name in ours} - {None}) if self.numbered else []
+        place = {block: place for place, block in enumerate(blocks)}
+        return {name: self._parts(self._theirs(name, place)) for name in ours}
+
+    def _theirs(self, name: str, place: dict[tuple[int, int] | None, int]) -> str:
+        if (block := _block(name)) in place:
+            name = re.sub(r"^stages\.\d+\.blocks\.\d+\.", f"blocks.{place[block]}.", name)
         for pattern, replacement in self.rules:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def take(self, value: Tensor) -> Tensor:
-        """Their value as ours."""
+    def _parts(self, name: str) -> tuple[Part, ...]:
+        for joined in self.joined:
+            if re.search(joined.pattern, name):
+                of = sum(share for _, share in joined.parts)
+                return tuple(Part(re.sub(joined.pattern, text, name), share, of) for text, share in joined.parts)
+        return (Part(name),)
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """Their value of a name as ours, or as its rows of ours."""
+        for axes in self.axes:
+            if re.search(axes.pattern, name):
+                return axes.take(value)
         return value.flatten(1) if self.pointwise and value.shape[2:] == (1, 1) else value
 
-    def give(self, name: str, value: Tensor) -> Tensor:
-        """Our value as theirs."""
-        convolution = self.pointwise and value.dim() == 2 and re.search(self.pointwise, name)
-        return value[..., None, None] if convolution else value
+    def give(self, name: str, value: Tensor, parts: tuple[Part, ...]) -> dict[str, Tensor]:
+        """Our value as theirs, by their names."""
+        if self.pointwise and value.dim() == 2 and re.search(self.pointwise, name):
+            value = value[..., None, None]
+        if len(parts) == 1:
+            return {parts[0].name: self._axes(parts[0].name, value)}
+        pieces = value.split([len(value) * part.share // part.of for part in parts])
+        return {part.name: self._axes(part.name, piece) for part, piece in zip(parts, pieces, strict=True)}
+
+    def _axes(self, name: str, value: Tensor) -> Tensor:
+        return next((axes.give(value) for axes in self.axes if re.search(axes.pattern, name)), value)
+
+    def shape_of(self, part: Part, ours: torch.Size) -> tuple[int, ...]:
+        """The shape that a weight of theirs must have once it is taken."""
+        return tuple(ours) if part.of == 1 else (ours[0] * part.share // part.of, *ours[1:])
+
+
+def _block(name: str) -> tuple[int, int] | None:
+    """Stage and block of one of our names, or None."""
+    match = re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 OURS = Layout("this project")

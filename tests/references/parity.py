@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.checkpoints.layout import Layout
+
 OUTPUT, GRADIENT = (
     1e-4,
     1e-3,
@@ -63,3 +65,22 @@ def check(
         )
     skipped = set(wanted) - set(names)
     assert not skipped, f"no weights for {sorted(skipped)}"
+
+
+def through(layout: Layout, module: nn.Module, ours: str, theirs: str) -> Callable[[dict], dict]:
+    """A `convert` for `check`: the weights of a part of a model, by the layout of whole models.
+
+    Args:
+        layout: of the authors' files.
+        module: our part.
+        ours, theirs: what stands in front of the names of the part in a whole model, here and there.
+    """
+
+    def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, parts in layout.names(f"{ours}{key}" for key in module.state_dict()).items():
+            pieces = [layout.take(part.name, state[part.name.removeprefix(theirs)]) for part in parts]
+            found[name.removeprefix(ours)] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return found
+
+    return convert

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from models.attention import Grid, Site
 from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid, attend
 from models.attention.multihead import MultiHead, split_heads
+from models.checkpoints.agent import authors
 from models.layers import window as windows
+from models.layers.block import Block
 
 State = dict[str, Tensor]
 
@@ -22,11 +24,11 @@ def cases(*constructors: str) -> list[str]:
     return [name for name in modules if reference.info(name)["official_constructor"] in constructors]
 
 
-def bias_tables(theirs: State, prefix: str = "") -> State:
+def bias_tables(theirs: State) -> State:
     """The authors' tables of one module under our names, both biases as (M, A, …)."""
-    tables = {"gather_bias.block": theirs[f"{prefix}an_bias"], "scatter_bias.block": theirs[f"{prefix}na_bias"]}
+    tables = {"gather_bias.block": theirs["an_bias"], "scatter_bias.block": theirs["na_bias"]}
     for ours, names in (("row", ("ah", "ha")), ("column", ("aw", "wa")), ("prefix", ("ac", "ca"))):
-        gather, scatter = (f"{prefix}{name}_bias" for name in names)
+        gather, scatter = (f"{name}_bias" for name in names)
         if gather in theirs:
             tables[f"gather_bias.{ours}"] = theirs[gather].squeeze(0).flatten(2)
             tables[f"scatter_bias.{ours}"] = theirs[scatter].squeeze(0).movedim(-1, 1).flatten(2)
@@ -122,9 +124,9 @@ class Stripe(nn.Module):
         return windows.merge(o_BMND.transpose(1, 2).flatten(2), *size, self.stripe)
 
 
-def stripe_state(theirs: State, prefix: str = "") -> State:
-    ours = {f"core.{name}": table for name, table in bias_tables(theirs, prefix).items()}
-    return ours | {f"core.dwc.{kind}": theirs[f"{prefix}get_v.{kind}"] for kind in ("weight", "bias")}
+def stripe_state(theirs: State) -> State:
+    ours = {f"core.{name}": table for name, table in bias_tables(theirs).items()}
+    return ours | {f"core.dwc.{kind}": theirs[f"get_v.{kind}"] for kind in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("name", cases("models.agent_cswin.AgentAttention"))
@@ -134,42 +136,15 @@ def test_cswin(name: str) -> None:
     parity.check(name, module, stripe_state, lambda module, x: module(x))
 
 
-class CrossBlock(nn.Module):
-    """CSWin's block: half of the channels in vertical stripes, half in horizontal ones; or one whole map."""
-
-    def __init__(self, h: dict) -> None:
-        super().__init__()
-        dim, split = h["dim"], h["split_size"]
-        indices = [-1] if split == h["reso"] else [0, 1]
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=h["qkv_bias"]), nn.Linear(dim, dim)
-        self.branches = nn.ModuleList(
-            Stripe(dim // len(indices), h["num_heads"] // len(indices), h["reso"], index, split, h["agent_num"])
-            for index in indices
-        )
-        hidden = int(dim * h.get("mlp_ratio", 4.0))
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        qkv_3BNC = self.qkv(self.norm1(x_BNC)).unflatten(2, (3, -1)).movedim(2, 0)
-        parts = qkv_3BNC.chunk(len(self.branches), dim=-1)
-        mixed = torch.cat([branch(part) for branch, part in zip(self.branches, parts, strict=True)], dim=-1)
-        x_BNC = x_BNC + self.proj(mixed)
-        return x_BNC + self.mlp(self.norm2(x_BNC))
-
-
-def block_state(theirs: State) -> State:
-    ours = {key.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2"): v for key, v in theirs.items()}
-    branches = sorted({key.split(".")[1] for key in theirs if key.startswith("attns.")})
-    ours = {key: value for key, value in ours.items() if not key.startswith("attns.")}
-    for i in branches:
-        ours |= {f"branches.{i}.{key}": value for key, value in stripe_state(theirs, f"attns.{i}.").items()}
-    return ours
-
-
 @pytest.mark.parametrize("name", cases("models.agent_cswin.CSWinBlock"))
 def test_cswin_block(name: str) -> None:
-    parity.check(name, CrossBlock(reference.info(name)["hparams"]), block_state, lambda module, x: module(x))
+    h = reference.info(name)["hparams"]
+    site = Site(h["dim"], h["num_heads"], Grid(h["reso"], h["reso"]), 0, 0, 1, "hierarchical")
+    options = {"agent_tokens": h["agent_num"], "stripe": None if h["split_size"] == h["reso"] else h["split_size"]}
+    mixer = agent_attention(site, qkv_bias=h["qkv_bias"], **options)
+    block = Block(h["dim"], mixer, norm_eps=1e-5, mlp_ratio=h.get("mlp_ratio", 4.0))
+    convert = parity.through(authors("agent_cswin_tiny"), block, "stages.0.blocks.0.", "stage1.0.")
+    parity.check(name, block, convert, lambda module, x: module(x, site.grid)[0])
 
 
 class AgentSD(nn.Module):

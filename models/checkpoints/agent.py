@@ -1,0 +1,21 @@
+"""Names of weights in the files of LeapLabTHU/Agent-Attention: DeiT, PVT, Swin and CSWin with agents.
+
+Source: Agent Attention, arXiv:2312.08874; the state dicts of its code at commit 207ce3e.
+"""
+
+from models.checkpoints import backbones
+from models.checkpoints.layout import Layout
+
+_SOURCE = "LeapLabTHU/Agent-Attention"
+_BY_BACKBONE = {
+    "deit": backbones.deit(_SOURCE),
+    "pvt": backbones.pvt(_SOURCE),
+    "swin": backbones.swin(_SOURCE),
+    "cswin": backbones.cswin(_SOURCE, dwc="get_v"),
+}
+LAYOUTS = tuple(_BY_BACKBONE.values())
+
+
+def authors(name: str) -> Layout:
+    """The layout in which the authors published a model."""
+    return _BY_BACKBONE[name.split("_")[1]]

@@ -1,0 +1,22 @@
+"""Names of weights in the files of LeapLabTHU/FLatten-Transformer: PVT, PVT v2, Swin and CSWin with focused
+linear attention; its DeiT, which was never released, has the names that the others suggest.
+
+Source: FLatten Transformer, arXiv:2308.00442; the state dicts of its code at commit abdb115.
+"""
+
+from models.checkpoints import backbones
+from models.checkpoints.layout import Layout
+
+_SOURCE = "LeapLabTHU/FLatten-Transformer"
+_BY_BACKBONE = {
+    "deit": backbones.deit(_SOURCE),
+    "pvt": backbones.pvt(_SOURCE),
+    "swin": backbones.swin(_SOURCE),
+    "cswin": backbones.cswin(_SOURCE),
+}
+LAYOUTS = tuple(_BY_BACKBONE.values())
+
+
+def authors(name: str) -> Layout:
+    """The layout in which the authors published a model."""
+    return _BY_BACKBONE[name.split("_")[1]]

@@ -1,0 +1,21 @@
+"""Names of weights in the files of LeapLabTHU/InLine: DeiT, PVT, Swin and CSWin with InLine attention.
+
+Source: Bridging the Divide, arXiv:2412.06590; the state dicts of its code at commit e463a6f.
+"""
+
+from models.checkpoints import backbones
+from models.checkpoints.layout import Layout
+
+_SOURCE = "LeapLabTHU/InLine"
+_BY_BACKBONE = {
+    "deit": backbones.deit(_SOURCE),
+    "pvt": backbones.pvt(_SOURCE),
+    "swin": backbones.swin(_SOURCE),
+    "cswin": backbones.cswin(_SOURCE),
+}
+LAYOUTS = tuple(_BY_BACKBONE.values())
+
+
+def authors(name: str) -> Layout:
+    """The layout in which the authors published a model."""
+    return _BY_BACKBONE[name.split("_")[1]]
