@@ -14,7 +14,8 @@ OURS = ("conf", "data", "kernels", "models", "recipes")
 FLOORS = {
     "kernels": [],
     "models.layers": ["kernels"],
-    "models.attention": ["kernels", "models.layers"],
+    "models.attention": ["kernels", "models.layers", "models.attention.replacement"],
+    "models.attention.replacement": ["conf.cli", "models.attention", "models.factory"],
     "models.backbones": ["=models.attention", "models.layers"],  # the contract, no mechanism by name
     "models.checkpoints": ["=models", "conf.cli"],  # what models there are, to give weights their names
     "models.probes": ["models.layers"],

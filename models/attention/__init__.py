@@ -9,9 +9,12 @@ Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from models.attention.replacement import Replacement
 
 BACKENDS = ("auto", "triton", "torch")
 KINDS = frozenset({"vit", "hierarchical", "convnet", "hybrid"})
@@ -129,6 +132,37 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
     if problems:
         raise ValueError(_report(problems, len(sites)))
     return mixers
+
+
+def replace(
+    model: nn.Module,
+    attention: str | AttentionFactory | Sequence[AttentionFactory],
+    *,
+    where: Callable[[Site], bool] | None = None,
+    **options: Any,
+) -> "Replacement":
+    """Puts a mechanism into a timm ViT, DeiT or Swin, in place: `replace(model, "agent", agent_tokens=49)`.
+
+    Weights that fit are kept, the same parameters under the same names; the rest starts anew. In a Swin the mechanism
+    gets the whole map of the stage; windows are then an option of the mechanism. Make the optimizer after this; timm's
+    leave position biases undecayed by their name, and ours have another, `core.bias.table`.
+
+    Args:
+        model: of timm, with or without pretrained weights; may have been given to `replace` before.
+        attention: a file of conf/attention, see `models.list_attentions()`; or a factory, or a list with one per stage.
+        where: which places, e.g. `lambda site: site.block < 4` or `lambda site: site.stage < 2`; None for all.
+        options: keys of conf/attention/<attention>.yaml with other values. Biases, width of the heads and norms of
+            queries and keys are as in the model unless given.
+
+    Returns:
+        A report to print: places, parameters kept, new and dropped, and whether the output is unchanged.
+
+    Raises:
+        ValueError: an unknown name or option, no place, a model of another kind, or a misfit; the model is as before.
+    """
+    from models.attention.replacement import replace as put
+
+    return put(model, attention, where, options)
 
 
 def check(mixer: nn.Module, site: Site) -> None:
