@@ -21,6 +21,7 @@ from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.multihead import for_stage, head_channels, heads_to_map, map_to_heads, reduction
 from models.attention.stripes import lay_out
+from models.layers.tokens import square_side
 
 SIDES = (3, 4, 7, 7)  # of the papers' grids of agents, stage by stage
 
@@ -247,11 +248,26 @@ class AgentBias(nn.Module):
 
     def _to_agents(self, table: Tensor, agents: tuple[int, int]) -> Tensor:
         """(M, agents of training, …) → (M, A, …)."""
-        if agents == self.agents:
-            return table
-        flat = table.flatten(2).transpose(1, 2).unflatten(2, self.agents)
-        resized = F.interpolate(flat, size=agents, mode="bilinear").flatten(2).transpose(1, 2)
-        return resized.unflatten(2, table.shape[2:])
+        return _resampled(table, self.agents, agents)
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A table (M, A', …) trained for another map or another square grid of agents as the one of this module.
+
+        Raises:
+            ValueError: the table has another number of agents, and they are no square.
+        """
+        if value.shape[1] != math.prod(self.agents):
+            side = square_side(value.shape[1], "agents")
+            value = _resampled(value, (side, side), self.agents)
+        return _resized(value, getattr(self, name).shape[-1]) if name in ("row", "column") else value
+
+
+def _resampled(table: Tensor, agents: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(M, A, …) → (M, A', …), bilinearly over the grid of agents."""
+    if agents == new:
+        return table
+    flat = table.flatten(2).transpose(1, 2).unflatten(2, agents)
+    return F.interpolate(flat, size=new, mode="bilinear").flatten(2).transpose(1, 2).unflatten(2, table.shape[2:])
 
 
 def _resized(table_MAL: Tensor, length: int) -> Tensor:

@@ -21,7 +21,7 @@ from models.attention import Grid, Runs, Site
 from models.attention.multihead import head_channels, heads_to_map, map_to_heads, reduction
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import square_side, to_map, to_tokens
 
 EPS = 1e-6  # of the features and of the denominator, as in the authors' code
 
@@ -148,12 +148,20 @@ class FocusedLinearCore(nn.Module):
 
     def position(self, kv_grid: Grid) -> Tensor:
         """The encoding (1, M, S, D) of the keys, resized bicubically to another map; zero for prefix tokens."""
-        trained = self.kv_grid._replace(prefix=0)
-        table_BSC = self.positional_encoding
-        if kv_grid[:2] != trained[:2]:
-            table_BSC = to_tokens(F.interpolate(to_map(table_BSC, trained), size=kv_grid[:2], mode="bicubic"))
+        table_BSC = _resized(self.positional_encoding, self.kv_grid, kv_grid)
         table_BMSD = table_BSC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         return F.pad(table_BMSD, (0, 0, kv_grid.prefix, 0)) if kv_grid.prefix else table_BMSD
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A positional encoding (1, S', C) of another square map as the one of this module; the rest stays as it is.
+
+        Raises:
+            ValueError: the other map is no square.
+        """
+        if name != "positional_encoding":
+            return value
+        side = square_side(value.shape[1], "tokens")
+        return _resized(value, Grid(side, side), self.kv_grid)
 
     def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The depth-wise convolutions of the values, (B, M, N, D); zero for prefix tokens.
@@ -176,3 +184,10 @@ class FocusedLinearCore(nn.Module):
             q, k = self.features(q_BMND, k_BMSD, kv_grid)
             weights = q @ k.mT / k.shape[2]
             return weights / (weights.sum(-1, keepdim=True) + EPS)
+
+
+def _resized(table_BSC: Tensor, grid: Grid, new: Grid) -> Tensor:
+    """A table without prefix tokens for another map, bicubically."""
+    if grid[:2] == new[:2]:
+        return table_BSC
+    return to_tokens(F.interpolate(to_map(table_BSC, grid._replace(prefix=0)), size=new[:2], mode="bicubic"))

@@ -152,7 +152,7 @@ class InLineCore(nn.Module):
             x_BMND = mean_v + self.scale * q @ covariance_BMDD
         return x_BMND.to(v_BMSD.dtype) + self.local(v_BMSD, grid, kv_grid, weight_BC33)
 
-    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, weight_BC33: Tensor | None) -> Tensor:
+    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, weight_BC33: Tensor | None = None) -> Tensor:
         """The convolutions of the values, (B, M, N, D); zero for prefix tokens.
 
         Shortened values are enlarged bilinearly; the authors' code stops there.

@@ -199,8 +199,8 @@ class MultiHead(nn.Module):
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
-    B, N, _ = x_BNC.shape
-    return x_BNC.view(B, N, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+    head_dim = x_BNC.shape[2] // (parts * num_heads)
+    return x_BNC.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def merge_heads(x_BMND: Tensor) -> Tensor:

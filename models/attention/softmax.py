@@ -15,6 +15,7 @@ from kernels.moh_attention import moh_attention
 from kernels.window_attention import window_attention
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, reduction, window_of
+from models.layers.tokens import square_side
 
 
 def softmax_attention(
@@ -23,6 +24,7 @@ def softmax_attention(
     window: int | tuple[int, int] | None = None,
     shift: bool = False,
     relative_position_bias: bool = False,
+    stored_mask: bool = False,
     qkv_bias: bool = True,
     qk_norm: bool = False,
     head_dim: int | None = None,
@@ -37,6 +39,7 @@ def softmax_attention(
         window: side of the windows in tokens, cut to the map; None attends over the whole map. Papers: 7, 12 at 384 px.
         shift: roll the windows of every second block by half a window, masking pairs that were not neighbours.
         relative_position_bias: a learned bias per head and offset inside the window.
+        stored_mask: the masks of shifted windows are among the weights, see `MultiHead`.
         qkv_bias, qk_norm: bias of the projection, LayerNorm on queries and keys.
         head_dim: channels per head D; C / M by default.
         sr_ratio: keys and values come from a map with sides this many times shorter, one number or one per stage
@@ -56,7 +59,7 @@ def softmax_attention(
     reduce = reduction(site, sr_ratio, kv_pool)
     if size is not None and reduce is not None:
         raise Refused("windows and shortened keys exclude each other", "set attention.window=null, or sr_ratio=1")
-    options = {"qkv_bias": qkv_bias, "head_dim": dim, "backend": backend}
+    options = {"stored_mask": stored_mask, "qkv_bias": qkv_bias, "head_dim": dim, "backend": backend}
     return MultiHead(site, core, window=size, shift=rolled, reduce=reduce, **options)
 
 
@@ -134,7 +137,10 @@ class SoftmaxCore(nn.Module):
         bias = None if self.bias is None else self.bias().to(q_BMND.dtype).unsqueeze(0)
         if mask_RTT is None:
             return bias
-        closed = torch.zeros_like(mask_RTT, dtype=q_BMND.dtype).masked_fill_(~mask_RTT, float("-inf"))[:, None]
+        closed = mask_RTT
+        if mask_RTT.dtype == torch.bool:
+            closed = torch.zeros_like(mask_RTT, dtype=q_BMND.dtype).masked_fill_(~mask_RTT, float("-inf"))
+        closed = closed.to(q_BMND.dtype)[:, None]
         total = closed if bias is None else closed + bias
         return total.repeat(q_BMND.shape[0] // mask_RTT.shape[0], 1, 1, 1)
 
@@ -144,13 +150,24 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, num_heads: int, window: tuple[int, int]) -> None:
         super().__init__()
-        height, width = window
+        height, width = self.window = window
         self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
         nn.init.trunc_normal_(self.table, std=0.02)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         y, x = y.flatten(), x.flatten()
         offset = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1) + x[:, None] - x[None, :] + width - 1
         self.register_buffer("offset", offset, persistent=False)
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A table ((2h' - 1)(2w' - 1), M) of other square windows as the one of this module, bicubically.
+
+        Raises:
+            ValueError: the other windows are no squares.
+        """
+        side = square_side(value.shape[0], "offsets")
+        table_1MHW = value.unflatten(0, (side, side)).permute(2, 0, 1)[None]
+        new = [2 * size - 1 for size in self.window]
+        return F.interpolate(table_1MHW, size=new, mode="bicubic")[0].permute(1, 2, 0).flatten(0, 1)
 
     def forward(self) -> Tensor:
         return self.table[self.offset].permute(2, 0, 1).contiguous()

@@ -16,6 +16,7 @@ from models.attention.biformer import BiLevelRoutingAttention, biformer_attentio
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
+from models.attention.inline import inline_attention
 from models.attention.moh import MoHAttention
 from models.attention.softmax import softmax_attention
 from models.factory import compose_model, instantiate
@@ -40,6 +41,12 @@ MECHANISMS = {
     "heads of agents routed": lambda site: MoHAttention(
         site._replace(num_heads=4), core=agent_attention, shared_heads=1, routed_heads=2
     ),
+    "agents in stripes": lambda site: agent_attention(site, agent_tokens=[2, 2], stripe=3),
+    "focused in stripes": lambda site: focused_linear_attention(site, stripe=2),
+    "inline": lambda site: inline_attention(site, lepe=True),
+    "inline in windows": lambda site: inline_attention(site, window=4),
+    "inline in stripes": lambda site: inline_attention(site, stripe=3, lepe=True),
+    "inline without residual": lambda site: inline_attention(site, residual=False),
     "conv": conv,
 }
 
@@ -86,7 +93,7 @@ def test_the_backend_changes_nothing_beyond_rounding(name, grid):
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("name", ["channel groups", "agents", "focused", "heads routed"])
+@pytest.mark.parametrize("name", ["channel groups", "agents", "focused", "inline", "heads routed"])
 def test_class_tokens_take_the_same_path(name):
     site = SITE._replace(grid=Grid(6, 6, prefix=1), kind="vit")
     mixer = randomised(MECHANISMS[name](site))
