@@ -24,13 +24,13 @@ class Evaluation:
     """How an image is prepared for evaluation.
 
     ``size``: height and width in pixels; the training size when ``None``. ``resize``: the shorter side before the
-    centre crop, in pixels; ``size / crop_fraction``, rounded down, when ``None``. ``squash``: resize to a square and
-    crop nothing.
+    centre crop, in pixels; ``size / crop_fraction``, rounded down, when ``None``. ``squash``: both sides become that
+    long, whatever the aspect ratio. ``crop_fraction``: when ``None`` 0.875, and 1 (the whole image) when squashed.
     """
 
     size: int | None = None
     resize: int | None = None
-    crop_fraction: float = 0.875
+    crop_fraction: float | None = None
     interpolation: str = "bicubic"
     squash: bool = False
 
@@ -50,7 +50,8 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 found.append(f"eval.{name}={value!r}, expected pixels (a whole number from 1) or null")
-        if not isinstance(self.crop_fraction, int | float) or not 0 < self.crop_fraction <= 1:
+        fraction = self.crop_fraction
+        if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):
             found.append(f"eval.crop_fraction={self.crop_fraction!r}, expected a share above 0 and at most 1")
         if self.interpolation not in INTERPOLATIONS:
             found.append(f"eval.interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
@@ -60,14 +61,15 @@ class Evaluation:
 
 
 class EvaluationTransform:
-    """Resizes the shorter side, takes the centre; or squashes the whole image into the square."""
+    """Resizes the shorter side, or squashes the image into a square, and takes the centre."""
 
     def __init__(self, evaluation: Evaluation, image_size: int) -> None:
         self.size = evaluation.size or image_size
         self.mode = InterpolationMode(evaluation.interpolation)
         # Rounded down as in the evaluation code of the papers (DeiT, Swin, timm); the small term is for 0.9 and kin.
-        shorter = evaluation.resize or int(self.size / evaluation.crop_fraction + 1e-6)
-        self.target = [self.size, self.size] if evaluation.squash else [shorter]
+        fraction = evaluation.crop_fraction or (1.0 if evaluation.squash else 0.875)
+        side = evaluation.resize or int(self.size / fraction + 1e-6)
+        self.target = [side, side] if evaluation.squash else [side]
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = F.resize(image, self.target, self.mode)

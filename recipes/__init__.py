@@ -1,10 +1,11 @@
 """Recipes: one YAML file per published result, offered to Hydra as `recipe=<path below recipes/>`.
 
 A recipe names its building blocks from conf/, sets every number in which the paper differs from their defaults, and
-states under `target` the result that it must give.
+states under `target` the result that it must give. What several recipes share stands in `_bases/`, from which they
+take it in their defaults list.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -16,7 +17,7 @@ _read: set[str] = set()  # stored with their content
 
 def names() -> list[str]:
     """Every recipe as written on the command line, e.g. `biformer/tiny_in1k`."""
-    return sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
+    return sorted(name for name in _files() if not _is_base(name))
 
 
 def load(name: str) -> DictConfig:
@@ -27,16 +28,24 @@ def load(name: str) -> DictConfig:
 def register(arguments: Iterable[str] | None = None) -> None:
     """Make every recipe an option of the group `recipe`, from any directory; call before composing.
 
-    With the arguments of a command line only what they name is read. The others are options without content: Hydra
-    copies all of it again and again, which would cost seconds.
+    With the arguments of a command line only what they name is read, and once the bases. The others are options
+    without content: Hydra copies all of it again and again, which would cost seconds.
     """
     wanted = None if arguments is None else " ".join(a for a in arguments if a.startswith(("recipe=", "+recipe=")))
-    for name in names():
-        if wanted is None or name in wanted or "(" in wanted:
+    for name in _files():
+        if wanted is None or name in wanted or "(" in wanted or (wanted and _is_base(name) and name not in _read):
             _store(name, load(name))
             _read.add(name)
         elif name not in _read:
             _store(name, OmegaConf.create())
+
+
+def _files() -> Iterator[str]:
+    return (path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
+
+
+def _is_base(name: str) -> bool:
+    return name.startswith("_")
 
 
 def _store(name: str, node: DictConfig) -> None:

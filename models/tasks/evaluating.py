@@ -1,7 +1,6 @@
 """Evaluation of a checkpoint of ours, or of a published file of weights, and of what a recipe promises."""
 
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from conf.cli import UserError, compose_run
+from conf.cli import UserError
 from models.attention.backend import describe
-from models.checkpoints import check_config, convert, load_weights, read_config, read_manifest, resolve
+from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.cost import multiply_adds, parameters
 from models.tasks.classification import Classification
+from models.tasks.initial import in_our_names
 from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
 from models.tasks.resume import without_backend
@@ -93,8 +93,7 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 
 def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
-    path, run = Path(cfg.ckpt), given["run"]
-    settings = _settings(run["model"], run["attention"], given)
+    path, classes = Path(cfg.ckpt), given["model"]["num_classes"]
 
     def load(ema: bool) -> dict[str, Tensor] | None:
         try:
@@ -103,26 +102,14 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
             if not ema:
                 raise
             return None  # the raw weights were there: the file has no average
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            state = convert(content, run["model"], num_classes=given["model"]["num_classes"], **settings)
-        for warning in caught if not ema else ():
-            print(f"warning: {warning.message}")
+        state, notes = in_our_names(content, given, classes)
+        for note in notes if not ema else ():
+            print(note)
         return state
 
-    known = {"checkpoint": str(path), "model": run["model"]}
+    known = {"checkpoint": str(path), "model": given["run"]["model"]}
     output = path.with_name(f"{path.name}.metrics.json")
     return Weights(f"{title(given)}, {path.name}", known, output, load, None, None)
-
-
-def _settings(name: str, attention: str, given: dict[str, Any]) -> dict[str, Any]:
-    """How the model differs from `create_model(name)`, so that the names and shapes of its weights are known."""
-    options = given["attention"] if isinstance(given["attention"], dict) else {}
-    plain = {key: value for key, value in (options | given["model"]).items() if not isinstance(value, dict)}
-    own = compose_run([f"model={name}"])[1]["attention"]
-    settings = {key: value for key, value in plain.items() if not key.startswith("_") and key != "num_classes"}
-    settings.pop("attention", None)  # a list of mechanisms
-    return settings | ({} if attention == own else {"attention": attention})
 
 
 def _report(weights: Weights, given: dict[str, Any], figures: dict[str, Any], images: int, measured: int) -> None:

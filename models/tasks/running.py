@@ -16,6 +16,7 @@ from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.tasks.effective_batch import accumulate, check_resumed
 from models.tasks.effective_batch import describe as describe_batch
 from models.tasks.guard import NonFinite
+from models.tasks.initial import check_given, start_from
 from models.tasks.loggers import SafeWandb, build_loggers
 from models.tasks.preflight import (
     build,
@@ -50,8 +51,12 @@ def train(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None:
     checkpoint = _resume(cfg, run_dir, config)
+    if checkpoint is None:
+        check_given(config)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    task, data = build(cfg, "task"), build(cfg, "data")
+    task = build(cfg, "task")
+    origin = _origin(config, task, checkpoint)
+    data = build(cfg, "data")
     check_data(data)
     check_monitor(config, task)
     _check_token_labels(task, data)
@@ -66,7 +71,7 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     trainer.loggers = _loggers(config, run_dir, steps)
     if trainer.is_global_zero:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(_headline(config, task, data, trainer, run_dir, checkpoint, attention))
+        print(_headline(config, task, data, trainer, run_dir, [attention, *origin]))
     _fit(trainer, task, data, checkpoint, run_dir)
     if not trainer.is_global_zero:
         return None
@@ -91,6 +96,14 @@ def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | No
     except ValueError as error:
         raise UserError(str(error)) from error
     return checkpoint
+
+
+def _origin(config: dict[str, Any], task: pl.LightningModule, checkpoint: Path | None) -> list[str]:
+    """Where the weights come from, in lines; those of `init` are loaded, unless the run continues."""
+    given = config["init"]
+    if checkpoint is not None:
+        return [f"continues from {short(checkpoint)}{'; init is not used' if given is not None else ''}"]
+    return [] if given is None else start_from(str(given), task.model, config)
 
 
 def _attention(task: pl.LightningModule, trainer: pl.Trainer) -> str:
@@ -159,8 +172,7 @@ def _headline(
     data: pl.LightningDataModule,
     trainer: pl.Trainer,
     run_dir: Path,
-    checkpoint: Path | None,
-    attention: str,
+    notes: list[str],
 ) -> str:
     parameters = sum(p.numel() for p in task.model.parameters())
     device = (
@@ -171,10 +183,8 @@ def _headline(
         f"images of {config['image_size']} px",
         describe_batch(config, trainer, data),
         f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
-        attention,
+        *notes,
     ]
-    if checkpoint is not None:
-        lines.append(f"continues from {short(checkpoint)}")
     return "\n".join(lines)
 
 

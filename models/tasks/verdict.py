@@ -18,9 +18,9 @@ FREE_BELOW = ("model.attention.", "data.augment.")  # copies of other settings, 
 
 
 class Verdict(NamedTuple):
-    """`reproduced`, and the sentence that says by how much not."""
+    """`reproduced`, None where nothing is published; and the sentence that says by how much not."""
 
-    reproduced: bool
+    reproduced: bool | None
     text: str
 
 
@@ -33,16 +33,26 @@ def judge(recipe: str, figures: dict[str, Any], differences: list[str]) -> Verdi
         differences: what was not as in the recipe, see `deviations`: then nothing is reproduced.
     """
     target = recipes.load(recipe).target
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    otherwise = f", with {', '.join(differences[:3])}{more}" if differences else ""
+    if target.metric not in figures:
+        text = f"{target.metric} was not measured, as the weights have no average, published {_published(target)}"
+        return Verdict(False, f"not reproduced: {text}; val/top1 is {100 * figures['val/top1']:.3f} %{otherwise}")
     measured, allowed = 100 * figures[target.metric], target.tolerance
+    if target.value is None:
+        return Verdict(None, f"nothing published to compare with: {target.metric} {measured:.3f} %{otherwise}")
     difference = round(measured - target.value, 3) + 0.0
-    text = f"{target.metric} {measured:.3f} %, published {target.value} % ({target.paper}), {difference:+.3f} points"
+    text = f"{target.metric} {measured:.3f} %, published {_published(target)}, {difference:+.3f} points"
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        return Verdict(False, f"not reproduced: {text}, with {', '.join(differences[:3])}{more}")
+        return Verdict(False, f"not reproduced: {text}{otherwise}")
     if difference < -allowed:
         return Verdict(False, f"not reproduced: {text}, {allowed} less are allowed")
     surprise = ", which is more than runs differ by: is it the right data?" if difference > allowed else ""
     return Verdict(True, f"reproduced: {text}, {allowed} less are allowed{surprise}")
+
+
+def _published(target: DictConfig) -> str:
+    return f"{target.value} % ({target.paper})"
 
 
 def deviations(recipe: str, given: dict[str, Any], images: int, measured: int) -> list[str]:

@@ -53,6 +53,12 @@ def test_squash_keeps_the_whole_image(photo):
     assert torch.equal(image, v2.functional.pil_to_tensor(photo.resize((32, 32), Image.Resampling.BILINEAR)))
 
 
+def test_squash_and_a_centre_crop(photo):
+    image = EvaluationTransform(Evaluation(squash=True, crop_fraction=0.875), 28)(photo)
+    squashed = v2.functional.pil_to_tensor(photo.resize((32, 32), Image.Resampling.BICUBIC))
+    assert torch.equal(image, squashed[:, 2:30, 2:30])
+
+
 @pytest.mark.parametrize("augment", [{}, {"scale": (0.08, 1.0)}, {"shift": 0.125}, {"hflip": 0.5, "color_jitter": 0.4}])
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (8, 8), (1, 1), (300, 2)])
 def test_training_gives_uint8_of_the_image_size(augment, size):

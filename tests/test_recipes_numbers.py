@@ -1,0 +1,363 @@
+"""Every recipe states the published numbers: those of the papers and of their authors' settings, written out here."""
+
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from torchvision.transforms import InterpolationMode, v2
+
+import recipes
+from conf.cli import compose_run
+from data.augment import Augment
+from data.transforms import Evaluation, EvaluationTransform, TrainTransform
+from models.factory import build
+from models.tasks.schedule import Schedule
+
+GOLDENS = Path(__file__).parent / "goldens" / "recipes"
+NAMES = recipes.names()
+PAPERS = ("agent", "biformer", "davit", "flatten", "inline")
+IMAGES = 1_281_167  # for training, in ImageNet-1k
+
+
+class Row(NamedTuple):
+    """Published: what training and evaluation use, and what they give; None where there is none.
+
+    px: of the images. gpu: images on each of 8 GPUs. lr, warmup_lr, min_lr: for all their images together. epochs,
+    cooldown, warmup: in epochs, the cooldown after the others. decay: of weights. clip: norm of gradients. path: the
+    drop path of the last block. blocks: of the model. side: pixels before the centre crop. ema: decay of the average.
+    """
+
+    px: int
+    gpu: int
+    lr: float
+    warmup_lr: float
+    min_lr: float
+    epochs: int
+    cooldown: int
+    warmup: int
+    decay: float
+    clip: float | None
+    path: float
+    blocks: int
+    side: int
+    ema: float | None
+    top1: float | None
+
+
+PUBLISHED = """
+name                         px gpu      lr warm-up     min epochs  + in decay clip path blocks side         ema top1
+agent/cswin_base            224  64  0.0005   1e-06   1e-05    300 10 20   0.1    -  0.5     40  256     0.99992 84.7
+agent/cswin_base_384        384  32 2.5e-06 2.5e-06 2.5e-07     20 10  0 1e-08    -  0.7     40  438      0.9998 85.8
+agent/cswin_small           224 128   0.001   2e-06   2e-05    300 10 20  0.05    -  0.4     40  256     0.99984 83.9
+agent/cswin_tiny            224 128   0.001   2e-06   2e-05    300 10 20  0.05    -  0.2     25  256     0.99984 83.1
+agent/deit_base             224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.3     12  256           - 82.0
+agent/deit_small            224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.1     12  256           - 80.5
+agent/deit_small_448        448  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.1     12  512           - 83.1
+agent/deit_tiny             224 512   0.004   4e-06   4e-05    300  0 20  0.05  5.0    0     12  256           - 74.9
+agent/pvt_large             224  64  0.0005   1e-06   1e-05    300 10  5  0.05  1.0  0.3     41  256           - 83.7
+agent/pvt_medium            224 128   0.001   2e-06   2e-05    300 10  5  0.05  1.0  0.3     28  256           - 83.4
+agent/pvt_medium_256        256  64  0.0005   1e-06   1e-05    300 10  5  0.05  1.0  0.3     28  292           - 83.8
+agent/pvt_small             224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1     16  256           - 82.2
+agent/pvt_tiny              224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1      8  256           - 78.4
+agent/swin_base             224  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.5     24  256           - 84.0
+agent/swin_base_384         384  32   1e-05   1e-08   1e-07     30  0  5 1e-08  5.0  0.5     24  384           - 84.9
+agent/swin_small            224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.3     24  256           - 83.7
+agent/swin_small_288        288  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.3     24  288           - 84.1
+agent/swin_tiny             224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.2     12  256           - 82.6
+flatten/cswin_base          224  64  0.0005   1e-06   1e-05    300 10 20   0.1    -  0.5     40  256     0.99982 84.5
+flatten/cswin_base_384      384  32 2.5e-06 2.5e-06 2.5e-07     20 10  0 1e-08    -  0.7     40  438      0.9998 85.5
+flatten/cswin_small         224 128   0.001   2e-06   2e-05    300 10 20  0.05    -  0.4     40  256     0.99984 83.8
+flatten/cswin_tiny          224 256   0.002   4e-06   4e-05    300 10 20  0.05    -  0.2     25  256     0.99984 83.1
+flatten/pvt_large           224  32 0.00025   5e-07   5e-06    300 10  5  0.05  1.0  0.3     41  256           -    -
+flatten/pvt_medium          224  64  0.0005   1e-06   1e-05    300 10  5  0.05  1.0  0.3     28  256           - 83.0
+flatten/pvt_small           224  64  0.0005   1e-06   1e-05    300 10  5  0.05    -  0.1     16  256           - 81.7
+flatten/pvt_tiny            224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1      8  256           - 77.8
+flatten/pvt_v2_b0           224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1      8  256           - 71.1
+flatten/pvt_v2_b1           224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1      8  256           - 79.5
+flatten/pvt_v2_b2           224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1     16  256           - 82.5
+flatten/pvt_v2_b3           224 128   0.001   2e-06   2e-05    300 10  5  0.05  1.0  0.3     28  256           - 83.7
+flatten/pvt_v2_b4           224  64  0.0005   1e-06   1e-05    300 10  5  0.05  1.0  0.3     41  256           - 84.0
+flatten/swin_base           224  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.5     24  256           - 83.8
+flatten/swin_base_384       384  32   1e-05   1e-08   1e-07     30  0  5 1e-08  5.0  0.5     24  384           - 85.0
+flatten/swin_small          224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.3     24  256           - 83.5
+flatten/swin_tiny           224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.2     12  256           - 82.1
+inline/cswin_base           224  64  0.0005   1e-06   1e-05    300 10 20   0.1    -  0.5     40  256 0.999949991 84.5
+inline/cswin_base_384       384  32 2.5e-06 2.5e-06 2.5e-07     20 10  0 1e-08    -  0.7     40  438 0.999974995 85.7
+inline/cswin_small          224 128   0.001   2e-06   2e-05    300 10 20  0.05    -  0.4     40  256 0.999899985 83.8
+inline/cswin_tiny           224 128   0.001   2e-06   2e-05    300 10 20  0.05    -  0.2     25  256 0.999899985 83.2
+inline/deit_base            448  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.1     12  512           - 82.3
+inline/deit_small           288 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.1     12  329           - 80.2
+inline/deit_tiny            224 512   0.004   4e-06   4e-05    300  0 20  0.05  5.0  0.1     12  256           - 74.5
+inline/pvt_large            224  64  0.0005   1e-06   1e-05    300 10  5  0.05  1.0  0.3     41  256           - 83.6
+inline/pvt_medium           224 128   0.001   2e-06   2e-05    300 10  5  0.05  1.0  0.3     28  256           - 83.2
+inline/pvt_small            224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1     16  256           - 82.0
+inline/pvt_tiny             224 128   0.001   2e-06   2e-05    300 10  5  0.05    -  0.1      8  256           - 78.2
+inline/swin_base            224  64  0.0005   5e-07   5e-06    300  0 20  0.05  5.0  0.5     24  256           - 84.1
+inline/swin_base_384        384  32   1e-05   1e-08   1e-07     30  0  5 1e-08  5.0  0.5     24  384           -    -
+inline/swin_small           224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.3     24  256           - 83.6
+inline/swin_tiny            224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.2     12  256           - 82.4
+biformer/tiny               224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     14  256     0.99996 81.4
+biformer/small              224 128   0.001   1e-06   1e-05    300  0  5  0.05    - 0.15     30  256     0.99996 83.8
+biformer/small_token_labels 224 128   0.001   1e-06   1e-05    300  0  5  0.05    - 0.15     30  256     0.99996 84.3
+biformer/base               224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.4     30  256     0.99996 84.3
+biformer/base_token_labels  224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.4     30  256     0.99996 85.4
+biformer/stl                224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     12  256     0.99996 82.7
+davit/tiny                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.1     12  248           - 82.8
+davit/small                 224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.2     24  248           - 84.2
+davit/base                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.4     24  248           - 84.6
+"""
+
+
+def _rows() -> dict[str, Row]:
+    found = {}
+    for line in PUBLISHED.strip().splitlines()[1:]:
+        name, *cells = line.split()
+        values = [None if cell == "-" else int(cell) if cell.isdigit() else float(cell) for cell in cells]
+        found[f"{name}_in1k"] = Row(*values)
+    return found
+
+
+ROWS = _rows()
+EVERY = pytest.mark.parametrize("name", sorted(ROWS))
+
+
+@functools.cache
+def composed(name: str):
+    return compose_run([f"recipe={name}"])
+
+
+@functools.cache
+def model_of(name: str) -> torch.nn.Module:
+    """Without memory."""
+    with torch.device("meta"):
+        return build(composed(name)[0])
+
+
+def test_the_recipes_are_the_published_ones():
+    assert sorted(ROWS) == NAMES
+
+
+@EVERY
+def test_the_model_is_that_of_the_recipe(name):
+    paper, _, variant = name.removesuffix("_in1k").partition("/")
+    assert composed(name)[1]["model"] == f"{paper}_{variant.removesuffix('_token_labels')}"
+
+
+# The whole configuration
+
+
+def leaves(node, path=""):
+    """Every value by its path; a list is one value."""
+    if not isinstance(node, dict) or not node:
+        return {path: node}
+    parts = [leaves(part, f"{path}.{name}" if path else name) for name, part in node.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def everything(name: str) -> dict:
+    """Everything that decides a result, every default of conf/ included, by its path."""
+    cfg, choices = composed(name)
+    cfg = cfg.copy()
+    for key in ("run", "hydra", "logger", "resume", "data.augment", "data.source", "task.model", "model.attention"):
+        OmegaConf.update(cfg, key, None, force_add=True)
+    cfg.run = {key: choices[key] for key in ("model", "attention", "data")}
+    cfg.task = {key: cfg.task[key] for key in ("label_smoothing", "token_weight", "auxiliary")}
+    return leaves(OmegaConf.to_container(cfg, resolve=True))
+
+
+def recorded(paper: str) -> str:
+    """Of a paper's recipes: what all have in common, and what is each one's own."""
+    given = {name: everything(name) for name in NAMES if name.startswith(f"{paper}/")}
+    first = next(iter(given.values()))
+    common = {key: value for key, value in first.items() if all(key in g and g[key] == value for g in given.values())}
+    own = {name: {key: g[key] for key in g if key not in common} for name, g in given.items()}
+    return yaml.safe_dump({"all": common} | own, sort_keys=True, width=120, default_flow_style=None)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_whole_configuration_is_the_recorded_one(paper):
+    """After a change that is meant: UPDATE_GOLDENS=1 pytest tests/test_recipes_numbers.py, and see the difference."""
+    golden = GOLDENS / f"{paper}.yaml"
+    if os.environ.get("UPDATE_GOLDENS"):
+        golden.write_text(recorded(paper))
+    assert recorded(paper) == golden.read_text()
+
+
+# What is to be reproduced
+
+
+@EVERY
+def test_targets(name):
+    target, row = recipes.load(name).target, ROWS[name]
+    assert set(target) == {"paper", "source", "metric", "value", "tolerance", "images", "status"}
+    assert target.paper.startswith("arXiv:") and target.images == 50_000
+    assert target.metric == ("val/top1_ema" if "cswin" in name else "val/top1")
+    assert target.value == row.top1 and target.tolerance == (0.3 if "plot" in target.source else 0.2)
+    assert target.status in ("unverified", "forward", "trained")
+
+
+def test_results_that_are_not_in_a_table_are_marked():
+    """Read off a plot, or not published at all."""
+    sources = {name: recipes.load(name).target.source for name in NAMES}
+    of_flatten = {f"flatten/{size}_in1k" for size in ("pvt_medium", "pvt_v2_b3", "pvt_v2_b4")}
+    assert {name for name, source in sources.items() if "plot" in source} == of_flatten
+    nothing = {"flatten/pvt_large_in1k", "inline/swin_base_384_in1k"}
+    assert {name for name, source in sources.items() if source.startswith("none")} == nothing
+    assert {name for name, row in ROWS.items() if row.top1 is None} == nothing
+
+
+def test_fine_tuning_names_what_it_starts_from():
+    found = {name: composed(name)[0].get("fine_tunes") for name in NAMES}
+    tuned = {name for name in NAMES if name.endswith("_384_in1k")}
+    assert {name for name, source in found.items() if source} == tuned and len(tuned) == 6
+    assert all(found[name] == name.replace("_384", "") for name in tuned)
+
+
+# Learning rates
+
+
+def rates(name: str, epochs: list[float]) -> list[float]:
+    """Learning rates at the given epochs of the run on ImageNet-1k, as the schedule sets them."""
+    cfg, _ = composed(name)
+    steps = IMAGES // cfg.global_batch
+    lr = cfg.optimizer.lr * cfg.global_batch / cfg.optimizer.reference_batch
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    settings = OmegaConf.to_container(cfg.schedule)
+    schedule = Schedule(optimizer, settings, total=cfg.trainer.max_epochs * steps, per_epoch=steps)
+    found = []
+    for epoch in epochs:
+        schedule.step_update(round(epoch * steps))
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@EVERY
+def test_learning_rates(name):
+    """Linear from warmup_lr to lr, then a cosine to min_lr that began at the start, then the cooldown at min_lr.
+
+    BiFormer's change after each epoch, one epoch late; the last of its 300 epochs has the rate of epoch 298.
+    """
+    row, late = ROWS[name], int(name.startswith("biformer"))
+
+    def cosine(epoch: float) -> float:
+        return row.min_lr + 0.5 * (row.lr - row.min_lr) * (1 + np.cos(np.pi * epoch / row.epochs))
+
+    first = {0: row.warmup_lr, 1: row.warmup_lr + (row.lr - row.warmup_lr) / row.warmup} if row.warmup else {0: row.lr}
+    later = {epoch: cosine(epoch) for epoch in (max(row.warmup, 2), row.epochs // 2, row.epochs - 1 - late)}
+    if row.cooldown:
+        later |= {row.epochs: row.min_lr, row.epochs + row.cooldown - 0.001: row.min_lr}
+    expected = {epoch + late: rate for epoch, rate in (first | later).items()}
+    if late:
+        expected |= {0: row.warmup_lr, 1.999: row.warmup_lr, 151.9: cosine(150)}
+    assert rates(name, list(expected)) == pytest.approx(list(expected.values()), rel=1e-9)
+
+
+# The other numbers of the training
+
+
+@EVERY
+def test_batch_and_epochs(name):
+    (cfg, _), row, paper = composed(name), ROWS[name], name.partition("/")[0]
+    assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch) == (row.px, row.gpu, 8 * row.gpu)
+    assert cfg.trainer.max_epochs == row.epochs + row.cooldown
+    assert cfg.trainer.gradient_clip_val == row.clip
+    assert cfg.trainer.precision == ("32-true" if paper in ("agent", "flatten") else "16-mixed")
+    assert cfg.task.label_smoothing == 0.1 and cfg.seed == (42 if paper == "davit" else 0)
+    assert cfg.checkpoint.monitor == ("val/top1_ema" if "cswin" in name else "val/top1")
+    if row.ema is None:
+        assert cfg.callbacks.ema is None
+    else:
+        assert (cfg.callbacks.ema.decay, cfg.callbacks.ema.warmup) == (row.ema, False)
+        assert cfg.callbacks.ema._target_ == "models.tasks.ema.EMA"
+
+
+@EVERY
+def test_drop_path_of_every_block(name):
+    row = ROWS[name]
+    dropping = [module.drop_path for module in model_of(name).modules() if hasattr(module, "drop_path")]
+    found = [getattr(drop, "drop_prob", 0.0) for drop in dropping]
+    assert found == pytest.approx([row.path * i / (row.blocks - 1) for i in range(row.blocks)])
+
+
+# Decayed although their names end in "bias" or "scale", or they are tables; by paper and backbone.
+AGENTS = {f"{way}_bias.{part}" for way in ("gather", "scatter") for part in ("block", "row", "column")}
+CLASS = {f"{way}_bias.prefix" for way in ("gather", "scatter")}
+FOCUS = {"core.scale", "core.positional_encoding"}
+DECAYED = {
+    "agent/deit": AGENTS | CLASS,
+    "agent/pvt": AGENTS | {"position.table"},
+    "agent/swin": AGENTS,
+    "agent/cswin": AGENTS,
+    "flatten/pvt": FOCUS | {"position.table"},
+    "flatten/pvt_v2": FOCUS,
+    "flatten/swin": FOCUS,
+    "flatten/cswin": FOCUS,
+    "inline/pvt": {"position.table"},
+}
+SPARED = {"deit": {"stem.class_token", "position.table"}, "swin": {"bias.table"}}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ROWS) if "384" not in name and "448" not in name])
+def test_weight_decay(name):
+    """On matrices, kernels and the tables above; none on vectors, biases, and the tables that DeiT and Swin name."""
+    (cfg, _), row, model = composed(name), ROWS[name], model_of(name)
+    settings = OmegaConf.to_container(cfg.optimizer)
+    settings = {key: value for key, value in settings.items() if key != "reference_batch" and value is not None}
+    optimizer = create_optimizer_v2(model, **settings)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert {decay[id(p)] for p in trained.values()} == {0.0, row.decay}
+    spared = {key for key, p in trained.items() if decay[id(p)] == 0}
+    family = next((f for f in ("deit", "cswin", "swin", "pvt_v2", "pvt") if f in name), "")
+    tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
+    assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
+    assert {last_two(key) for key in tables & spared} == SPARED.get(family, set())
+    assert {last_two(key) for key in tables - spared} == DECAYED.get(f"{name.partition('/')[0]}/{family}", set())
+    assert not {key for key in spared - tables if trained[key].ndim > 1}, "every kernel and matrix decays"
+    assert type(optimizer).__name__ == "AdamW"
+    assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.9, 0.999, 1e-8)}
+
+
+def last_two(key: str) -> str:
+    return ".".join(key.split(".")[-2:])
+
+
+# Images
+
+
+@EVERY
+def test_training_images(name):
+    """Random resized crop, mirror, RandAugment, in this order; then erasing and mixing of batches."""
+    (cfg, _), px, paper = composed(name), ROWS[name].px, name.partition("/")[0]
+    augment = Augment.build(OmegaConf.to_container(cfg.augment))
+    crop, mirror, policy = TrainTransform(augment, cfg.image_size, cfg.data.mean).steps
+    assert isinstance(crop, v2.RandomResizedCrop) and isinstance(mirror, v2.RandomHorizontalFlip)
+    assert (tuple(crop.size), crop.scale, crop.interpolation) == ((px, px), (0.08, 1.0), InterpolationMode.BICUBIC)
+    assert crop.ratio == pytest.approx((3 / 4, 4 / 3)) and mirror.p == 0.5
+    assert type(policy).__name__ == "RandAugment" and policy.num_layers == 2
+    assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
+    assert "PosterizeIncreasing" in {op.name for op in policy.ops}
+    assert augment.erase_mixed == (paper == "davit")
+    assert (augment.erasing, augment.cutmix, augment.mix_probability, augment.switch_probability) == (0.25, 1, 1, 0.5)
+    assert augment.mixup == (0 if "token_labels" in name else 0.8)
+    assert augment.repeated == (3 if paper == "biformer" else 1)
+    assert cfg.task.token_weight == (0.5 if "token_labels" in name else 0)
+
+
+@EVERY
+def test_evaluation_images(name):
+    """The shorter side (BiFormer, DaViT), or both, to the published number of pixels, bicubic; then the centre."""
+    (cfg, _), row = composed(name), ROWS[name]
+    transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
+    squashes = name.partition("/")[0] not in ("biformer", "davit")
+    assert transform.target == [row.side] * (2 if squashes else 1) and transform.mode == InterpolationMode.BICUBIC
+    assert transform(Image.new("RGB", (640, 480))).shape == (3, row.px, row.px)
+    assert list(cfg.data.mean) == [0.485, 0.456, 0.406] and list(cfg.data.std) == [0.229, 0.224, 0.225]
