@@ -17,8 +17,8 @@ def create_model(
         features_only: return the maps (B, C, H, W) of all stages instead of logits, without the classifier; the
             module says their `channels` and `strides`.
         settings: other values for the keys of conf/model/<name>.yaml, e.g. `num_classes=10, drop_path=0.1`, and of
-            conf/attention/<attention>.yaml, e.g. `num_regions=8`; `image_size` in pixels, one number or (height,
-            width). `num_classes` is 1000 unless given.
+            conf/attention/<attention>.yaml, e.g. `num_regions=8`, or `first={"kernel_size": 5}` in a plan; `image_size`
+            in pixels, one number or (height, width). `num_classes` is 1000 unless given.
 
     Raises:
         ValueError: an unknown name or key (the message has the nearest ones), or a mechanism that does not fit.

@@ -1,10 +1,11 @@
 """Models from conf/model and conf/attention by name, outside of a run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hydra import utils as hydra_utils
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from conf import cli
@@ -20,13 +21,24 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
         part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
         if part is None:
             raise ValueError(_unknown(name, key, cfg))
-        part[key] = value
+        part[key] = _merged(f"{name}: {key}", part[key], value)
     model = build(cfg)
     if not features_only:
         return model
     from models.backbones.base import Pyramid
 
     return Pyramid(model)
+
+
+def _merged(where: str, old: Any, new: Any) -> Any:
+    """The new value; a mapping changes single settings of one that is there, e.g. `first={"agent_tokens": 9}`."""
+    if not isinstance(old, DictConfig) or not isinstance(new, Mapping):
+        return new
+    for key in new:
+        if key not in old:
+            known = sorted(_settings(old))
+            raise ValueError(f"create_model: {where} has no setting {key!r}{cli.nearest(key, known)} It has {known}")
+    return OmegaConf.merge(old, dict(new))
 
 
 def _settings(part: Any) -> set[str]:

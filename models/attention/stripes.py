@@ -7,9 +7,10 @@ Maps that do not divide into stripes are completed with zero queries, keys and v
 authors' code for detection; their classification code stops there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dispatch import WIDEST_HEAD, is_fused
@@ -140,15 +141,21 @@ class CrossShaped(nn.Module):
     ) -> Mixed:
         runs = self.runs()
         fused = runs.fused and is_fused(runs.operation, self.backend, x_BNC)
-        halves = self.qkv(x_BNC).unflatten(-1, (3, 2, -1)).unbind(3)
         sources = (stream_BNC if self.reads_stream else x_BNC).chunk(2, dim=-1)
         mixed = []
-        for core, size, half, source in zip(self.cores, self.sizes(grid), halves, sources, strict=True):
-            given = self._context(core, source, half.shape[0], grid, size)
-            qkv_RTC = windows.split(half.flatten(2), *grid[:2], size)
+        for core, size, half, source in zip(self.cores, self.sizes(grid), self._projections(), sources, strict=True):
+            given = self._context(core, source, grid, size)
+            qkv_RTC = windows.split(F.linear(x_BNC, *half), *grid[:2], size)
             compute = core.fused if fused else self._in_pytorch(core)
             mixed.append(windows.merge(compute(qkv_RTC, Grid(*size), self.num_heads, **given), *grid[:2], size))
         return Mixed(self.proj(gated_heads(torch.cat(mixed, dim=-1), gates_BNM)), {})
+
+    def _projections(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of queries, keys and values of each direction: what they give need not be copied apart."""
+        bias = self.qkv.bias
+        for half in range(2):
+            weight = self.qkv.weight.unflatten(0, (3, 2, -1))[:, half].flatten(0, 1)
+            yield weight, None if bias is None else bias.unflatten(0, (3, 2, -1))[:, half].flatten(0, 1)
 
     def _in_pytorch(self, core: Core) -> Callable[..., Tensor]:
         def compute(qkv_RTC: Tensor, grid: Grid, num_heads: int, **given: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ class CrossShaped(nn.Module):
 
         return compute
 
-    def _context(self, core: Core, x_BNC: Tensor, batch: int, grid: Grid, size: tuple[int, int]) -> dict[str, Tensor]:
+    def _context(self, core: Core, x_BNC: Tensor, grid: Grid, size: tuple[int, int]) -> dict[str, Tensor]:
         """What a core reads from its half of the channels, for every stripe: the whole map decides it."""
         if not hasattr(core, "context"):
             return {}

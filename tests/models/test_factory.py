@@ -26,6 +26,13 @@ def test_a_model_brings_its_own_attention():
     assert create_model("swin_32px", attention="softmax").stages[0].blocks[0].attn.window is None
 
 
+def test_settings_of_a_part_are_changed_one_by_one():
+    with torch.device("meta"):
+        model = create_model("agent_swin_tiny", first={"agent_tokens": [9, 16, 25, 49]}, rest={"shift": False})
+    first, rest = model.stages[2].blocks[0].attn, model.stages[3].blocks[0].attn
+    assert first.core.agents == (5, 5) and first.core.dwc.kernel_size == (3, 3) and rest.window == (7, 7)
+
+
 @pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_32px")])
 def test_features_only_gives_the_maps_of_all_stages(name):
     model = create_model(name, features_only=True)
@@ -42,6 +49,10 @@ def test_features_only_gives_the_maps_of_all_stages(name):
         ({"name": "vit_tinny"}, r"there is no model 'vit_tinny'; did you mean 'vit_tiny'"),
         ({"name": "vit_32px", "attention": "agnt"}, r"there is no attention 'agnt'; did you mean 'agent'"),
         ({"name": "vit_32px", "detph": 2}, r"vit_32px has no setting 'detph'; did you mean 'depth'\? It has "),
+        (
+            {"name": "agent_swin_tiny", "first": {"agents": 9}},
+            r"agent_swin_tiny: first has no setting 'agents'.* It has",
+        ),
         ({"name": "vit_32px", "num_classes": -1}, r"num_classes: must be 0 \(no head\) or more, got -1"),
         ({"name": "vit_32px", "image_size": 0}, r"image_size: must be pixels, one positive number or two, got 0"),
         ({"name": "vit_32px", "image_size": "abc"}, r"image_size: must be pixels, .* got 'abc'"),

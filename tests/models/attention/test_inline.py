@@ -191,6 +191,6 @@ def test_refuses_wrong_options(options: dict, message: str | None) -> None:
 
 def test_a_head_gate_has_no_input_of_the_block_to_give() -> None:
     site = Site(16, 4, Grid(4, 4), 0, 0, 1, "hierarchical")
-    with pytest.raises(Refused, match=r"moh gives the attention no input of the block; set attention.core.residual_inp"):
+    with pytest.raises(Refused, match=r"moh gives the attention no input of the block; set attention.core.resid"):
         MoHAttention(site, core=lambda site: inline_attention(site, residual_input="stream"))
     assert MoHAttention(site, core=inline_attention)(tokens(Grid(4, 4)).float(), Grid(4, 4)).x.shape == (2, 16, 16)

@@ -80,25 +80,15 @@ def test_stripes_as_wide_as_the_map_are_dense_attention() -> None:
 @pytest.mark.parametrize("core", CORES)
 def test_maps_that_do_not_divide_are_completed_with_zeros_behind_the_projection(core: str) -> None:
     module, grid = made(CORES[core], stripe=4), Grid(6, 7)
-    x = tokens(grid)
-    qkv = module.qkv(x).unflatten(1, (6, 7))
-    module.qkv = nn.Identity()
-    padded = F.pad(qkv, (0, 0, 0, 1, 0, 2)).flatten(1, 2)  # to 8x8: 2 stripes in each direction
-    first = module.cores[0]
-    vertical = padded.unflatten(1, (8, 8))[:, :6].flatten(1, 2)
-    context = module._context(first, x[..., :8], 2, grid, (6, 4))
-    half = vertical.unflatten(-1, (3, 2, 8))[:, :, :, 0].flatten(2).unflatten(1, (6, 2, 4))
-    windows = half.transpose(1, 2).reshape(4, 24, 24)
-    expected = module._in_pytorch(first)(windows, Grid(6, 4), 2, **context)
+    x, core = tokens(grid), module.cores[0]
+    qkv = F.pad(module.qkv(x).unflatten(1, (6, 7)), (0, 0, 0, 1))  # to two vertical stripes of 6x4
+    stripes = qkv.unflatten(-1, (3, 2, 8))[..., 0, :].flatten(3).unflatten(2, (2, 4)).transpose(1, 2).reshape(4, 24, 24)
+    given = module._context(core, x[..., :8], grid, (6, 4))
+    expected = module._in_pytorch(core)(stripes, Grid(6, 4), 2, **given)
     expected = expected.view(2, 2, 6, 4, 8).transpose(1, 2).reshape(2, 6, 8, 8)[:, :, :7].flatten(1, 2)
     got = {}
     module.proj.register_forward_pre_hook(lambda _, args: got.update(x=args[0]))
-    stream = {"stream_BNC": x} if module.reads_stream else {}
-    module_input = qkv.flatten(1, 2)
-    if core == "inline":  # whose weights come from the tokens themselves
-        first.context = lambda _: {key: value[::2] for key, value in context.items()}
-        module.cores[1].context = lambda _: {"weight_BC33": torch.zeros(2, 8, 3, 3, dtype=torch.float64)}
-    module(module_input, grid, **stream)
+    module(x, grid)
     torch.testing.assert_close(got["x"][..., :8], expected)
 
 

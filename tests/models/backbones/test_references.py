@@ -1,4 +1,9 @@
-"""Whole models equal the authors' code: outputs, every gradient and the routing, on every recorded case."""
+"""Whole models equal the authors' code: outputs, every gradient and the routing, on every recorded case.
+
+`ALL_REFERENCES=1 pytest tests/models/backbones/test_references.py` runs the large models too.
+"""
+
+import os
 
 import numpy as np
 import parity
@@ -13,7 +18,15 @@ from models.attention.biformer import Router
 from models.backbones.base import Pyramid
 from models.checkpoints import convert
 
-CASES = reference.cases("model")
+ALL = reference.cases("model")
+# The papers with one mechanism in five backbones: the smallest of each pair, unless every case is asked for; the others
+# differ from these in depth, width and image size alone, and take five minutes.
+ONE_MECHANISM = ("agent/", "flatten/", "inline/")
+CASES = [
+    name
+    for name in ALL
+    if not name.startswith(ONE_MECHANISM) or name.endswith(("_tiny", "_b0")) or os.environ.get("ALL_REFERENCES")
+]
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
 ROUTED = [
     name
@@ -39,8 +52,8 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    assert {"biformer", "davit"} <= {name.partition("/")[0] for name in CASES}
-    assert len(CASES) >= 9 and len(ROUTED) >= 5
+    assert {"biformer", "davit", "agent", "flatten", "inline"} <= {name.partition("/")[0] for name in CASES}
+    assert len(ALL) >= 30 and len(CASES) >= 19 and len(ROUTED) >= 5
 
 
 @pytest.mark.parametrize("name", CASES)

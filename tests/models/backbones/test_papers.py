@@ -1,0 +1,90 @@
+"""Agent Attention, FLatten and InLine in their backbones: the sizes of every configuration that was published."""
+
+import pytest
+import torch
+
+from models import create_model, list_models
+from models.attention.focused_linear import FocusedLinearCore
+from models.cost import multiply_adds, parameters
+
+# Parameters and multiply-adds (G, one image) of the authors' code, counted by its own modules and PyTorch's counter of
+# products and convolutions, and pixels of the image: LeapLabTHU/Agent-Attention at 207ce3e, FLatten-Transformer at
+# abdb115, InLine at e463a6f.
+PUBLISHED = {
+    "agent_cswin_base": (73_249_696, 14.8699, 224),
+    "agent_cswin_base_384": (73_328_416, 46.1774, 384),
+    "agent_cswin_small": (32_814_100, 6.7438, 224),
+    "agent_cswin_tiny": (20_458_672, 4.2921, 224),
+    "agent_deit_base": (87_204_904, 17.5269, 224),
+    "agent_deit_small": (22_647_112, 4.4273, 224),
+    "agent_deit_small_448": (23_070_472, 17.6415, 448),
+    "agent_deit_tiny": (6_015_640, 1.1679, 224),
+    "agent_pvt_large": (48_738_180, 10.3395, 224),
+    "agent_pvt_medium": (35_921_746, 6.9993, 224),
+    "agent_pvt_medium_256": (36_083_682, 9.1417, 256),
+    "agent_pvt_small": (20_635_066, 3.9548, 224),
+    "agent_pvt_tiny": (11_570_352, 1.9864, 224),
+    "agent_swin_base": (88_095_096, 15.3998, 224),
+    "agent_swin_base_384": (88_305_016, 46.2072, 384),
+    "agent_swin_small": (49_666_684, 8.7014, 224),
+    "agent_swin_small_288": (49_707_964, 14.5348, 288),
+    "agent_swin_tiny": (28_902_964, 4.4994, 224),
+    "flatten_cswin_base": (74_867_032, 14.9133, 224),
+    "flatten_cswin_base_384": (78_369_112, 46.3048, 384),
+    "flatten_cswin_small": (35_451_752, 6.7831, 224),
+    "flatten_cswin_tiny": (21_201_768, 4.3243, 224),
+    "flatten_pvt_large": (50_649_192, 10.3799, 224),
+    "flatten_pvt_medium": (37_242_216, 7.036, 224),
+    "flatten_pvt_small": (21_670_248, 4.0299, 224),
+    "flatten_pvt_tiny": (12_150_504, 2.0374, 224),
+    "flatten_pvt_v2_b0": (3_594_824, 0.5798, 224),
+    "flatten_pvt_v2_b1": (12_931_240, 2.2193, 224),
+    "flatten_pvt_v2_b2": (22_548_264, 4.2507, 224),
+    "flatten_pvt_v2_b3": (38_273_832, 7.2839, 224),
+    "flatten_pvt_v2_b4": (51_836_968, 10.677, 224),
+    "flatten_swin_base": (88_972_488, 15.4213, 224),
+    "flatten_swin_base_384": (91_433_928, 46.3824, 384),
+    "flatten_swin_small": (50_510_288, 8.7336, 224),
+    "flatten_swin_tiny": (29_192_384, 4.4833, 224),
+    "inline_cswin_base": (73_413_640, 14.8847, 224),
+    "inline_cswin_base_384": (73_413_640, 46.2202, 384),
+    "inline_cswin_small": (33_032_872, 6.773, 224),
+    "inline_cswin_tiny": (20_604_520, 4.3116, 224),
+    "inline_deit_base": (23_797_096, 17.1691, 448),
+    "inline_deit_small": (16_734_760, 4.9658, 288),
+    "inline_deit_tiny": (6_477_736, 1.1092, 224),
+    "inline_pvt_large": (51_154_280, 10.1297, 224),
+    "inline_pvt_medium": (37_618_856, 6.8619, 224),
+    "inline_pvt_small": (21_556_136, 3.9149, 224),
+    "inline_pvt_tiny": (12_032_232, 1.9758, 224),
+    "inline_swin_base": (88_350_120, 15.3978, 224),
+    "inline_swin_base_384": (88_465_320, 46.2002, 384),
+    "inline_swin_small": (49_793_296, 8.7194, 224),
+    "inline_swin_tiny": (29_223_544, 4.459, 224),
+}
+
+
+def on_meta(name: str, **settings: object) -> torch.nn.Module:
+    with torch.device("meta"):
+        return create_model(name, **settings)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_flops(name: str) -> None:
+    count, flops, pixels = PUBLISHED[name]
+    model = on_meta(name)
+    assert parameters(model) == count
+    assert multiply_adds(model, (pixels, pixels)) / 1e9 == pytest.approx(flops, rel=0.01)
+
+
+def test_every_model_of_the_three_papers_is_listed() -> None:
+    found = {name for name in list_models() if name.startswith(("agent_", "flatten_", "inline_"))}
+    assert found == {*PUBLISHED, "flatten_deit_tiny"}
+
+
+def test_flatten_deit_is_composed() -> None:
+    """Its authors released no code; the paper gives 6.1 M parameters and 1.1 G."""
+    model = on_meta("flatten_deit_tiny")
+    assert parameters(model) / 1e6 == pytest.approx(6.1, rel=0.03)
+    assert multiply_adds(model, (224, 224)) / 1e9 == pytest.approx(1.1, rel=0.05)
+    assert sum(isinstance(m, FocusedLinearCore) for m in model.modules()) == 12
