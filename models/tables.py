@@ -1,7 +1,9 @@
 """The tables of the README, from the configurations and the code: `python -m models.tables` writes them anew."""
 
+import functools
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -15,6 +17,7 @@ from models.cost import multiply_adds, parameters
 from models.factory import compose_model, factory
 
 README = CONF.parent / "README.md"
+SIZE = re.compile(r"_(tiny|small|medium|base|large|huge|giant|stl|b?\d+|32px)(_.*)?$")  # what follows a family's name
 
 
 def attention_table() -> str:
@@ -24,9 +27,12 @@ def attention_table() -> str:
 
 
 def model_table() -> str:
-    """Markdown: name, what it is, image size, parameters with 1000 classes, multiply-adds of an image."""
-    head = "| `model=` | | pixels | parameters | FLOPs |\n|---|---|---:|---:|---:|"
-    return "\n".join([head, *(_model_row(name) for name in list_models())])
+    """Markdown, one line per family: names, paper, image size, parameters with 1000 classes, multiply-adds."""
+    head = "| `model=` | paper | pixels | parameters (M) | FLOPs (G) |\n|---|---|---|---|---|"
+    families: dict[str, list[str]] = {}
+    for name in list_models():
+        families.setdefault(name[: SIZE.search(name).start()], []).append(name)
+    return "\n".join([head, *(_family_row(family, names) for family, names in families.items())])
 
 
 def update(text: str) -> str:
@@ -52,13 +58,40 @@ def _attention_row(name: str) -> str:
     return f"| `{name}` | {mechanism} | {link} | {re.split('[.;,] ?', cost)[0]} | {token} | {' '.join(options)} |"
 
 
-def _model_row(name: str) -> str:
-    about = _comment(CONF / "model" / f"{name}.yaml").split(": ")[0].split(". ")[0]
+class Cost(NamedTuple):
+    """What a model costs at its own image size."""
+
+    parameters: int
+    multiply_adds: int
+    image_size: int
+
+
+@functools.cache
+def cost_of(name: str) -> Cost:
+    """Counted from the model, which is made without memory."""
     with torch.device("meta"):
         model = create_model(name)
     size = compose_model(name).image_size
-    flops = multiply_adds(model, pair(size)) / 1e9
-    return f"| `{name}` | {about} | {size} | {parameters(model) / 1e6:.2f} M | {flops:.2f} G |"
+    return Cost(parameters(model), multiply_adds(model, pair(size)), size)
+
+
+def _family_row(family: str, names: list[str]) -> str:
+    """Sizes in the order of their cost, e.g. `swin_{32px,tiny,small,base}`, and their figures in the same order."""
+    names = sorted(names, key=lambda name: (cost_of(name).multiply_adds, name))
+    sizes = [name.removeprefix(f"{family}_") for name in names]
+    listed = f"`{family}_{{{','.join(sizes)}}}`" if len(sizes) > 1 else f"`{names[0]}`"
+    papers = [re.search(r"arXiv:([\d.]+\d)", _comment(CONF / "model" / f"{name}.yaml")) for name in names]
+    paper = next((found[1] for found in reversed(papers) if found), None)
+    pixels = [str(cost_of(name).image_size) for name in names]
+    counts = [_figure(cost_of(name).parameters / 1e6) for name in names]
+    flops = [_figure(cost_of(name).multiply_adds / 1e9) for name in names]
+    columns = [", ".join(values) for values in (pixels, counts, flops)]
+    return f"| {listed} | {f'[{paper}](https://arxiv.org/abs/{paper})' if paper else ''} | {' | '.join(columns)} |"
+
+
+def _figure(value: float) -> str:
+    """Two digits behind the point below 10, one below 100, none above."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _comment(path: Path) -> str:

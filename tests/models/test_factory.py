@@ -70,12 +70,6 @@ def test_wrong_arguments_are_named(arguments, text):
         create_model(**arguments)
 
 
-def test_readme_tables_are_current():
-    text = tables.README.read_text()
-    assert "<!-- attentions -->" in text and "<!-- models -->" in text
-    assert tables.update(text) == text, "run: python -m models.tables"
-
-
 def test_readme_is_finished_and_its_links_lead_somewhere():
     text = tables.README.read_text()
     assert not re.findall(r"@[A-Z]+@", text)

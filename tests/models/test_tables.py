@@ -1,11 +1,13 @@
-"""Agent Attention, FLatten and InLine in their backbones: the sizes of every configuration that was published."""
+"""What every model costs: the tables of the README, and the published sizes of Agent Attention, FLatten and InLine.
+
+All of it is in one file because counting a model takes up to a second, and is done once in a process.
+"""
 
 import pytest
 import torch
 
-from models import create_model, list_models
+from models import create_model, list_models, tables
 from models.attention.focused_linear import FocusedLinearCore
-from models.cost import multiply_adds, parameters
 
 # Parameters and multiply-adds (G, one image) of the authors' code, counted by its own modules and PyTorch's counter of
 # products and convolutions, and pixels of the image: LeapLabTHU/Agent-Attention at 207ce3e, FLatten-Transformer at
@@ -64,17 +66,22 @@ PUBLISHED = {
 }
 
 
-def on_meta(name: str, **settings: object) -> torch.nn.Module:
-    with torch.device("meta"):
-        return create_model(name, **settings)
+def test_readme_tables_are_current() -> None:
+    text = tables.README.read_text()
+    assert "<!-- attentions -->" in text and "<!-- models -->" in text
+    assert tables.update(text) == text, "run: python -m models.tables"
+
+
+def test_every_model_belongs_to_a_family() -> None:
+    assert all(tables.SIZE.search(name) for name in list_models())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_flops(name: str) -> None:
     count, flops, pixels = PUBLISHED[name]
-    model = on_meta(name)
-    assert parameters(model) == count
-    assert multiply_adds(model, (pixels, pixels)) / 1e9 == pytest.approx(flops, rel=0.01)
+    cost = tables.cost_of(name)
+    assert (cost.parameters, cost.image_size) == (count, pixels)
+    assert cost.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
 
 
 def test_every_model_of_the_three_papers_is_listed() -> None:
@@ -84,7 +91,9 @@ def test_every_model_of_the_three_papers_is_listed() -> None:
 
 def test_flatten_deit_is_composed() -> None:
     """Its authors released no code; the paper gives 6.1 M parameters and 1.1 G."""
-    model = on_meta("flatten_deit_tiny")
-    assert parameters(model) / 1e6 == pytest.approx(6.1, rel=0.03)
-    assert multiply_adds(model, (224, 224)) / 1e9 == pytest.approx(1.1, rel=0.05)
+    cost = tables.cost_of("flatten_deit_tiny")
+    assert cost.parameters / 1e6 == pytest.approx(6.1, rel=0.03)
+    assert cost.multiply_adds / 1e9 == pytest.approx(1.1, rel=0.05)
+    with torch.device("meta"):
+        model = create_model("flatten_deit_tiny")
     assert sum(isinstance(m, FocusedLinearCore) for m in model.modules()) == 12
