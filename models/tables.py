@@ -83,6 +83,7 @@ def _family_row(family: str, names: list[str]) -> str:
     papers = [re.search(r"arXiv:([\d.]+\d)", _comment(CONF / "model" / f"{name}.yaml")) for name in names]
     paper = next((found[1] for found in reversed(papers) if found), None)
     pixels = [str(cost_of(name).image_size) for name in names]
+    pixels = pixels[:1] if len(set(pixels)) == 1 else pixels
     counts = [_figure(cost_of(name).parameters / 1e6) for name in names]
     flops = [_figure(cost_of(name).multiply_adds / 1e9) for name in names]
     columns = [", ".join(values) for values in (pixels, counts, flops)]

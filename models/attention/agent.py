@@ -19,7 +19,8 @@ from kernels.agent_attention import MOST_AGENTS
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Refused, Runs, Site
-from models.attention.multihead import for_stage, head_channels, heads_to_map, map_to_heads, reduction
+from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.multihead import for_stage, reduction
 from models.attention.stripes import lay_out
 from models.layers.tokens import square_side
 

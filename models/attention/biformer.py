@@ -20,8 +20,9 @@ from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention.heads import gated_heads, head_channels, split_heads
 from models.attention.lepe import ConvMixer, LePEAttention, depthwise, enhance
-from models.attention.multihead import for_stage, gated_heads, head_channels, split_heads
+from models.attention.multihead import for_stage
 from models.layers import window as windows
 from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Runs, Site
-from models.attention.multihead import gated_heads, head_channels
+from models.attention.heads import gated_heads, head_channels
 
 
 def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> "DepthwiseConv":

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Accepts, Grid, Runs, Site
-from models.attention.multihead import MultiHead, head_channels
+from models.attention.heads import head_channels
+from models.attention.multihead import MultiHead
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
 EPSILON = 1e-6

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kernels.channel_attention import channel_attention
 from models.attention import Accepts, Grid, Mixed, Runs, Site
-from models.attention.multihead import MultiHead, head_channels
+from models.attention.heads import head_channels
+from models.attention.multihead import MultiHead
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
 from models.layers.precision import full_precision

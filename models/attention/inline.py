@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from kernels.linear_attention import inline_attention as fused_inline_attention
 from models.attention import Grid, Runs, Site
-from models.attention.multihead import head_channels, heads_to_map, map_to_heads, reduction
+from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.multihead import reduction
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
 

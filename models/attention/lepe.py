@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Runs, Site
-from models.attention.multihead import gated_heads, head_channels, split_heads
+from models.attention.heads import gated_heads, head_channels, split_heads
 
 
 class LePEAttention(nn.Module):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.layers import window as windows
 from models.layers.reduction import PooledReduction, SpatialReduction
-from models.layers.tokens import to_map, to_tokens
 
 STAGE_OF_VIT = 2  # see `for_stage`
 
@@ -27,8 +27,8 @@ class Core(Protocol):
     """Computes the heads of one sequence of tokens.
 
     `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
-    keys). `mask` is (R, T, T), bool and True where a pair may attend, or numbers that are
-    added to the logits; a core only receives one in shifted windows.
+    keys). `mask` is (R, T, T), bool and True where a pair may attend, or numbers that are added to the logits; a core
+    only receives one in shifted windows.
 
     `runs(window, gated)` names the kernel that computes the same from the packed projection (B, N, 3·M·D), and
     `fused(qkv, grid, num_heads, layout...)` calls it. Where that kernel finds the windows by itself, `finds_windows` is
@@ -197,35 +197,6 @@ class MultiHead(nn.Module):
         return q, k, v, kv_grid
 
 
-def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
-    head_dim = x_BNC.shape[2] // (parts * num_heads)
-    return x_BNC.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def merge_heads(x_BMND: Tensor) -> Tensor:
-    """(B, M, N, D) → (B, N, M·D)."""
-    return x_BMND.transpose(1, 2).flatten(2)
-
-
-def heads_to_map(x_BMND: Tensor, grid: Grid) -> Tensor:
-    """(B, M, N, D) → the map (B, M·D, H, W) without prefix tokens, in channels_last memory."""
-    return to_map(merge_heads(x_BMND), grid)
-
-
-def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
-    """(B, M·D, H, W) → (B, M, N, D), with zeros for `prefix` tokens in front."""
-    x_BMND = to_tokens(x_BCHW).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    return F.pad(x_BMND, (0, 0, prefix, 0)) if prefix else x_BMND
-
-
-def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
-    """The heads of every token, next to each other in its channels, times their gates; unchanged without gates."""
-    if gates_BNM is None:
-        return x_BNC
-    return (x_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(-2)
-
-
 def for_stage(name: str, value: Any, site: Site) -> Any:
     """An option that is one value, or a list with one per stage; a plain ViT takes the third.
 
@@ -257,15 +228,6 @@ def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None
             "set sr_ratio=1 or kv_pool=null"
         )
     return PooledReduction(site.dim, kv_pool)
-
-
-def head_channels(site: Site) -> int:
-    """D = C / M, refused when it is not whole."""
-    if site.dim % site.num_heads:
-        raise Refused(
-            f"{site.dim} channels do not divide into {site.num_heads} heads", "change model.num_heads or model.dim"
-        )
-    return site.dim // site.num_heads
 
 
 def window_of(window: int | tuple[int, int] | None, grid: Grid) -> tuple[int, int] | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kernels.moh_attention import moh_attention
 from kernels.window_attention import window_attention
 from models.attention import Grid, Refused, Runs, Site
-from models.attention.multihead import MultiHead, head_channels, heads_to_map, map_to_heads, reduction, window_of
+from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.multihead import MultiHead, reduction, window_of
 from models.layers.tokens import square_side
 
 

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
-from models.attention.multihead import (
-    Core,
-    MultiHead,
-    for_stage,
-    gated_heads,
-    head_channels,
-    merge_heads,
-    split_heads,
-    window_of,
-)
+from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.multihead import Core, MultiHead, for_stage, window_of
 from models.attention.softmax import SoftmaxCore
 from models.layers import window as windows
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Grid, Refused, Site
+from models.attention.heads import merge_heads
 from models.attention.inline import FEATURES, InLineCore, inline_attention
 from models.attention.moh import MoHAttention
-from models.attention.multihead import merge_heads
 from models.layers.block import Block
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(3, 3, 2)]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.attention import Grid, Site
 from models.attention.focused_linear import FocusedLinearCore, focused_linear_attention
-from models.attention.multihead import MultiHead, split_heads
+from models.attention.heads import split_heads
+from models.attention.multihead import MultiHead
 from models.layers import window as windows
 
 State = dict[str, Tensor]

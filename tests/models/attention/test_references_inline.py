@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Grid, Site
+from models.attention.heads import merge_heads, split_heads
 from models.attention.inline import InLineCore, inline_attention
-from models.attention.multihead import merge_heads, split_heads
 from models.checkpoints.inline import authors
 from models.layers.block import Block
 
