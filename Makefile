@@ -10,7 +10,7 @@ train: $(READY)
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(READY)

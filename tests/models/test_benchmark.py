@@ -67,7 +67,7 @@ def test_a_spent_budget_starts_no_model(bench):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "vit_33px"], "there is no model of this name, got vit_33px; choose from biformer_base"),
+        (["--model", "vit_33px"], "there is no model of this name, got vit_33px; choose from agent_cswin_base"),
         (
             ["--model", "vit_32px", "--attention", "agend"],
             "there is no attention of this name, got agend; choose from agent",

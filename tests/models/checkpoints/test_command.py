@@ -124,7 +124,7 @@ def test_warnings_are_one_line(run):
         ),
         ("convert", "davit_tiny", "a.safetensors", "convert: .* names in the file are none of davit_tiny, got "),
         ("convert", "biformer_small", "a.safetensors", "convert: .*; it holds biformer_tiny$"),
-        ("export", "vit_tiny", "a.pth", "export: vit_tiny has no names but ours"),
+        ("export", "coatnet_0", "a.pth", "export: coatnet_0 has no names but ours"),
         ("convert", "biformer_tiny", "a.pth", "--output: must end in .safetensors, got a.pth; rename it"),
         ("export", "biformer_tiny", "a.onnx", "--output: must end in .pth or .safetensors, got a.onnx; rename it"),
         (
