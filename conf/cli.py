@@ -180,6 +180,9 @@ def _missing(error: MissingConfigException) -> str:
     choices = sorted(error.options or [])
     if not group or not choices:
         return str(error).splitlines()[0]
+    group, _, folder = group.partition("/")
+    if folder:  # such as attention/plan
+        name, choices = f"{folder}/{name}", options(group)
     return f"{group}: there is no {name!r}{nearest(name, choices)}\navailable: {', '.join(choices)}"
 
 

@@ -21,7 +21,7 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
         part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
         if part is None:
             raise ValueError(_unknown(name, key, cfg))
-        part[key] = _merged(f"{name}: {key}", part[key], value)
+        part[key] = merged(f"create_model: {name}", key, part[key], value)
     model = build(cfg)
     if not features_only:
         return model
@@ -30,14 +30,22 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
     return Pyramid(model)
 
 
-def _merged(where: str, old: Any, new: Any) -> Any:
-    """The new value; a mapping changes single settings of one that is there, e.g. `first={"agent_tokens": 9}`."""
-    if not isinstance(old, DictConfig) or not isinstance(new, Mapping):
+def merged(who: str, key: str, old: Any, new: Any) -> Any:
+    """The new value of a setting; a mapping changes single settings of a part, e.g. `first={"agent_tokens": 9}`.
+
+    Raises:
+        ValueError: something else than a mapping for a part, or a setting that it has not.
+    """
+    if not isinstance(old, DictConfig):
         return new
-    for key in new:
-        if key not in old:
-            known = sorted(_settings(old))
-            raise ValueError(f"create_model: {where} has no setting {key!r}{cli.nearest(key, known)} It has {known}")
+    known = sorted(_settings(old))
+    if not isinstance(new, Mapping):
+        raise ValueError(f"{who}: {key} must be a dict with settings of {', '.join(known)}, got {new!r}")
+    for name in new:
+        if name not in old:
+            raise ValueError(
+                f"{who}: {key} has no setting {name!r}{cli.nearest(name, known)} It has {', '.join(known)}"
+            )
     return OmegaConf.merge(old, dict(new))
 
 
@@ -49,6 +57,8 @@ def _settings(part: Any) -> set[str]:
 def _unknown(name: str, key: str, cfg: DictConfig) -> str:
     known, options = _settings(cfg.model), _settings(cfg.attention)
     text = f"create_model: {name} has no setting {key!r}{cli.nearest(key, known | options)} "
+    if within := [part for part in sorted(options) if key in _settings(cfg.attention[part])]:
+        text += f"Give it as {' or '.join(f'{part}={{{key!r}: ...}}' for part in within)}. "
     return f"{text}It has {', '.join(sorted(known))}" + (
         f"; its attention has {', '.join(sorted(options))}" if options else ""
     )
@@ -57,6 +67,9 @@ def _unknown(name: str, key: str, cfg: DictConfig) -> str:
 def compose_model(name: str, attention: str | None = None) -> DictConfig:
     """The part of the training configuration that makes a model: `model`, `attention`, `image_size`."""
     for kind, chosen in [("model", name), ("attention", attention)]:
+        if not isinstance(chosen, str | None):
+            names = ", ".join(cli.options(kind))
+            raise ValueError(f"create_model: {kind} must be a name, got {chosen!r}; choose from {names}")
         if chosen is not None and chosen not in cli.options(kind):
             raise ValueError(
                 f"create_model: there is no {kind} {chosen!r}{cli.nearest(chosen, cli.options(kind))} "

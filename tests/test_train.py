@@ -300,6 +300,10 @@ def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):
     assert larger["flops"] > 2 * same["flops"] and larger["val/loss"] != same["val/loss"]
     status, _, err = command("eval", ckpt, "attention=agent")
     assert status == 2 and "holds coatnet_32px with softmax attention, this command asks for attention=agent" in err
+    status, _, err = command("eval", ckpt, "attention.qkv_bias=false")
+    assert (
+        status == 2 and "trained with attention softmax_attention(qkv_bias=True) and not softmax_attention(qkv_" in err
+    )
     status, _, err = command("eval", ckpt, "data=fake", "data.num_classes=7")
     assert status == 2 and "the checkpoint has 10 classes, the data has 7" in err
 

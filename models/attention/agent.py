@@ -20,7 +20,7 @@ from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.multihead import for_stage, reduction
+from models.attention.multihead import check_whole, for_stage, reduction
 from models.attention.stripes import lay_out
 from models.layers.tokens import square_side
 
@@ -63,18 +63,16 @@ def agent_attention(
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
         Refused: a side of the grid of agents is longer than the map.
     """
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"agent_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 3")
-    if bias_size < 1:
-        raise ValueError(f"agent_attention: bias_size must be at least 1, got {bias_size}; set bias=false for none")
+    check_whole("agent_attention", kernel_size=kernel_size, bias_size=bias_size)
     dim, asked = head_channels(site), _of_stage("agent_tokens", agent_tokens, site)
     trained = None if trained_agent_tokens is None else _of_stage("trained_agent_tokens", trained_agent_tokens, site)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> AgentCore:
-        agents = _agents_on(grid, asked, site) if trained is None else agent_grid(asked)
+        free = trained is not None and asked != "auto"  # maps will be larger
+        agents = agent_grid(asked) if free else _agents_on(grid, asked, site)
         tables = [None, None]
         if bias:
-            of = agents if trained is None else agent_grid(trained)
+            of = agents if trained is None else agent_grid(trained, "trained_agent_tokens")
             tables = [AgentBias(num_heads, of, grid, bias_size) for grid in (kv_grid, grid)]
         return AgentCore(num_heads, dim, agents, kernel_size, *tables)
 
@@ -102,7 +100,7 @@ def _agents_on(grid: Grid, agent_tokens: int | str | Sequence[int], site: Site) 
     return height, width
 
 
-def agent_grid(agent_tokens: int | Sequence[int]) -> tuple[int, int]:
+def agent_grid(agent_tokens: int | Sequence[int], name: str = "agent_tokens") -> tuple[int, int]:
     """Height and width of the grid of agents, from a square number or from both sides."""
     sides = tuple(agent_tokens) if isinstance(agent_tokens, Sequence) else (agent_tokens,)
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
@@ -112,7 +110,7 @@ def agent_grid(agent_tokens: int | Sequence[int]) -> tuple[int, int]:
         if len(sides) == 1 and math.isqrt(sides[0]) ** 2 == sides[0]:
             return (math.isqrt(sides[0]),) * 2
     raise ValueError(
-        f"agent_attention: agent_tokens must be a square number, [height, width] or auto, got {agent_tokens!r}; "
+        f"agent_attention: {name} must be a square number, [height, width] or auto, got {agent_tokens!r}; "
         "use e.g. 9, 16, 49 or [3, 5]"
     )
 

@@ -9,6 +9,7 @@ learned position encoding; Q and K are divided by a learned scale per channel; t
 sums over keys are means, so that they do not grow with the map.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from models.attention import Grid, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.multihead import reduction
+from models.attention.multihead import check_whole, reduction
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
 from models.layers.tokens import square_side, to_map, to_tokens
@@ -57,12 +58,9 @@ def focused_linear_attention(
     Raises:
         ValueError: a power below 1, an even kernel, or both sr_ratio and kv_pool.
     """
-    if power < 1:
-        raise ValueError(f"focused_linear_attention: power must be at least 1, got {power}; the paper uses 3")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(
-            f"focused_linear_attention: kernel_size must be odd and positive, got {kernel_size}; the paper uses 5"
-        )
+    if isinstance(power, bool) or not isinstance(power, int | float) or not 1 <= power < math.inf:
+        raise ValueError(f"focused_linear_attention: power must be at least 1, got {power!r}; the paper uses 3")
+    check_whole("focused_linear_attention", kernel_size=kernel_size)
     dim = head_channels(site)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> FocusedLinearCore:

@@ -213,6 +213,15 @@ def for_stage(name: str, value: Any, site: Site) -> Any:
     return value[stage]
 
 
+def check_whole(who: str, **options: Any) -> None:
+    """Refuses options that are no whole numbers of at least 1; those called `…kernel_size` must be odd."""
+    for name, value in options.items():
+        odd = name.endswith("kernel_size")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (odd and value % 2 == 0):
+            what = "odd and positive" if odd else "a whole number of at least 1"
+            raise ValueError(f"{who}: {name} must be {what}, got {value!r}; set attention.{name}")
+
+
 def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None = None) -> nn.Module | None:
     """What shortens keys and values: a convolution with stride `sr_ratio`, pooling to side `kv_pool`, or nothing.
 
@@ -220,6 +229,7 @@ def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None
         ValueError: both at once.
     """
     ratio = for_stage("sr_ratio", sr_ratio, site)
+    check_whole("attention", sr_ratio=ratio, kv_pool=1 if kv_pool is None else kv_pool)
     if kv_pool is None:
         return None if ratio == 1 else SpatialReduction(site.dim, ratio)
     if ratio != 1:
@@ -234,9 +244,9 @@ def window_of(window: int | tuple[int, int] | None, grid: Grid) -> tuple[int, in
     """The window as (height, width), no larger than the map it is built for; None stays None (the whole map)."""
     if window is None:
         return None
-    height, width = (window, window) if isinstance(window, int) else tuple(window)
-    if min(height, width) < 1:
+    sides = tuple(window) if isinstance(window, Sequence) and not isinstance(window, str) else (window, window)
+    if len(sides) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
         raise ValueError(
-            f"window: sides must be at least 1, got {window}; give a number of tokens or null for no windows"
+            f"window: sides must be at least 1, got {window!r}; give a number of tokens, two, or null for no windows"
         )
-    return min(height, grid.height), min(width, grid.width)
+    return min(sides[0], grid.height), min(sides[1], grid.width)

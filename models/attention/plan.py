@@ -25,6 +25,12 @@ def first_blocks(
     Raises:
         Refused: there is no entry for the stage, or it is no number of blocks.
     """
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
+        raise Refused(
+            f"blocks={blocks!r} is no list", "give attention.blocks one entry per stage, e.g. [all, all, 2, 0]"
+        )
+    if site.kind == "vit" and len(blocks) != 1:
+        raise Refused(f"blocks={list(blocks)} has {len(blocks)} entries and a ViT one stage", "give one, e.g. [4]")
     if site.stage >= len(blocks):
         raise Refused(
             f"blocks={list(blocks)} has no entry for stage {site.stage}", "give attention.blocks one entry per stage"
@@ -32,7 +38,7 @@ def first_blocks(
     count = blocks[site.stage]
     if count != "all" and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= site.depth):
         raise Refused(
-            f"blocks={list(blocks)} asks for the first {count} of {site.depth} blocks in stage {site.stage}",
+            f"blocks={list(blocks)} asks for {count!r} of {site.depth} blocks in stage {site.stage}",
             "use numbers of blocks up to the depth of the stage, or all",
         )
     return (first if count == "all" or site.block < count else rest)(site)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from conf import cli
 from models.attention import AttentionFactory, Refused, Site, build, check
 from models.attention.timm_models import Origin, Place, call, origin, places, put
-from models.factory import compose_model, factory
+from models.factory import compose_model, factory, merged
 
 # the same parameter under timm's name and ours
 ROLES = {"relative_position_bias_table": "core.bias.table", "q_norm.": "core.q_norm.", "k_norm.": "core.k_norm."}
@@ -122,7 +122,7 @@ def _by_name(name: str, options: Mapping[str, Any]) -> AttentionFactory | Sequen
         if key not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"replace: {name} has no option {key!r}{cli.nearest(key, known)}; options: {listed}")
-        cfg.attention[key] = value
+        cfg.attention[key] = merged(f"replace: {name}", key, cfg.attention[key], value)
     return factory(cfg)
 
 

@@ -4,7 +4,7 @@
 """
 
 from models.checkpoints.config import check_config
-from models.checkpoints.conversion import convert, export
+from models.checkpoints.conversion import convert, export, settings_of
 from models.checkpoints.directory import latest, read_config, read_manifest, resolve, verify
 from models.checkpoints.weights import load_weights
 
@@ -17,5 +17,6 @@ __all__ = [
     "read_config",
     "read_manifest",
     "resolve",
+    "settings_of",
     "verify",
 ]

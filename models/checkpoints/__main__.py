@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `--help` and a wrong argument do not wait for torch
     from torch import Tensor
@@ -82,9 +82,9 @@ def _run(chosen: argparse.Namespace) -> list[str]:
     from models.checkpoints.conversion import convert, export, source_of
     from models.checkpoints.weights import load_weights
 
-    given = load_weights(chosen.file, ema=chosen.ema)
-    state = (convert if chosen.command == "convert" else export)(given, chosen.model)
-    before, after = (source_of(weights, chosen.model) for weights in (given, state))
+    given, settings = load_weights(chosen.file, ema=chosen.ema), _settings(chosen)
+    state = (convert if chosen.command == "convert" else export)(given, chosen.model, **settings)
+    before, after = (source_of(weights, chosen.model, **settings) for weights in (given, state))
     heads = [value for name, value in state.items() if name.startswith("head.")]
     kind = f"{len(heads[0])} classes" if heads else "pyramid, no classifier"
     millions = sum(value.numel() for name, value in state.items() if not name.endswith(_BUFFERS)) / 1e6
@@ -93,6 +93,25 @@ def _run(chosen: argparse.Namespace) -> list[str]:
     setting = f"num_classes={len(heads[0])}" if heads else "features_only=True"
     load = f'create_model("{chosen.model}", {setting}).load_state_dict(load_weights("{chosen.output}"))'
     return [f"{written}, written: {chosen.output}", *([f"load it: {load}"] if chosen.command == "convert" else [])]
+
+
+def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
+    """How the model of a run differs from the one of its name; of a file of weights nothing is known.
+
+    Raises:
+        ValueError: the run trained another model.
+    """
+    from models.checkpoints.conversion import settings_of
+    from models.checkpoints.directory import read_config
+
+    if Path(chosen.file).is_file():
+        return {}
+    config = read_config(chosen.file)
+    if not {"run", "model", "attention"} <= config.keys():  # a directory that no run wrote
+        return {}
+    if (name := config["run"]["model"]) != chosen.model:
+        raise ValueError(f"--model: the run trained {name}, got {chosen.model}; give --model {name}")
+    return settings_of(config)
 
 
 def _write(state: dict[str, Tensor], chosen: argparse.Namespace) -> None:

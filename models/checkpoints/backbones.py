@@ -74,8 +74,9 @@ def pvt(source: str) -> Layout:
     return Layout(source, rules, axes=_AXES, joined=_KEYS_APART)
 
 
-def swin(source: str, constants: str = r"\.relative_position_index$") -> Layout:
-    """Swin; the `constants` of its windows are in the files besides the weights."""
+def swin(source: str) -> Layout:
+    """Swin, in whose files there are constants of its windows besides the weights."""
+    constants = r"\.relative_position_index$"
     rules = (
         (r"^stem\.patch_embed\.", "patch_embed."),
         (r"^stages\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample."),
@@ -84,7 +85,8 @@ def swin(source: str, constants: str = r"\.relative_position_index$") -> Layout:
         (r"\.attn\.core\.", ".attn."),
         *_MECHANISMS,
     )
-    return Layout(source, rules, axes=_AXES, constants=constants, make_constants=_relative_positions)
+    given = {"constants": constants, "masks": r"\.attn_mask$", "make_constants": _relative_positions}
+    return Layout(source, rules, axes=_AXES, **given)
 
 
 def cswin(source: str, dwc: str = "dwc") -> Layout:
@@ -113,6 +115,11 @@ def _relative_positions(ours: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     for name, table in ours.items():
         if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.attn\.core\.bias\.table", name):
             side = (math.isqrt(len(table)) + 1) // 2
+            if (2 * side - 1) ** 2 != len(table):
+                raise ValueError(
+                    f"export: windows must be squares in the files of Swin, got {len(table)} offsets in {name}; "
+                    "choose an image size that whole windows fill"
+                )
             tokens = torch.arange(side * side)
             y, x = tokens // side, tokens % side
             index = (y[:, None] - y + side - 1) * (2 * side - 1) + x[:, None] - x + side - 1

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conf.cli import compose_run
 from models import create_model, list_models
 from models.checkpoints.layout import OURS, Layout, Part
 from models.checkpoints.weights import strip, unwrap
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # a command line that only prints its help does not wait for 
     from torch import Tensor
 
 COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
+MASK = ".shift_mask"  # of windows; whether there is one depends on the size of the map
 DETECTOR = "backbone."
 HEAD = "head."
 
@@ -74,26 +76,19 @@ def convert(
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the message names it, and a model that would fit.
     """
-    import torch
-
-    state = _weights(state_dict, "convert")
-    table = _best(_tables(name, settings), state)
-    state = _learned(table.layout, state)
-    if problem := _problem(table, state, name, resize=True):
-        raise ValueError(f"convert: {problem}; {_advice(state, name)}")
+    table, state = _matched(state_dict, name, settings, "convert", resize=True)
     if problem := _wrong_classes(table, state, num_classes):
         raise ValueError(f"convert: {problem}")
     for model, text in table.layout.warning:
         if model == name and "attention" not in settings:
             warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
-    here = [mine for mine, parts in table.parts.items() if all(part.name in state for part in parts)]
-    ours = {mine: table.take(mine, state) for mine in here}
-    other = [mine for mine in here if mine in table.model.resized and ours[mine].shape != table.model.shapes[mine]]
+    ours = _ours(table, state)
+    other = [mine for mine in ours if mine in table.model.resized and ours[mine].shape != table.model.shapes[mine]]
     if other:
         ours |= {mine: table.model.resized[mine](ours[mine]) for mine in other}
         text = f"tables made for another image size, window or number of agents were resized: {some(other)}"
         warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
-    return {mine: ours[mine] if mine in ours else torch.tensor(0) for mine in table.parts}
+    return ours
 
 
 def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict[str, Tensor]:
@@ -109,13 +104,59 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     if family is None:
         exportable = ", ".join(sorted({f"{other.partition('_')[0]}_*" for other in list_models() if _family(other)}))
         raise ValueError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
-    ours = convert(state_dict, name, **settings)
+    ours = _ours(*_matched(state_dict, name, settings, "export", resize=False))
     layout = family.authors(name)
     parts = layout.names(ours)
     theirs = [layout.give(mine, value, parts[mine]) for mine, value in ours.items()]
     if layout.make_constants is not None:
         theirs.append(layout.make_constants(ours))
     return {key: value for weights in theirs for key, value in weights.items()}
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model of a run differs from `create_model(name)`, as settings for `convert` and `export`.
+
+    Args:
+        config: the resolved configuration of the run; of it `run`, `model` and `attention` are looked at.
+    """
+    name, attention = config["run"]["model"], config["run"]["attention"]
+    usual = compose_run([f"model={name}", f"attention={attention}"])[0].attention
+    given = config["attention"] if isinstance(config["attention"], dict) else {}
+    settings = {}
+    for key, value in (given | config["model"]).items():
+        if key.startswith("_") or key in ("num_classes", "attention"):
+            continue
+        if not isinstance(value, dict):
+            settings[key] = value
+        elif key in usual and value.get("_target_") == usual[key].get("_target_"):  # a part, such as those of plans
+            settings[key] = {option: item for option, item in value.items() if not option.startswith("_")}
+    own = compose_run([f"model={name}"])[1]["attention"]
+    return settings | ({} if attention == own else {"attention": attention})
+
+
+def _matched(
+    state_dict: Mapping[str, Any], name: str, settings: dict[str, Any], who: str, *, resize: bool
+) -> tuple[_Table, dict[str, Tensor]]:
+    """The way to read a file, and what it holds for the model; one that does not fit is an error."""
+    state = _weights(state_dict, who)
+    table = _best(_tables(name, settings), state)
+    state = _learned(table, state)
+    if problem := _problem(table, state, name, resize):
+        raise ValueError(f"{who}: {problem}; {_advice(state, name)}")
+    return table, state
+
+
+def _ours(table: _Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file that fits under our names; what it may lack is made."""
+    import torch
+
+    ours = {}
+    for mine, parts in table.parts.items():
+        if all(part.name in state for part in parts):
+            ours[mine] = table.take(mine, state)
+        else:
+            ours[mine] = table.model.resized[mine](torch.empty(0)) if mine.endswith(MASK) else torch.tensor(0)
+    return ours
 
 
 def source_of(state_dict: Mapping[str, Any], name: str, **settings: Any) -> str:
@@ -168,9 +209,11 @@ def _best(tables: Iterator[_Table], state: dict[str, Tensor]) -> _Table:
     return max(tables, key=lambda table: (len(table.names.keys() & state.keys()), -len(table.names)))
 
 
-def _learned(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what is not learned, such as the indices of windows."""
-    return {key: v for key, v in state.items() if not (layout.constants and re.search(layout.constants, key))}
+def _learned(table: _Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without constants that the model has no use for, such as the indices of windows."""
+    layout, names = table.layout, table.names
+    constants = "|".join(pattern for pattern in (re.escape(MASK) + "$", layout.constants, layout.masks) if pattern)
+    return {key: value for key, value in state.items() if key in names or not re.search(constants, key)}
 
 
 def _problem(table: _Table, state: dict[str, Tensor], name: str, resize: bool = False) -> str:
@@ -179,7 +222,7 @@ def _problem(table: _Table, state: dict[str, Tensor], name: str, resize: bool = 
     With `resize` tables that are bound to the image size may be of another one.
     """
     names = table.names
-    missing = [key for key in names if key not in state and not key.endswith(COUNTER)]
+    missing = [key for key, (mine, _) in names.items() if key not in state and not mine.endswith((COUNTER, MASK))]
     unknown = [key for key in state if key not in names]
     if 2 * len(unknown) > len(state):
         return f"{len(unknown)} of the {len(state)} names in the file are none of {name}, got {some(unknown)}"
@@ -239,7 +282,7 @@ def _advice(state: dict[str, Tensor], name: str) -> str:
 
 def _fits(name: str, state: dict[str, Tensor]) -> bool:
     table = _best(_tables(name, {}), state)
-    return not _problem(table, _learned(table.layout, state), name)
+    return not _problem(table, _learned(table, state), name)
 
 
 def some(names: list[str]) -> str:

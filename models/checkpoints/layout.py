@@ -82,6 +82,7 @@ class Layout:
         axes: weights with other axes there.
         numbered: whether blocks are counted through all stages there; the rules then see `blocks.K.` for them.
         constants: pattern of names in their files that hold nothing learned; "" for none.
+        masks: pattern of those that hold masks of windows, which a model for another image size may not have.
         make_constants: `our weights -> ` those, to be written into files for them.
     """
 
@@ -93,6 +94,7 @@ class Layout:
     axes: tuple[Axes, ...] = ()
     numbered: bool = False
     constants: str = ""
+    masks: str = ""
     make_constants: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     def names(self, ours: Iterable[str]) -> dict[str, tuple[Part, ...]]:

@@ -6,8 +6,7 @@ Source: Swin Transformer, arXiv:2103.14030; the state dicts of its code and of t
 from models.checkpoints import backbones
 from models.checkpoints.layout import Layout
 
-_CONSTANTS = r"\.(relative_position_index|attn_mask)$"
-_AUTHORS = backbones.swin("microsoft/Swin-Transformer", constants=_CONSTANTS)
+_AUTHORS = backbones.swin("microsoft/Swin-Transformer")
 _TIMM = Layout(
     "timm",
     (
@@ -17,7 +16,8 @@ _TIMM = Layout(
         (r"\.attn\.core\.", ".attn."),
         (r"^head\.", "head.fc."),
     ),
-    constants=_CONSTANTS,
+    constants=_AUTHORS.constants,
+    masks=_AUTHORS.masks,
 )
 LAYOUTS = (_AUTHORS, _TIMM)
 

@@ -18,7 +18,7 @@ from models.tasks.classification import Classification
 from models.tasks.initial import in_our_names
 from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
-from models.tasks.resume import without_backend
+from models.tasks.resume import differences
 from models.tasks.running import title
 from models.tasks.verdict import deviations, judge
 
@@ -78,8 +78,11 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
         check_config({key: config[key] for key in ("model", "data")})
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    if without_backend(given["model"]) != without_backend(config["model"]):
-        raise UserError("eval: the configuration is of another checkpoint than ckpt; give one checkpoint per command")
+    if changed := differences(config, given, ("attention", "model")):
+        raise UserError(
+            f"eval: the checkpoint was trained with {', '.join(changed)} as this command asks; leave that out, "
+            "or train a model with it"
+        )
 
     def load(ema: bool) -> dict[str, Tensor] | None:
         return None if ema and not (path / "ema.safetensors").exists() else load_weights(path, ema=ema)

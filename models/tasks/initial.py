@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from conf.cli import UserError, compose_run
-from models.checkpoints import convert, load_weights
+from conf.cli import UserError
+from models.checkpoints import convert, load_weights, settings_of
 
 HEAD = "head."
 
@@ -48,16 +48,22 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
         raise UserError(f"init: {path} cannot be read: {error.strerror or error}; give a file that can") from error
     except ValueError as error:
         raise UserError(f"init: {str(error).partition(': ')[2] or error}") from error
-    if state.keys() != own.keys():
+    if not any(key.startswith(HEAD) for key in state):
         raise UserError(
             "init: the weights have no classifier, got the backbone of a detector or segmenter; "
             "give a classification checkpoint"
         )
+    if wrong := sorted(state.keys() ^ own.keys()):
+        raise UserError(f"init: the weights must be those of the model, got others: {wrong[0]}; give the same options")
     anew = {key: value for key, value in own.items() if key.startswith(HEAD) and value.shape != state[key].shape}
     if anew:
         classes = len(state[next(iter(anew))]), len(next(iter(anew.values())))
         notes.append("the head starts anew: {} classes in the weights, {} in the data".format(*classes))
-    model.load_state_dict(state | anew)
+    try:
+        model.load_state_dict(state | anew)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"init: the weights must be those of the model, got {text}; give the same options") from error
     return [f"starts from {path}", *notes]
 
 
@@ -83,16 +89,5 @@ def in_our_names(
     name = config["run"]["model"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        state = convert(content, name, num_classes=num_classes, **_settings(name, config))
+        state = convert(content, name, num_classes=num_classes, **settings_of(config))
     return state, [f"warning: {warning.message}" for warning in caught]
-
-
-def _settings(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """How the model differs from `create_model(name)`, so that the names and shapes of its weights are known."""
-    attention = config["run"]["attention"]
-    options = config["attention"] if isinstance(config["attention"], dict) else {}
-    plain = {key: value for key, value in (options | config["model"]).items() if not isinstance(value, dict)}
-    own = compose_run([f"model={name}"])[1]["attention"]
-    settings = {key: value for key, value in plain.items() if not key.startswith("_") and key != "num_classes"}
-    settings.pop("attention", None)  # a list of mechanisms
-    return settings | ({} if attention == own else {"attention": attention})

@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -253,22 +253,27 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names every difference, with both values.
     """
-    saved, current = without_backend(saved), without_backend(current)
-    before, after = saved.get("attention"), current.get("attention")
-    differences = []
-    if before != after and None not in (before, after):
-        differences.append(f"attention {_describe(before, after)} and not {_describe(after, before)}")
-    for section in SAME:
-        was, now = (dict(_settings(config.get(section), section)) for config in (saved, current))
-        for key in {**was, **now} if was and now else ():
-            if was.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
-                name = key.removesuffix("._target_")
-                differences.append(f"{name} {_describe(was.get(key), None)} and not {_describe(now.get(key), None)}")
-    if differences:
+    if found := differences(saved, current, SAME):
         raise ValueError(
-            f"resume: the checkpoint was trained with {', '.join(differences)} as this command asks; "
+            f"resume: the checkpoint was trained with {', '.join(found)} as this command asks; "
             "give the same options, or start a new run with another run.name"
         )
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterable[str]) -> list[str]:
+    """Every setting of the attention and of some sections that two configurations have otherwise: "x and not y"."""
+    saved, current = without_backend(saved), without_backend(current)
+    before, after = saved.get("attention"), current.get("attention")
+    found = []
+    if before != after and None not in (before, after):
+        found.append(f"attention {_describe(before, after)} and not {_describe(after, before)}")
+    for section in sections:
+        was, now = (dict(_settings(config.get(section), section)) for config in (saved, current))
+        for key in {**was, **now} if was and now and section != "attention" else ():
+            if was.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+                name = key.removesuffix("._target_")
+                found.append(f"{name} {_describe(was.get(key), None)} and not {_describe(now.get(key), None)}")
+    return found
 
 
 def without_backend(node: Any) -> Any:
@@ -300,5 +305,8 @@ def _describe(value: Any, other: Any) -> str:
         return str(value)
     name = str(value.get("_target_")).rpartition(".")[2]
     same = isinstance(other, dict) and other.get("_target_") == value.get("_target_")
-    options = [f"{key}={item}" for key, item in value.items() if same and (key not in other or other[key] != item)]
+    changed = {key: item for key, item in value.items() if same and (key not in other or other[key] != item)}
+    options = [
+        f"{key}={_describe(item, other.get(key)) if isinstance(item, dict) else item}" for key, item in changed.items()
+    ]
     return f"{name}({', '.join(options)})" if options else name

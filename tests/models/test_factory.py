@@ -76,3 +76,23 @@ def test_readme_is_finished_and_its_links_lead_somewhere():
     links = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
     assert len(links) >= 3
     assert [link for link in links if not (tables.README.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"first": "inline"}, r"agent_swin_tiny: first must be a dict with settings of agent_tokens, .*, got 'inline'"),
+        ({"agent_tokens": 4}, r"no setting 'agent_tokens'.* Give it as first=\{'agent_tokens': \.\.\.\}"),
+        ({"attention": ["agent", "window"]}, r"attention must be a name, got \['agent', 'window'\]; choose from agent"),
+        ({"blocks": 2}, r"blocks=2 is no list; give attention.blocks one entry per stage"),
+        ({"blocks": [4]}, r"stage 1 .*blocks=\[4\] has no entry for stage 1"),
+    ],
+)
+def test_wrong_parts_of_a_plan_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        create_model("agent_swin_tiny", **arguments)
+
+
+def test_a_plan_for_other_stages_than_a_vit_has_is_refused():
+    with pytest.raises(ValueError, match=r"blocks=\['all', 'all', 0, 0\] has 4 entries and a ViT one stage; give one"):
+        create_model("vit_tiny", attention="plan/agent_swin_small")

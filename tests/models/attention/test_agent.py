@@ -283,10 +283,10 @@ def test_refuses_agents_that_form_no_grid(asked: int | list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": 4}, "agent_attention: kernel_size must be odd and positive, got 4; the paper uses 3"),
-        ({"kernel_size": -1}, "agent_attention: kernel_size must be odd and positive, got -1; the paper uses 3"),
-        ({"bias_size": 0}, "agent_attention: bias_size must be at least 1, got 0; set bias=false for none"),
-        ({"sr_ratio": 0}, "SpatialReduction: ratio must be at least 1, got 0; 1 keeps every token"),
+        ({"kernel_size": 4}, "agent_attention: kernel_size must be odd and positive, got 4; set attention.kernel_size"),
+        ({"kernel_size": -1}, "agent_attention: kernel_size must be odd and positive, got -1; set"),
+        ({"bias_size": 0}, "agent_attention: bias_size must be a whole number of at least 1, got 0; set"),
+        ({"sr_ratio": 0}, "attention: sr_ratio must be a whole number of at least 1, got 0; set attention.sr_ratio"),
         ({"window": 0}, "window: sides must be at least 1, got 0"),
     ],
 )

@@ -257,14 +257,17 @@ def test_compiles_as_one_graph(options: dict, autocast: bool) -> None:
     ("options", "message"),
     [
         ({"power": 0.5}, "focused_linear_attention: power must be at least 1, got 0.5; the paper uses 3"),
-        ({"kernel_size": 4}, "focused_linear_attention: kernel_size must be odd and positive, got 4; the paper uses 5"),
-        ({"kernel_size": -1}, "focused_linear_attention: kernel_size must be odd and positive, got -1; the paper"),
+        (
+            {"kernel_size": 4},
+            "focused_linear_attention: kernel_size must be odd and positive, got 4; set",
+        ),
+        ({"kernel_size": -1}, "focused_linear_attention: kernel_size must be odd and positive, got -1; set"),
         (
             {"sr_ratio": 2, "kv_pool": 7},
             "attention: sr_ratio and kv_pool both shorten the keys, got 2 and 7; set sr_ratio=1 or kv",
         ),
-        ({"sr_ratio": 0}, "SpatialReduction: ratio must be at least 1, got 0; 1 keeps every token"),
-        ({"kv_pool": 0}, "PooledReduction: size must be at least 1, got 0; the paper uses 7"),
+        ({"sr_ratio": 0}, "attention: sr_ratio must be a whole number of at least 1, got 0; set"),
+        ({"kv_pool": 0}, "attention: kv_pool must be a whole number of at least 1, got 0; set"),
         ({"window": 0}, "window: sides must be at least 1, got 0"),
     ],
 )

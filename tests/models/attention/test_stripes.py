@@ -165,11 +165,63 @@ def test_the_first_blocks_of_every_stage() -> None:
     ("blocks", "message"),
     [
         (["all"], r"stage 1 block 0 .*blocks=\['all'\] has no entry for stage 1; give attention.blocks one entry per"),
-        ([1, 3], r"blocks=\[1, 3\] asks for the first 3 of 1 blocks in stage 1; use numbers of blocks up to the depth"),
-        ([True, 0], r"asks for the first True of 2 blocks in stage 0"),
-        (["some", 0], r"asks for the first some of 2 blocks in stage 0"),
+        ([1, 3], r"blocks=\[1, 3\] asks for 3 of 1 blocks in stage 1; use numbers of blocks up to the depth"),
+        ([True, 0], r"asks for True of 2 blocks in stage 0"),
+        (2, r"blocks=2 is no list; give attention.blocks one entry per stage, e.g. \[all, all, 2, 0\]"),
+        ("all", r"blocks='all' is no list"),
+        (["some", 0], r"asks for 'some' of 2 blocks in stage 0"),
     ],
 )
 def test_plans_that_do_not_fit(blocks: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(blocks, [2, 1])
+
+
+# Options of every mechanism
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        (
+            agent_attention,
+            {"kernel_size": "abc"},
+            "agent_attention: kernel_size must be odd and positive, got 'abc'",
+        ),
+        (agent_attention, {"kernel_size": True}, "kernel_size must be odd and positive, got True"),
+        (
+            agent_attention,
+            {"bias_size": 2.5},
+            "bias_size must be a whole number of at least 1, got 2.5; set att",
+        ),
+        (agent_attention, {"sr_ratio": 2.5}, "attention: sr_ratio must be a whole number of at least 1, got 2.5; set"),
+        (
+            agent_attention,
+            {"trained_agent_tokens": 8},
+            r"agent_attention: trained_agent_tokens must be a square",
+        ),
+        (focused_linear_attention, {"kv_pool": 0}, "attention: kv_pool must be a whole number of at least 1, got 0"),
+        (focused_linear_attention, {"power": "abc"}, "power must be at least 1, got 'abc'; the paper uses 3"),
+        (focused_linear_attention, {"power": float("nan")}, "power must be at least 1, got nan"),
+        (
+            focused_linear_attention,
+            {"kernel_size": 4},
+            "focused_linear_attention: kernel_size must be odd and posit",
+        ),
+        (
+            softmax_attention,
+            {"window": [7]},
+            r"window: sides must be at least 1, got \[7\]; give a number of tokens",
+        ),
+        (softmax_attention, {"window": "all"}, "window: sides must be at least 1, got 'all'; give"),
+        (inline_attention, {"window": 2.5}, "window: sides must be at least 1, got 2.5"),
+    ],
+)
+def test_wrong_types_are_named(factory, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        factory(SITE, **options)
+
+
+def test_agents_as_in_the_papers_beside_those_that_were_trained() -> None:
+    core = agent_attention(SITE._replace(stage=2), trained_agent_tokens=[9, 16, [2, 2], 49]).core
+    assert core.agents == (6, 7) and core.gather_bias.agents == (2, 2)

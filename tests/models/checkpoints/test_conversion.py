@@ -168,6 +168,30 @@ def test_a_mask_that_a_file_brings_decides_for_maps_of_its_size():
         torch.testing.assert_close(model(images[1]), other(images[1]))
 
 
+@pytest.mark.parametrize(("was", "now"), [(224, 256), (256, 224), (224, 448)])
+@pytest.mark.parametrize("ours", [False, True], ids=["authors", "ours"])
+def test_masks_of_windows_come_and_go_with_the_image_size(was, now, ours):
+    """At 224 pixels the last stage of a Swin is one window, at 256 it has shifted ones."""
+    name, shape = "agent_swin_tiny", {"dims": [16, 32, 64, 128], "depths": [1, 1, 1, 2], "num_heads": [1, 2, 2, 4]}
+    state = create_model(name, image_size=was, num_classes=5, **shape).state_dict()
+    given = state if ours else export(state, name, image_size=was, num_classes=5, **shape)
+    with pytest.warns(UserWarning, match="were resized"):
+        other = convert(given, name, image_size=now, num_classes=5, **shape)
+    model = create_model(name, image_size=now, num_classes=5, **shape)
+    model.load_state_dict(other)
+    assert model.stages[3].blocks[1].attn.usual_mask
+    assert any(key.endswith("shift_mask") for key in other) == (now != 224)
+
+
+def test_an_export_changes_no_weight():
+    settings = {"dims": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "num_classes": 5}
+    state = create_model("agent_swin_tiny", image_size=96, **settings).state_dict()
+    with pytest.raises(
+        ValueError, match=r"export: stages.0.blocks.0.attn.core.gather_bias.row must have the shape \(1, "
+    ):
+        export(state, "agent_swin_tiny", **settings)
+
+
 RESIZED = {  # model and settings, weights that depend on the size of the image
     ("agent_deit_tiny", "depth=4 dim=32 num_heads=2"): ("stem.position.table", ".row", ".column"),
     ("flatten_pvt_tiny", ""): ("position.table", "core.positional_encoding"),
