@@ -72,6 +72,7 @@ def convert(
         num_classes: refuse a head for any other number of classes, and none; None takes every head.
         settings: those that the model was made with, see `models.create_model`. Where its image size is another one
             than that of the file, position tables, agent biases and the like are resized, and a warning says which.
+            The file's are taken to be of square images and windows.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the message names it, and a model that would fit.

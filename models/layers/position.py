@@ -18,7 +18,9 @@ class LearnedPosition(nn.Module):
     Args:
         dim: channels C.
         grid: height, width and prefix tokens that the table is made for.
-        mode: "bicubic" with antialiasing, as timm's ViT does, or "bilinear" without, as the authors of PVT do.
+        mode: "bicubic" with antialiasing, as timm's ViT does, or "bilinear" without, as the authors of PVT do for
+            detection. A table from a file is resized in the same way (`resized`), so that a fine-tuned model starts as
+            the function that its weights are at run time; most authors' loaders are bicubic without antialiasing.
 
     Raises:
         ValueError: another mode.
