@@ -11,7 +11,7 @@ from timm.models.davit import DaVit
 from torch.func import functional_call
 
 from models import create_model
-from models.checkpoints import conversion, convert, export
+from models.checkpoints import convert, export, fitting
 from models.checkpoints.biformer import LAYOUTS
 from models.checkpoints.conversion import source_of
 
@@ -55,7 +55,7 @@ def layout_of(state):
 def small(name, features_only=False, classes=5):
     """The state dict of a small model of ours."""
     with torch.device("meta"):
-        model = conversion.create_model(name, features_only=features_only, num_classes=classes, **SMALL)
+        model = fitting.create_model(name, features_only=features_only, num_classes=classes, **SMALL)
     return numbered(layout_of(model.state_dict()))
 
 
@@ -71,7 +71,7 @@ def models():
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "create_model", remembered)
+        patch.setattr(fitting, "create_model", remembered)
         yield made
 
 
@@ -422,7 +422,7 @@ def test_the_largest_published_model_is_renamed_in_no_time(models):
     with torch.device("meta"):
         state = create_model("davit_base").state_dict()
     theirs = export(state, "davit_base")
-    conversion._skeleton_of_file.cache_clear()
+    fitting._skeleton_of_file.cache_clear()
     models.clear()
     start = time.process_time()
     convert(theirs, "davit_base")

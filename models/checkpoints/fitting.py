@@ -1,0 +1,167 @@
+"""Which of the known ways to name weights a file follows, and what keeps it from being that of a model."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from models import create_model, list_models
+from models.checkpoints.layout import OURS, Layout, Part
+
+if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
+    import torch
+    from torch import Tensor
+
+COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
+MASK = ".shift_mask"  # of windows; whether there is one depends on the size of the map
+HEAD = "head."
+
+
+class Skeleton(NamedTuple):
+    """A model without values."""
+
+    shapes: dict[str, torch.Size]  # by our names
+    resized: dict[str, Callable[[Tensor], Tensor]]  # tables bound to the size of the image: one of another size → ours
+
+
+class Table(NamedTuple):
+    """One way to read a file: a layout, and its names for ours."""
+
+    layout: Layout
+    parts: dict[str, tuple[Part, ...]]  # by our names
+    model: Skeleton
+
+    @property
+    def names(self) -> dict[str, tuple[str, Part]]:
+        """Our name by each of theirs."""
+        return {part.name: (mine, part) for mine, parts in self.parts.items() for part in parts}
+
+    def take(self, mine: str, state: Mapping[str, Tensor]) -> Tensor:
+        """Our weight from a state in their names, of the size that it has there."""
+        import torch
+
+        pieces = [self.layout.take(part.name, state[part.name]) for part in self.parts[mine]]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def family_of(name: str) -> ModuleType | None:
+    """The module with the layouts of a model; None for a model that only we have, and for no model."""
+    module = f"models.checkpoints.{name.partition('_')[0]}"
+    return importlib.import_module(module) if name in list_models() and importlib.util.find_spec(module) else None
+
+
+def tables(name: str, settings: dict[str, Any]) -> Iterator[Table]:
+    """Every layout for the classifier and for the pyramid of the model."""
+    family = family_of(name)
+    for features_only in (False, True):
+        model = (skeleton if settings else _skeleton_of_file)(name, features_only=features_only, **settings)
+        for layout in (OURS, *(family.LAYOUTS if family else ())):
+            yield Table(layout, layout.names(model.shapes), model)
+
+
+def skeleton(name: str, **settings: Any) -> Skeleton:
+    """Names and shapes of the state dict of a model, which is made without memory."""
+    import torch
+
+    with torch.device("meta"):
+        model = create_model(name, **settings)
+    resized = {
+        f"{path}.{key}": functools.partial(module.resized, key)
+        for path, module in model.named_modules()
+        if hasattr(module, "resized")
+        for key in (*module._parameters, *module._buffers)
+    }
+    return Skeleton({key: value.shape for key, value in model.state_dict().items()}, resized)
+
+
+_skeleton_of_file = functools.cache(skeleton)  # a model as it stands in conf/model is asked for again and again
+
+
+def best(tables: Iterator[Table], state: dict[str, Tensor]) -> Table:
+    """The table with the most names in common, and of those the one with the fewest that the state lacks."""
+    return max(tables, key=lambda table: (len(table.names.keys() & state.keys()), -len(table.names)))
+
+
+def learned(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without constants that the model has no use for, such as the indices of windows."""
+    layout, names = table.layout, table.names
+    constants = "|".join(pattern for pattern in (re.escape(MASK) + "$", layout.constants, layout.masks) if pattern)
+    return {key: value for key, value in state.items() if key in names or not re.search(constants, key)}
+
+
+def problem_of(table: Table, state: dict[str, Tensor], name: str, resize: bool = False) -> str:
+    """What keeps the state from being the model's with any number of classes; "" for nothing.
+
+    With `resize` tables that are bound to the image size may be of another one.
+    """
+    names = table.names
+    missing = [key for key, (mine, _) in names.items() if key not in state and not mine.endswith((COUNTER, MASK))]
+    unknown = [key for key in state if key not in names]
+    if 2 * len(unknown) > len(state):
+        return f"{len(unknown)} of the {len(state)} names in the file are none of {name}, got {some(unknown)}"
+    if missing:
+        return f"the file lacks {some(missing)} of {name} (names of {table.layout.source})"
+    if unknown:
+        return f"the file has {some(unknown)}, which {name} has not (names of {table.layout.source})"
+    misfits = (_misfit(mine, part, table, state, name, resize) for mine, part in names.values() if part.name in state)
+    return next(filter(None, misfits), "")
+
+
+def _misfit(mine: str, part: Part, table: Table, state: dict[str, Tensor], name: str, resize: bool) -> str:
+    """What is wrong with the shape of a value; the head may have any number of classes."""
+    taken = table.layout.take(part.name, state[part.name])
+    wanted, got = table.layout.shape_of(part, table.model.shapes[mine]), tuple(taken.shape)
+    free = int(mine.startswith(HEAD))
+    if len(got) == len(wanted) and got[free:] == wanted[free:]:
+        return ""
+    sides = ", ".join(["classes"] * free + [str(side) for side in wanted[free:]])
+    text = f"{part.name} must have the shape ({sides}) in {name}, got {got}"
+    if not resize or mine not in table.model.resized:
+        return text
+    try:
+        fits = table.model.resized[mine](taken.detach()).shape == wanted
+    except ValueError as error:
+        return f"{text}: {error}"
+    return "" if fits else text
+
+
+def wrong_classes(table: Table, state: dict[str, Tensor], num_classes: int | None) -> str:
+    """What is wrong with the number of classes; "" for nothing."""
+    if num_classes is not None and not any(mine.startswith(HEAD) for mine in table.parts):
+        return (
+            "the file has no classifier, got the backbone of a detector or segmenter; give a classification checkpoint"
+        )
+    classes = {theirs: len(state[theirs]) for theirs, (mine, _) in table.names.items() if mine.startswith(HEAD)}
+    if len(set(classes.values())) > 1:
+        return f"the parts of the head must have one number of classes, got {classes}; fetch the file again"
+    for found in set(classes.values()) - {num_classes}:
+        if num_classes is not None:
+            return (
+                f"the file must have {num_classes} classes, got {found}; fine-tune it, or evaluate it on data with "
+                f"{found} classes"
+            )
+    return ""
+
+
+def advice(state: dict[str, Tensor], name: str) -> str:
+    """Which other model of the family the weights are of."""
+    family = name.partition("_")[0]
+    others = [other for other in list_models() if other.partition("_")[0] == family and other != name]
+    fitting = [other for other in others if _fits(other, state)]
+    if fitting:
+        return f"it holds {' or '.join(fitting)}"
+    return "give the model, and the settings, that the file was saved from"
+
+
+def _fits(name: str, state: dict[str, Tensor]) -> bool:
+    table = best(tables(name, {}), state)
+    return not problem_of(table, learned(table, state), name)
+
+
+def some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
