@@ -2,7 +2,8 @@
 a short one, by paper, into README.md.
 
 Parameters and multiply-adds are counted from the model; the top-1 is the paper's, and the status says whether we have
-seen it: `unverified`, `forward` (the authors' weights give it here) or `trained` (a run of ours gives it).
+seen it: `unverified`, `forward` (the authors' weights give it here) or `trained` (a run of ours gives it). Counting all
+takes a minute, so what is printed is taken from recipes/README.md, which a test compares; what is not there is counted.
 """
 
 import re
@@ -19,12 +20,20 @@ NUMBERS = (2, 3, 4)  # columns that are set to the right
 SIZES = ("tiny", "small", "medium", "base", "large", "stl", r"b\d")
 
 
-def table() -> str:
-    """Markdown, one line per recipe."""
-    rows = [HEAD, *rows_of_recipes(recipes.names())]
+def table(anew: bool = False) -> str:
+    """Markdown, one line per recipe; `anew` counts all of them again."""
+    known = {} if anew else written()
+    rows = [HEAD, *(known.get(name) or next(rows_of_recipes([name])) for name in recipes.names())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = tuple("-" * (width - 1) + (":" if i in NUMBERS else "-") for i, width in enumerate(widths))
     return "\n".join(_line(row, widths) for row in [HEAD, rule, *rows[1:]])
+
+
+def written() -> dict[str, tuple[str, ...]]:
+    """The rows of recipes/README.md, by recipe."""
+    lines = FILE.read_text().partition("<!-- recipes -->\n")[2].partition("<!-- /recipes -->")[0].splitlines()
+    rows = [tuple(cell.strip() for cell in line.strip("| ").split("|")) for line in lines if line.startswith("| `")]
+    return {row[0].strip("`"): row for row in rows if row != HEAD}
 
 
 def short_table() -> str:
@@ -97,7 +106,7 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--write"]):
         sys.exit(f"recipes: no such option, got {' '.join(arguments)}; use python -m recipes [--write]")
     if arguments:
-        for file, current in ((FILE, table()), (SHORT_FILE, short_table())):
+        for file, current in ((FILE, table(anew=True)), (SHORT_FILE, short_table())):
             file.write_text(updated(file.read_text(), current))
     else:
         print(table())

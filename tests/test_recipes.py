@@ -88,6 +88,9 @@ def test_the_table_is_printed_as_it_is_written(monkeypatch, tmp_path, capsys):
     table.main([])
     printed = capsys.readouterr().out
     table.main(["--write"])
+    monkeypatch.setattr(table, "rows_of_recipes", None)  # nothing is counted twice
+    table.main([])
+    assert capsys.readouterr().out == printed
     assert files[0].read_text() == f"before\n<!-- recipes -->\n{printed}<!-- /recipes -->\nafter\n"
     assert "| [davit](https://arxiv.org/abs/2204.03645) | `davit/tiny_in1k` | 1 | 1 |" in files[1].read_text()
 
