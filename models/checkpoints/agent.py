@@ -6,13 +6,7 @@ Source: Agent Attention, arXiv:2312.08874; the state dicts of its code at commit
 from models.checkpoints import backbones
 from models.checkpoints.layout import Layout
 
-_SOURCE = "LeapLabTHU/Agent-Attention"
-_BY_BACKBONE = {
-    "deit": backbones.deit(_SOURCE),
-    "pvt": backbones.pvt(_SOURCE),
-    "swin": backbones.swin(_SOURCE),
-    "cswin": backbones.cswin(_SOURCE, dwc="get_v"),
-}
+_BY_BACKBONE = backbones.by_name("LeapLabTHU/Agent-Attention", dwc="get_v")
 LAYOUTS = tuple(_BY_BACKBONE.values())
 
 

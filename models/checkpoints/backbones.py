@@ -125,3 +125,8 @@ def _relative_positions(ours: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
             index = (y[:, None] - y + side - 1) * (2 * side - 1) + x[:, None] - x + side - 1
             constants[f"layers.{match[1]}.blocks.{match[2]}.attn.relative_position_index"] = index
     return constants
+
+
+def by_name(source: str, dwc: str = "dwc") -> dict[str, Layout]:
+    """The layouts of a repository that has all of them, by the second word of the names of its models."""
+    return {"deit": deit(source), "pvt": pvt(source), "swin": swin(source), "cswin": cswin(source, dwc)}

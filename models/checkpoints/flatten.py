@@ -7,13 +7,7 @@ Source: FLatten Transformer, arXiv:2308.00442; the state dicts of its code at co
 from models.checkpoints import backbones
 from models.checkpoints.layout import Layout
 
-_SOURCE = "LeapLabTHU/FLatten-Transformer"
-_BY_BACKBONE = {
-    "deit": backbones.deit(_SOURCE),
-    "pvt": backbones.pvt(_SOURCE),
-    "swin": backbones.swin(_SOURCE),
-    "cswin": backbones.cswin(_SOURCE),
-}
+_BY_BACKBONE = backbones.by_name("LeapLabTHU/FLatten-Transformer")
 LAYOUTS = tuple(_BY_BACKBONE.values())
 
 

@@ -6,13 +6,7 @@ Source: Bridging the Divide, arXiv:2412.06590; the state dicts of its code at co
 from models.checkpoints import backbones
 from models.checkpoints.layout import Layout
 
-_SOURCE = "LeapLabTHU/InLine"
-_BY_BACKBONE = {
-    "deit": backbones.deit(_SOURCE),
-    "pvt": backbones.pvt(_SOURCE),
-    "swin": backbones.swin(_SOURCE),
-    "cswin": backbones.cswin(_SOURCE),
-}
+_BY_BACKBONE = backbones.by_name("LeapLabTHU/InLine")
 LAYOUTS = tuple(_BY_BACKBONE.values())
 
 
