@@ -20,6 +20,7 @@ from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from models.attention import Grid, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.lepe import depthwise
 from models.attention.multihead import check_whole, reduction
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
@@ -114,7 +115,7 @@ class FocusedLinearCore(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))  # no vector: it decays, as in the authors' runs
         self.positional_encoding = nn.Parameter(torch.zeros(1, kv_grid.cells, dim))
         self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim)
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
+        self.lepe = depthwise(dim, 3 if lepe else 0)
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """See `models.attention.multihead.Core`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernels.linear_attention import inline_attention as fused_inline_attention
 from models.attention import Grid, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.lepe import depthwise
 from models.attention.multihead import reduction
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
@@ -112,7 +113,7 @@ class InLineCore(nn.Module):
             # pointwise, within each head
             layers = nn.Conv1d(dim, dim, 1, groups=num_heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=num_heads)
             self.residual = nn.Sequential(*layers)
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
+        self.lepe = depthwise(dim, 3 if lepe else 0)
 
     def context(self, x_BNC: Tensor) -> dict[str, Tensor]:
         """The weights (B, C, 3, 3) of the convolution, from the mean token of each sequence."""

@@ -15,6 +15,7 @@ from kernels.moh_attention import moh_attention
 from kernels.window_attention import window_attention
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.lepe import depthwise
 from models.attention.multihead import MultiHead, reduction, window_of
 from models.layers.tokens import square_side
 
@@ -83,7 +84,7 @@ class SoftmaxCore(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.bias = RelativePositionBias(num_heads, window) if window else None
         dim = num_heads * head_dim
-        self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if lepe else None
+        self.lepe = depthwise(dim, 3 if lepe else 0)
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The windows have a kernel, and so have gated heads; the rest is PyTorch's scaled_dot_product_attention."""
