@@ -49,6 +49,7 @@ class Site(NamedTuple):
     depth: int  # blocks in the stage
     kind: str  # one of KINDS
     positioned: bool = False  # whether the blocks of the backbone encode positions by convolution themselves
+    head_dim: int | None = None  # D where it is not C / M: the inner width M·D then differs from C
 
 
 class Mixed(NamedTuple):

@@ -232,7 +232,7 @@ class BiLevelRoutingAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
 
     def _check_site(self, site: Site) -> None:
-        head_channels(site)
+        head_channels(site, even=True)
         if self.qk_dim % site.num_heads:
             raise Refused(
                 f"qk_dim={self.qk_dim} does not divide into {site.num_heads} heads",

@@ -37,7 +37,7 @@ class DepthwiseConv(nn.Module):
     def __init__(self, site: Site, kernel_size: int, backend: str = "auto") -> None:
         super().__init__()
         self.num_heads, self.backend = site.num_heads, backend
-        head_channels(site)
+        head_channels(site, even=True)
         self.proj = nn.Conv2d(site.dim, site.dim, kernel_size, padding=kernel_size // 2, groups=site.dim)
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)

@@ -39,8 +39,21 @@ def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
     return (x_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(-2)
 
 
-def head_channels(site: Site) -> int:
-    """D = C / M, refused when it is not whole."""
+def head_channels(site: Site, even: bool = False) -> int:
+    """D: what the site says, or C / M, which must be whole.
+
+    Args:
+        site: the place in the backbone.
+        even: refuse heads whose M·D channels are not the C of the tokens, as a mechanism must that divides C.
+    """
+    if site.head_dim is not None:
+        if even and site.head_dim * site.num_heads != site.dim:
+            raise Refused(
+                f"{site.num_heads} heads of {site.head_dim} channels are not the {site.dim} channels of the tokens, "
+                "which it divides among its heads",
+                "change model.num_heads or model.head_dim, or choose attention=softmax",
+            )
+        return site.head_dim
     if site.dim % site.num_heads:
         raise Refused(
             f"{site.dim} channels do not divide into {site.num_heads} heads", "change model.num_heads or model.dim"

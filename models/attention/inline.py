@@ -73,7 +73,7 @@ def inline_attention(
             f"inline_attention: residual_input must be normed or stream, got {residual_input!r}; "
             "set attention.residual_input"
         )
-    dim = head_channels(site)
+    dim = head_channels(site, even=residual)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> InLineCore:
         reads_stream = residual and residual_input == "stream"

@@ -39,7 +39,7 @@ class LePEAttention(nn.Module):
         self.backend = backend
         if lepe_input not in ("x", "v"):
             raise ValueError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
-        self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site) ** -0.5, lepe_input
+        self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site, even=True) ** -0.5, lepe_input
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.lepe = depthwise(site.dim, lepe_kernel)
         self.proj = nn.Linear(site.dim, site.dim)

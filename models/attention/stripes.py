@@ -110,7 +110,7 @@ class CrossShaped(nn.Module):
                 "set attention.stripe=all, or an even model.num_heads",
             )
         self.backend, self.stripe = backend, stripe
-        self.num_heads, self.head_dim = site.num_heads // 2, head_channels(site)  # of one direction
+        self.num_heads, self.head_dim = site.num_heads // 2, head_channels(site, even=True)  # of one direction
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.proj = nn.Linear(site.dim, site.dim)
         grids = [Grid(*size) for size in self.sizes(site.grid)]
