@@ -124,9 +124,7 @@ def route_reference(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tenso
     if not routed:
         return shared_BNS, None
     scores = wg.softmax(2)
-    # a stable sort, because torch.topk leaves the order of equal scores open
-    order = scores.detach().sort(dim=2, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores).scatter(2, order[..., :routed], 1.0)
+    mask = largest(scores, routed)
     chosen = scores * mask
     gates = routed * chosen / chosen.sum(2, keepdim=True)
     balance = E * (scores.mean((0, 1)) * mask.mean((0, 1))).sum()
@@ -134,6 +132,15 @@ def route_reference(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tenso
         return gates, balance
     alpha_1, alpha_2 = (2 * w0.softmax(2)).split(1, dim=2)
     return torch.cat([alpha_1 * shared_BNS, alpha_2 * gates], dim=2), balance
+
+
+def largest(scores_BNE: Tensor, count: int) -> Tensor:
+    """1 at the `count` largest scores of each token and 0 elsewhere; ties go to the lowest index.
+
+    A stable sort, because the order of ties in torch.topk is unspecified and differs between devices.
+    """
+    order = scores_BNE.detach().sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores_BNE).scatter(-1, order[..., :count], 1.0)
 
 
 def _routed_heads(logits: int, shared: int, routed: int) -> int:

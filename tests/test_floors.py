@@ -19,8 +19,17 @@ FLOORS = {
     "models.backbones": ["=models.attention", "models.layers"],  # the contract, no mechanism by name
     "models.checkpoints": ["=models", "conf.cli"],  # what models there are, to give weights their names
     "models.probes": ["models.layers"],
+    "models.diffusion": [],
     "models.tasks": [
-        *("models.attention.backend", "models.checkpoints", "models.cost", "models.factory", "models.layers"),
+        *("models.attention.backend", "models.attention.dense_to_moh", "models.attention.head_router"),
+        *(
+            "models.attention.moh",
+            "models.diffusion",
+            "models.checkpoints",
+            "models.cost",
+            "models.factory",
+            "models.layers",
+        ),
         *("conf.cli", "recipes"),
     ],
     "models.factory": ["conf", "=models.backbones.base"],

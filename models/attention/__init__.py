@@ -112,7 +112,7 @@ AttentionFactory = Callable[[Site], nn.Module]
 
 
 def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Sequence[Site]) -> list[nn.Module]:
-    """One mixer per site, or one error that lists every site where the mechanism does not fit.
+    """One mixer per site, which keeps it as `site`, or one error with every site where the mechanism does not fit.
 
     Args:
         attention: a factory for all stages, or a sequence with one factory per stage.
@@ -127,6 +127,7 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
         try:
             mixer = factories[site.stage](site)
             check(mixer, site)
+            mixer.site = site
             mixers.append(mixer)
         except Refused as refusal:
             problems.append((site, refusal))
@@ -164,6 +165,33 @@ def replace(
     from models.attention.replacement import replace as put
 
     return put(model, attention, where, options)
+
+
+def to_moh(
+    model: nn.Module, shared: Any, routed: Any, *, where: Callable[[Site], bool] | None = None, **options: Any
+) -> list[str]:
+    """Puts a head gate on every attention of a trained model, in place, to train it on with fewer active heads.
+
+    All weights stay. The new routers begin undecided, every active head with weight 1: with shared + routed = all heads
+    the model computes exactly what it did; with fewer, the heads that a token does not choose are missing. Make the
+    optimizer after this. A run does the same when `init=` names the weights of a model without gates.
+
+    Args:
+        model: of `models.create_model`. For a model of timm use `replace(model, "moh", ...)`.
+        shared: heads that are always active: a number, a fraction, or a list, see `models.attention.moh.MoHAttention`.
+        routed: heads that each token chooses among the others, likewise.
+        where: which places, e.g. `lambda site: site.block < 4`; None for all.
+        options: `router`, `balance`, `all_reduce`, `backend` of `MoHAttention`.
+
+    Returns:
+        The names of the gated modules.
+
+    Raises:
+        ValueError: no place, gates that are there already, or heads that do not fit; the model is as before.
+    """
+    from models.attention.dense_to_moh import gate
+
+    return gate(model, shared, routed, where, options)
 
 
 def check(mixer: nn.Module, site: Site) -> None:

@@ -11,16 +11,17 @@ Shapes: B = batch, N = tokens, C = channels, M = heads, E = routed heads, K = ac
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import is_fused
-from kernels.moh_attention import route_heads
 from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
-from models.attention.multihead import MultiHead
-from models.layers.precision import full_precision
+from models.attention.head_router import ROUTERS
+from models.attention.multihead import MultiHead, for_stage
+
+BALANCES = ("loss", "bias")
+Heads = int | float | Sequence[int | float]
 
 
 class MoHAttention(nn.Module):
@@ -29,8 +30,12 @@ class MoHAttention(nn.Module):
     Args:
         site: the place in the backbone.
         core: factory of the attention whose heads are gated, any with `accepts.gates`.
-        shared_heads: heads that are always active, a number or a fraction of all heads.
-        routed_heads: heads that each token chooses among the others, a number or a fraction of all heads.
+        shared_heads: heads that are always active, a number or a fraction of all heads, or a list of these with one
+            entry per stage; of a plain ViT or DiT one per block.
+        routed_heads: heads that each token chooses among the others, likewise.
+        router: "softmax" (the paper), "relu" or "l2"; see `models.attention.head_router`.
+        balance: "loss" returns the load balance loss; "bias" balances without one, see `HeadRouter`.
+        all_reduce: balance the tokens of all processes together; the authors balance those of each by itself.
         backend: of the router: "auto", "triton" or "torch"; the gated attention has its own.
 
     1 is one head, 1.0 all of them. The defaults keep about three quarters of the heads active, half of those shared.
@@ -47,35 +52,45 @@ class MoHAttention(nn.Module):
         site: Site,
         *,
         core: AttentionFactory,
-        shared_heads: int | float = 0.375,
-        routed_heads: int | float = 0.375,
+        shared_heads: Heads = 0.375,
+        routed_heads: Heads = 0.375,
+        router: str = "softmax",
+        balance: str = "loss",
+        all_reduce: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        shared, routed = resolve_heads(site.num_heads, shared_heads, routed_heads)
-        self.mixer = core(site)
-        self.accepts = self.mixer.accepts
+        _check(router, balance, backend)
+        counts = for_layer("shared_heads", shared_heads, site), for_layer("routed_heads", routed_heads, site)
+        shared, routed = resolve_heads(site.num_heads, *counts)
+        self.mixer, self.backend = core(site), backend
+        self.accepts, self.reads_stream = self.mixer.accepts, getattr(self.mixer, "reads_stream", False)
+        who = type(self.mixer).__name__
         if not self.accepts.gates:
+            raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")
+        made = ROUTERS[router]
+        if made.reads_queries and not hasattr(self.mixer, "queries"):
             raise Refused(
-                f"moh cannot gate the heads of {type(self.mixer).__name__}",
-                "choose another attention.core, e.g. softmax",
+                f"router=l2 needs the queries of each token, which {who} has not", "set attention.router=relu"
             )
-        if getattr(self.mixer, "reads_stream", False):
-            raise Refused("moh gives the attention no input of the block", "set attention.core.residual_input=normed")
         if isinstance(self.mixer, MultiHead):
             self.mixer.gated = True
-        self.backend = backend
-        self.router = HeadRouter(site.dim, site.num_heads, shared, routed, backend)
+        options = {"balance": balance, "all_reduce": all_reduce, "backend": backend}
+        self.router = made(site.dim, site.num_heads, shared, routed, **options)
 
     def runs(self) -> Runs:
         """Of the gated attention; see `models.attention.Runs`."""
         return self.mixer.runs()
 
-    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
-        gates, balance = self.router(x_BNC)
+    def forward(
+        self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
+    ) -> Mixed:
+        given = {"stream_BNC": stream_BNC} if self.reads_stream else {}
+        queries = self.mixer.queries(x_BNC) if self.router.reads_queries else None
+        gates, balance = self.router(x_BNC, queries)
         if gates_BNM is not None:
             gates = gates * gates_BNM
-        mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype))
+        mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **given)
         if balance is None or not self.training:
             return mixed
         return Mixed(mixed.x, {**mixed.losses, "load_balance": balance + mixed.losses.get("load_balance", 0.0)})
@@ -85,56 +100,47 @@ class MoHAttention(nn.Module):
         return self.mixer.attention_matrix(x_BNC, grid)
 
 
-class HeadRouter(nn.Module):
-    """Gates (B, N, M) of all heads, and the load balance loss (None without routed heads), in float32.
+def active_heads(model: nn.Module) -> float | None:
+    """The share of heads that a token uses, Σ (S + K) / Σ M over the layers with gated heads; None without any.
 
-    Args:
-        dim: channels C.
-        num_heads: M.
-        shared: S, heads that are always active; they come first.
-        routed: K, heads chosen among the other M - S.
-        backend: "auto", "triton" or "torch".
+    With router="relu" it is the share that training aims at.
     """
-
-    def __init__(self, dim: int, num_heads: int, shared: int, routed: int, backend: str = "auto") -> None:
-        super().__init__()
-        self.backend = backend
-        self.num_heads, self.shared, self.routed = num_heads, shared, routed
-        self.wg = nn.Linear(dim, num_heads - shared, bias=False) if routed else None
-        self.wg_0 = nn.Linear(dim, 2, bias=False) if routed and shared else None
-        self.wg_1 = nn.Linear(dim, shared, bias=False) if shared > 1 else None
-
-    def forward(self, x_BNC: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = x_BNC.float()
-        layers = [layer for layer in (self.wg, self.wg_0, self.wg_1) if layer is not None]
-        if layers and is_fused("route_heads", self.backend, x):
-            with full_precision(x.device):
-                logits_BNL = F.linear(x, torch.cat([layer.weight.float() for layer in layers]))
-                return route_heads(logits_BNL, self.shared, self.routed, backend=self.backend)
-        shared_BNS = x.new_ones(*x.shape[:2], self.shared)
-        if self.wg_1 is not None:
-            shared_BNS = self.shared * _probabilities(self.wg_1, x)
-        if not self.routed:
-            return shared_BNS, None
-        scores_BNE = _probabilities(self.wg, x)
-        mask_BNE = largest(scores_BNE, self.routed)
-        chosen = scores_BNE * mask_BNE
-        routed_BNE = self.routed * chosen / chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
-        experts = self.num_heads - self.shared
-        balance = experts * (scores_BNE.mean((0, 1)) * mask_BNE.mean((0, 1))).sum()
-        if not self.shared:
-            return routed_BNE, balance
-        alpha_1, alpha_2 = (2 * _probabilities(self.wg_0, x)).split(1, dim=-1)
-        return torch.cat([alpha_1 * shared_BNS, alpha_2 * routed_BNE], dim=-1), balance
+    routers = [module.router for module in model.modules() if isinstance(module, MoHAttention)]
+    if not routers:
+        return None
+    return sum(router.shared + router.routed for router in routers) / sum(router.num_heads for router in routers)
 
 
-def largest(scores_BNE: Tensor, count: int) -> Tensor:
-    """1 at the `count` largest scores of each token and 0 elsewhere; ties go to the lowest index.
+def start_undecided(router: nn.Module) -> None:
+    """Every active head gets weight 1: layers that weight heads start at 0, as does that which chooses all there are.
 
-    A stable sort, because the order of ties in torch.topk is unspecified and differs between devices.
+    A layer that has heads to choose from keeps its random start; ties would send every token to the same ones.
     """
-    order = scores_BNE.detach().sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(scores_BNE).scatter(-1, order[..., :count], 1.0)
+    chooses = router.routed < router.experts
+    for layer in (router.wg_0, router.wg_1, None if chooses else router.wg):
+        if layer is not None:
+            nn.init.zeros_(layer.weight)
+
+
+def for_layer(name: str, value: Any, site: Site) -> Any:
+    """An option that is one value, or a list with one per stage, or with one per block of a plain ViT or DiT."""
+    if site.kind == "vit" and isinstance(value, Sequence) and len(value) == site.depth:
+        return value[site.block]
+    if site.kind == "vit" and isinstance(value, Sequence) and len(value) != 4:
+        raise Refused(
+            f"{name} has {len(value)} entries for {site.depth} blocks", f"give attention.{name} one entry per block"
+        )
+    return for_stage(name, value, site)
+
+
+def _check(router: str, balance: str, backend: str) -> None:
+    for name, value, known in (("router", router, ROUTERS), ("balance", balance, BALANCES)):
+        if value not in known:
+            raise ValueError(f"moh: {name} must be one of {', '.join(known)}, got {value!r}; set attention.{name}")
+    if router == "relu" and balance == "loss":
+        raise ValueError("moh: router=relu is balanced by a bias, got balance=loss; set attention.balance=bias")
+    if backend == "triton" and router != "softmax":
+        raise ValueError(f"moh: router={router} has no Triton kernel, got backend=triton; set attention.backend=auto")
 
 
 def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> tuple[int, int]:
@@ -166,9 +172,3 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
             "raise attention.routed_heads, or share all heads",
         )
     return S, K
-
-
-def _probabilities(linear: nn.Linear, x_BNC: Tensor) -> Tensor:
-    """softmax of the logits in float32 also under autocast: half precision would choose other heads."""
-    with full_precision(x_BNC.device):
-        return F.linear(x_BNC, linear.weight.float()).softmax(-1)

@@ -152,6 +152,12 @@ class MultiHead(nn.Module):
             return o_BNC
         return windows.merge(o_BNC, grid.height, grid.width, self.window, self.shift)
 
+    def queries(self, x_BNC: Tensor) -> Tensor:
+        """Queries (B, M, N, D) of the tokens, whatever windows they see."""
+        inner = self.num_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[:inner]
+        return split_heads(F.linear(x_BNC, self.qkv.weight[:inner], bias), 1, self.num_heads)[0]
+
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Weights (B, M, N, S) of every query on every key; of each window, (B·R, M, T, T), in a windowed layout.
 
@@ -189,12 +195,10 @@ class MultiHead(nn.Module):
             q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
             return q, k, v, grid
         inner = self.num_heads * self.head_dim
-        weights = self.qkv.weight.split([inner, 2 * inner])
-        biases = self.qkv.bias.split([inner, 2 * inner]) if self.qkv.bias is not None else (None, None)
         reduced, kv_grid = self.reduce(x, grid)
-        (q,) = split_heads(F.linear(x, weights[0], biases[0]), 1, self.num_heads)
-        k, v = split_heads(F.linear(reduced, weights[1], biases[1]), 2, self.num_heads)
-        return q, k, v, kv_grid
+        bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
+        k, v = split_heads(F.linear(reduced, self.qkv.weight[inner:], bias), 2, self.num_heads)
+        return self.queries(x), k, v, kv_grid
 
 
 def for_stage(name: str, value: Any, site: Site) -> Any:

@@ -1,8 +1,9 @@
 """The weights that a new run starts from: a checkpoint of ours, or a file in our names, its authors' or timm's.
 
-Raw weights are taken, as the authors' fine-tuning does (what is below `model` in their files); averaged ones are named
-by their own file, `…/checkpoints/best/ema.safetensors`. Everything else begins anew: steps, optimizer, schedule, and
-averages, which start from the loaded weights.
+Weights of a model without head gates also start the same model with gates (attention=moh). Raw weights are taken, as
+the authors' fine-tuning does (what is below `model` in their files); averaged ones are named by their own file,
+`…/checkpoints/best/ema.safetensors`. Everything else begins anew: steps, optimizer, schedule, and averages, which start
+from the loaded weights.
 """
 
 import warnings
@@ -11,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from conf.cli import UserError
+from models.attention.dense_to_moh import gated_weights
+from models.attention.moh import active_heads
 from models.checkpoints import convert, load_weights, settings_of
 
 HEAD = "head."
@@ -42,6 +45,12 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
     own = model.state_dict()
     try:
         state, notes = load_weights(path), []
+        if (gated := gated_weights(state, model)) is not None and _fits(gated, own):
+            own, notes = (
+                model.state_dict(),
+                [f"its attention gets head gates: {active_heads(model):.2%} of heads active"],
+            )
+            state = gated
         if not _fits(state, own):
             state, notes = in_our_names(state, config)
     except OSError as error:

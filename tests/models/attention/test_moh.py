@@ -10,11 +10,13 @@ from hydra import compose
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.moh_attention import largest
 from models.attention import Accepts, Grid, Mixed, Refused, Site
 from models.attention.biformer import BiLevelRoutingAttention
 from models.attention.cosine import cosine_attention
 from models.attention.dual import dual_attention
-from models.attention.moh import HeadRouter, MoHAttention, largest, resolve_heads
+from models.attention.head_router import HeadRouter
+from models.attention.moh import MoHAttention, resolve_heads
 from models.attention.softmax import softmax_attention
 from models.factory import instantiate
 
