@@ -1,4 +1,4 @@
-"""The table that ends a sweep (`-m`): one line per run, best first."""
+"""The table that ends a sweep (`-m`): one line per run, best first; also as runs.csv in the folder of the sweep."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ COLUMNS = {
     "val/top1": "top-1",
     "val/top1_ema": "EMA",
     "val/loss": "loss",
+    "routing/active": "active heads",
     "parameters": "parameters",
     "images_per_second": "images/s",
     "seconds": "seconds",
@@ -33,6 +34,7 @@ class CompareRuns(Callback):
         from rich.table import Table
 
         from models.tasks.report import shown
+        from models.tasks.sweep import draw_active_heads, write_table
 
         common = set.intersection(*(set(overrides) for overrides, _ in self.jobs)) if len(self.jobs) > 1 else set()
         names = [" ".join(o for o in overrides if o not in common) or "defaults" for overrides, _ in self.jobs]
@@ -50,3 +52,8 @@ class CompareRuns(Callback):
         for name, file in zip(names, files, strict=True):
             if not file.exists():
                 console.print(f"no result: {name}")
+        if not runs:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        written = write_table(folder / "runs.csv", runs, present), draw_active_heads(folder / "active_heads.png", runs)
+        console.print(f"written: {', '.join(str(path) for path in written if path)}")

@@ -46,7 +46,7 @@ FLOORS = {
     "models": ["conf", "models.factory"],
     "data": [],
     "recipes": [],
-    "conf": ["recipes", "data.folders", "models.checkpoints", "models.tasks.report"],
+    "conf": ["recipes", "data.folders", "models.checkpoints", "models.tasks.report", "models.tasks.sweep"],
     "train": ["conf", "models.tasks"],
     "eval": ["conf", "models.tasks"],
 }

@@ -29,12 +29,11 @@ BIAS_RATE = 1e-3
 
 
 class Seen(NamedTuple):
-    """What a router has done while it was watched, as sums over tokens."""
+    """What a router did with the tokens that it saw while it was watched, of all processes."""
 
-    tokens: int
-    load_E: Tensor  # tokens that used each routed head
-    entropy: Tensor  # of the scores, in units of log E: 1 for an undecided router, 0 for a certain one
-    margin: Tensor  # between the K-th and the next logit: where it is tiny, rounding chooses; 0 when all are chosen
+    load: list[float]  # of each routed head: the share of the tokens that used it
+    entropy: float  # of the scores, in units of log E: 1 for an undecided router, 0 for a certain one
+    margin: float  # between the K-th and the next logit: where it is tiny, rounding chooses; 0 when all are chosen
 
 
 class HeadRouter(nn.Module):
@@ -50,7 +49,7 @@ class HeadRouter(nn.Module):
         all_reduce: the loss is that of the tokens of all processes together, instead of its mean over processes.
         backend: "auto", "triton" or "torch".
 
-    While `watched` is true, `seen` collects statistics; set it to None to begin anew.
+    `watch` begins to collect statistics, `seen` ends it and gives them.
     """
 
     reads_queries = False
@@ -69,7 +68,7 @@ class HeadRouter(nn.Module):
         super().__init__()
         self.backend, self.all_reduce = backend, all_reduce
         self.num_heads, self.shared, self.routed, self.experts = num_heads, shared, routed, num_heads - shared
-        self.watched, self.seen = False, None
+        self.watched, self._sums = False, None
         self._add_layers(dim)
         biased = routed > 0 and balance == "bias"
         self.register_buffer("bias", torch.zeros(self.experts) if biased else None)
@@ -125,8 +124,22 @@ class HeadRouter(nn.Module):
             uses = mask_BNE.sum((0, 1), dtype=self.load.dtype)
             self.load += torch.cat([uses, uses.new_full((1,), mask_BNE[..., 0].numel())])
         if self.watched:
-            seen = _seen(logits_BNE, mask_BNE, self.routed)
-            self.seen = seen if self.seen is None else Seen(*(a + b for a, b in zip(self.seen, seen, strict=True)))
+            sums = _sums(logits_BNE, mask_BNE, self.routed)
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def watch(self) -> None:
+        """Collects statistics from now on."""
+        self.watched, self._sums = True, None
+
+    def seen(self) -> Seen | None:
+        """What has been collected since `watch`; None without tokens or routed heads. To be called in all processes."""
+        sums, self._sums, self.watched = self._sums, None, False
+        if sums is None:
+            return None
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        *load, entropy, margin, tokens = sums.tolist()
+        return Seen([uses / tokens for uses in load], entropy / tokens, margin / tokens)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -190,9 +203,11 @@ class QueryRouter(HeadRouter):
 ROUTERS = {"softmax": HeadRouter, "relu": ReLURouter, "l2": QueryRouter}
 
 
-def _seen(logits_BNE: Tensor, mask_BNE: Tensor, routed: int) -> Seen:
+def _sums(logits_BNE: Tensor, mask_BNE: Tensor, routed: int) -> Tensor:
+    """(E + 3): uses of each head, entropy, margin and number of the tokens."""
     E, scores = logits_BNE.shape[-1], logits_BNE.softmax(-1)
     entropy = torch.special.entr(scores).sum(-1) / math.log(max(E, 2))
     best = logits_BNE.sort(dim=-1, descending=True).values
     margin = best[..., routed - 1] - best[..., routed] if routed < E else torch.zeros_like(entropy)
-    return Seen(entropy.numel(), mask_BNE.sum((0, 1), dtype=torch.float64), entropy.sum(), margin.sum())
+    sums = torch.stack([entropy, margin, torch.ones_like(margin)], dim=-1)
+    return torch.cat([mask_BNE.to(sums.dtype), sums], dim=-1).sum((0, 1), dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Routers beside the published one, balancing without a loss, statistics, and balancing over processes."""
 
+import math
 import socket
 
 import pytest
@@ -180,25 +181,27 @@ def test_two_processes_balance_as_one_with_all_tokens() -> None:
 def test_statistics_while_watched() -> None:
     router, x = HeadRouter(64, 8, 2, 3).eval(), tokens()
     router(x)
-    assert router.seen is None
-    router.watched = True
+    assert router.seen() is None
+    router.watch()
     for _ in range(2):
         gates, _ = router(x)
-    assert router.seen.tokens == 120
-    torch.testing.assert_close(router.seen.load_E / 120, (gates[..., 2:] != 0).double().mean((0, 1)))
-    logits = router.wg(x)
+    seen = router.seen()
+    assert router.seen() is None and not router.watched
+    assert seen.load == pytest.approx((gates[..., 2:] != 0).double().mean((0, 1)).tolist())
+    logits = router.wg(x).detach()
     best = logits.sort(dim=-1, descending=True).values
-    torch.testing.assert_close(router.seen.margin / 120, (best[..., 2] - best[..., 3]).mean())
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean() / torch.log(torch.tensor(6.0))
-    torch.testing.assert_close(router.seen.entropy / 120, entropy)
+    assert seen.margin == pytest.approx((best[..., 2] - best[..., 3]).mean().item(), rel=1e-5)
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    assert seen.entropy == pytest.approx(entropy / math.log(6), rel=1e-5)
 
 
 def test_an_undecided_router_has_entropy_1_and_no_margin() -> None:
     router = HeadRouter(64, 8, 2, 3)
-    router.watched = True
     nn.init.zeros_(router.wg.weight)
+    router.watch()
     router(tokens())
-    assert router.seen.entropy / 60 == pytest.approx(1.0) and router.seen.margin == 0
+    seen = router.seen()
+    assert seen.entropy == pytest.approx(1.0) and seen.margin == 0 and seen.load == [1, 1, 1, 0, 0, 0]
 
 
 # options of the attention
