@@ -181,7 +181,8 @@ def to_moh(
         shared: heads that are always active: a number, a fraction, or a list, see `models.attention.moh.MoHAttention`.
         routed: heads that each token chooses among the others, likewise.
         where: which places, e.g. `lambda site: site.block < 4`; None for all.
-        options: `router`, `balance`, `all_reduce`, `backend` of `MoHAttention`.
+        options: `router`, `balance`, `all_reduce`, `backend` of `MoHAttention`. With balance="bias" a training loop of
+            your own calls `models.attention.moh.balance_heads(model)` after every optimizer step.
 
     Returns:
         The names of the gated modules.

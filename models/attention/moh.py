@@ -111,6 +111,16 @@ def active_heads(model: nn.Module) -> float | None:
     return sum(router.shared + router.routed for router in routers) / sum(router.num_heads for router in routers)
 
 
+def balance_heads(model: nn.Module) -> None:
+    """Moves the biases of balance="bias" by one step: after every optimizer step, in all processes.
+
+    A run of ours does so (`models.tasks.routing`); a training loop of your own has to.
+    """
+    for module in model.modules():
+        if isinstance(module, MoHAttention):
+            module.router.after_step()
+
+
 def start_undecided(router: nn.Module) -> None:
     """Every active head gets weight 1: layers that weight heads start at 0, as does that which chooses all there are.
 

@@ -167,7 +167,7 @@ def _mixer(place: Place, make: AttentionFactory, follow: Origin, given: Mapping[
     if losses := _losses(mixer, site):
         raise Refused(
             f"it gives the loss {', '.join(losses)} in training, which a timm model does not hand on",
-            "use models.create_model",
+            "use models.create_model, or for moh balance='bias' (see models.attention.moh.balance_heads)",
         )
     mixer.apply(_initialise)
     weight = next(place.attention.parameters())

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from models.attention.head_router import HeadRouter
+from models.attention.moh import balance_heads
 from models.tasks.loggers import SafeWandb
 
 
@@ -50,8 +51,7 @@ class Routing(Callback):
     ) -> None:
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
-            for router in self._routers.values():
-                router.after_step()
+            balance_heads(pl_module.model)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for router in self._routers.values():

@@ -272,6 +272,16 @@ CASES = [(make, attention, options, f"^replace: {text}") for make, attention, op
 ]
 
 
+@torch.no_grad()
+def test_a_pretrained_vit_gets_head_gates_without_parameters():
+    model = vit(num_heads=4)
+    before, gates = model(images()), {"router": "l2", "balance": "bias", "shared_heads": 1}
+    assert replace(model, "moh", routed_heads=3, **gates).unchanged
+    torch.testing.assert_close(model(images()), before)
+    report = replace(model, "moh", routed_heads=1, **gates)
+    assert not report.unchanged and not report.new and not report.dropped
+
+
 @pytest.mark.parametrize(("make", "attention", "options", "text"), CASES, ids=range(len(CASES)))
 def test_an_error_comes_before_any_change(make, attention, options, text):
     model = make()
