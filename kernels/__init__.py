@@ -26,6 +26,7 @@ OPERATIONS = (
     "agent_attention",
     "linear_attention",
     "moh_attention",
+    "aggregated_attention",
     "layer_norm",
 )
 

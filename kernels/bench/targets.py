@@ -48,6 +48,7 @@ TARGETS: dict[str, tuple[tuple[str, Target], ...]] = {
     "focused_linear_attention": (("", Target(8, 12, compiled=3, memory=1 / 4, bandwidth=0.6)),),
     "inline_attention": (("", Target(5, 8, compiled=3, memory=1 / 4, bandwidth=0.6)),),
     "moh_attention": (("", Target(2, 2, compiled=1.3, memory=1 / 2)),),
+    "aggregated_attention": (("", Target(10, 8, memory=1 / 8)),),
     "depthwise_conv": (("", Target(pytorch=3, bandwidth=0.7)),),
 }
 
