@@ -4,7 +4,7 @@ Source: TransNeXt, Shi, CVPR 2024, arXiv:2311.17132, which has it in its last st
 coordinates is from Swin Transformer V2, Liu et al., CVPR 2022, arXiv:2111.09883. With S keys,
     o = softmax(τ log(S) (q/‖q‖ + e) (k/‖k‖)ᵀ + bias(Δy, Δx)) v.
 
-Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head, H W = map.
+Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels per head, H W = map, Y X = map of keys.
 """
 
 import math
@@ -43,7 +43,7 @@ def cosine_attention(
     """
     if hidden < 1:
         raise ValueError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
-    size = site.grid[:2] if pretrain_size is None else _pair(pretrain_size)
+    size = site.grid[:2] if pretrain_size is None else pair_of(pretrain_size)
     dim = head_dim or head_channels(site)
     core = CosineCore(site.num_heads, dim, size, hidden)
     mixer = MultiHead(site, core, qkv_bias=qkv_bias, head_dim=dim, backend=backend)
@@ -85,9 +85,10 @@ class CosineCore(nn.Module):
 
 
 class ContinuousPositionBias(nn.Module):
-    """An MLP from the offset of two tokens to one number per head; called with a map, it gives (M, N, N).
+    """An MLP from the offset of two tokens to one number per head: (M, N, S) for a map of queries and one of keys.
 
-    Offsets are measured in units of `pretrain_size`, 8 from one end to the other, and log-spaced.
+    The keys may be a pooled map: each stands at the mean position of the cells that adaptive pooling gives it. Offsets
+    are measured in units of `pretrain_size`, 8 from one end to the other, and log-spaced.
     """
 
     def __init__(self, num_heads: int, pretrain_size: tuple[int, int], hidden: int) -> None:
@@ -96,25 +97,65 @@ class ContinuousPositionBias(nn.Module):
         self.cpb_fc1 = nn.Linear(2, hidden)
         self.cpb_fc2 = nn.Linear(hidden, num_heads)
 
-    def forward(self, grid: Grid) -> Tensor:
-        height, width = grid[:2]
-        coordinates = self.coordinates(height, width, self.cpb_fc1.weight.device).to(self.cpb_fc1.weight.dtype)
-        table_YXM = self.cpb_fc2(F.relu(self.cpb_fc1(coordinates)))
-        # sliding windows over the table of offsets y - y', x - x': no index of N² entries, and a cheap backward pass
-        bias_HWMHW = table_YXM.unfold(0, height, 1).unfold(1, width, 1).flip(3, 4)
-        return bias_HWMHW.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
+    def forward(self, grid: Grid, kv_grid: Grid | None = None) -> Tensor:
+        """The bias of the map `grid` for keys of the map `kv_grid`, the same one when None."""
+        sides = tuple(zip(grid[:2], (kv_grid or grid)[:2], strict=True))
+        table = self.coordinates(*sides, self.cpb_fc1.weight.device).to(self.cpb_fc1.weight.dtype)
+        table_YXM = self.cpb_fc2(F.relu(self.cpb_fc1(table)))
+        if all(side % keys == 0 for side, keys in sides):
+            # sliding windows over the table of offsets: no index of N·S entries, and a cheap backward pass
+            (height, rows), (width, columns) = sides
+            windows = table_YXM.unfold(0, height, height // rows).unfold(1, width, width // columns)
+            bias_MHWYX = windows.flip(0, 1).permute(2, 3, 4, 0, 1)
+        else:
+            for axis, (side, keys) in enumerate(sides):
+                table_YXM = table_YXM.index_select(axis, _rows(side, keys, table.device).flatten())
+            bias_MHWYX = table_YXM.unflatten(1, sides[1]).unflatten(0, sides[0]).permute(4, 0, 2, 1, 3)
+        return bias_MHWYX.flatten(3).flatten(1, 2)
 
-    def coordinates(self, height: int, width: int, device: torch.device) -> Tensor:
-        """Log-spaced offsets (2·height - 1, 2·width - 1, 2), from the most negative to the most positive."""
+    def coordinates(self, rows: tuple[int, int], columns: tuple[int, int], device: torch.device) -> Tensor:
+        """Log-spaced offsets (Y, X, 2), from the most negative to the most positive.
+
+        Args:
+            rows, columns: the sides of the maps of queries and of keys.
+            device: of the result.
+        """
         axes = [
-            torch.arange(1 - side, side, dtype=torch.float32, device=device) * (8 / max(trained - 1, 1))
-            for side, trained in zip((height, width), self.pretrain_size, strict=True)
+            _offsets(side, keys, device) * (8 / max(trained - 1, 1))
+            for (side, keys), trained in zip((rows, columns), self.pretrain_size, strict=True)
         ]
         offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return offsets.sign() * (offsets.abs() + 1).log2() / 3
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def _offsets(side: int, keys: int, device: torch.device) -> Tensor:
+    """All offsets along an axis of `side` queries and of `keys` pooled keys, in cells, ascending.
+
+    Means of neighbouring cells lie on cells or halfway between two; where the pooling is even they are one cell apart.
+    """
+    step, last = _step(side, keys), _farthest(side, keys)
+    return torch.arange(-last, last + 1, step, dtype=torch.float32, device=device) / 2
+
+
+def _rows(side: int, keys: int, device: torch.device) -> Tensor:
+    """For each query and key (side, keys) the place of its offset in `_offsets`."""
+    key = torch.arange(keys, device=device)
+    centre = key * side // keys + ((key + 1) * side + keys - 1) // keys - 1  # first and last cell, hence twice the mean
+    return (2 * torch.arange(side, device=device)[:, None] - centre + _farthest(side, keys)) // _step(side, keys)
+
+
+def _farthest(side: int, keys: int) -> int:
+    """Half cells from the last query to the first key."""
+    return 2 * (side - 1) - (-(-side // keys) - 1)
+
+
+def _step(side: int, keys: int) -> int:
+    """Half cells between neighbouring offsets."""
+    return 2 if side % keys == 0 else 1
+
+
+def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a map, from one number or two."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"cosine: pretrain_size must be at least 1, got {size}; give the height and width of a map")

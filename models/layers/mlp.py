@@ -1,4 +1,4 @@
-"""The MLP of a block with a convolution inside.
+"""MLPs of a block with a convolution inside.
 
 Shapes: B = batch, N = tokens, C = channels.
 """
@@ -22,3 +22,22 @@ class ConvMlp(Mlp):
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
         return self.fc2(depthwise_conv(self.fc1(x_BNC), tuple(grid), self.conv.weight, self.conv.bias, gelu=True))
+
+
+class ConvGLU(nn.Module):
+    """W2 (GELU(conv(x Wg)) ⊙ x Wv): a depth-wise 3×3 convolution in the gate; called as `(x_BNC, grid) -> x_BNC`.
+
+    Source: convolutional GLU, TransNeXt, Shi, CVPR 2024, arXiv:2311.17132, section 3.4. A third of the hidden channels
+    goes, so that the parameters are about those of an MLP with `hidden`. Prefix tokens are not expected.
+    """
+
+    def __init__(self, dim: int, hidden: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        hidden = 2 * hidden // 3
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
+        gate, value = self.fc1(x_BNC).chunk(2, dim=-1)
+        return self.fc2(depthwise_conv(gate, tuple(grid), self.conv.weight, self.conv.bias, gelu=True) * value)

@@ -1,4 +1,5 @@
-"""What every model costs: the tables of the README, and the published sizes of Agent Attention, FLatten and InLine.
+"""What every model costs: the tables of the README, and the published sizes of Agent Attention, FLatten, InLine,
+TransNeXt and MoH.
 
 All of it is in one file because counting a model takes up to a second, and is done once in a process.
 """
@@ -11,7 +12,9 @@ from models.attention.focused_linear import FocusedLinearCore
 
 # Parameters and multiply-adds (G, one image) of the authors' code, counted by its own modules and PyTorch's counter of
 # products and convolutions, and pixels of the image: LeapLabTHU/Agent-Attention at 207ce3e, FLatten-Transformer at
-# abdb115, InLine at e463a6f.
+# abdb115, InLine at e463a6f; TransNeXt at c8a9974 and SkyworkAI/MoH at 2cefd57 without their CUDA extension, but
+# transnext_micro_aaaa's multiply-adds are the paper's. Theirs have the products with neighbours in them, which are no
+# matrix products here: 0.7 % of transnext_micro.
 PUBLISHED = {
     "agent_cswin_base": (73_249_696, 14.8699, 224),
     "agent_cswin_base_384": (73_328_416, 46.1774, 384),
@@ -63,6 +66,15 @@ PUBLISHED = {
     "inline_swin_base_384": (88_465_320, 46.2002, 384),
     "inline_swin_small": (49_793_296, 8.7194, 224),
     "inline_swin_tiny": (29_223_544, 4.459, 224),
+    "moh_transnext_base_50": (90_023_512, 18.354, 224),
+    "moh_transnext_base_75": (90_020_632, 18.349, 224),
+    "moh_transnext_small_75": (49_910_548, 10.318, 224),
+    "moh_transnext_small_80": (49_910_548, 10.318, 224),
+    "transnext_base": (89_721_496, 18.300, 224),
+    "transnext_micro": (12_809_304, 2.649, 224),
+    "transnext_micro_aaaa": (13_114_008, 3.3, 256),
+    "transnext_small": (49_741_564, 10.291, 224),
+    "transnext_tiny": (28_258_960, 5.711, 224),
 }
 
 
@@ -84,9 +96,13 @@ def test_parameters_and_flops(name: str) -> None:
     assert cost.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
 
 
-def test_every_model_of_the_three_papers_is_listed() -> None:
-    found = {name for name in list_models() if name.startswith(("agent_", "flatten_", "inline_"))}
-    assert found == {*PUBLISHED, "flatten_deit_tiny"}
+def test_every_model_of_these_papers_is_listed() -> None:
+    papers = ("agent_", "flatten_", "inline_", "transnext_", "moh_transnext_")
+    assert {name for name in list_models() if name.startswith(papers)} == {
+        *PUBLISHED,
+        "flatten_deit_tiny",
+        "transnext_32px",
+    }
 
 
 def test_flatten_deit_is_composed() -> None:

@@ -11,6 +11,7 @@ from kernels import dispatch
 from models import create_model, list_attentions
 from models.attention import Grid, Refused, Site, build, check
 from models.attention.agent import agent_attention
+from models.attention.aggregated import aggregated_attention
 from models.attention.backend import describe
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
@@ -48,6 +49,18 @@ MECHANISMS = {
     "inline in stripes": lambda site: inline_attention(site, stripe=3, lepe=True),
     "inline without residual": lambda site: inline_attention(site, residual=False),
     "conv": conv,
+    "heads of neighbours routed": lambda site: MoHAttention(
+        site._replace(num_heads=4),
+        core=lambda site: aggregated_attention(site, sr_ratio=4, hidden=8),
+        shared_heads=1,
+        routed_heads=2,
+    ),
+    "heads routed by a bias": lambda site: MoHAttention(
+        site._replace(num_heads=4), core=softmax_attention, shared_heads=1, routed_heads=2, balance="bias"
+    ),
+    "heads routed by their queries": lambda site: MoHAttention(
+        site._replace(num_heads=4), core=softmax_attention, shared_heads=1, routed_heads=2, router="l2"
+    ),
 }
 
 

@@ -59,7 +59,7 @@ def test_the_bias_depends_on_the_offset_alone(height: int, width: int) -> None:
     bias = ContinuousPositionBias(3, (4, 4), 16)
     values = bias(Grid(height, width))
     assert values.shape == (3, height * width, height * width)
-    table = bias.cpb_fc2(bias.cpb_fc1(bias.coordinates(height, width, torch.device("cpu"))).relu())
+    table = bias.cpb_fc2(bias.cpb_fc1(bias.coordinates((height, height), (width, width), torch.device("cpu"))).relu())
     for i in range(height * width):
         for j in range(height * width):
             dy, dx = i // width - j // width, i % width - j % width
@@ -68,7 +68,7 @@ def test_the_bias_depends_on_the_offset_alone(height: int, width: int) -> None:
 
 def test_an_offset_keeps_its_coordinate_on_a_larger_map() -> None:
     bias = ContinuousPositionBias(2, (7, 7), 16)
-    small, large = (bias.coordinates(side, side, torch.device("cpu")) for side in (7, 12))
+    small, large = (bias.coordinates((side, side), (side, side), torch.device("cpu")) for side in (7, 12))
     torch.testing.assert_close(large[5:-5, 5:-5], small)
     assert small.abs().max() == pytest.approx(math.log2(9) / 3)
     assert cosine_attention(site(7, 7)).core.bias.pretrain_size == (7, 7)

@@ -3,7 +3,9 @@
 `ALL_REFERENCES=1 pytest tests/models/backbones/test_references.py` runs the large models too.
 """
 
+import ast
 import os
+import re
 
 import numpy as np
 import parity
@@ -15,33 +17,54 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.attention.biformer import Router
+from models.attention.moh import MoHAttention
 from models.backbones.base import Pyramid
-from models.checkpoints import convert
+from models.checkpoints import convert, export
 
-ALL = reference.cases("model")
+ALL = [  # DiT is no classifier: test_references_dit.py
+    name
+    for name in reference.cases("model")
+    if not name.startswith("moh/") or reference.info(name)["official_constructor"].startswith("transnext.")
+]
 # The papers with one mechanism in five backbones: the smallest of each pair, unless every case is asked for; the others
 # differ from these in depth, width and image size alone, and take five minutes.
 ONE_MECHANISM = ("agent/", "flatten/", "inline/")
+# TransNeXt and MoH likewise: the smallest with all its attention aggregated, and the smallest with a mixture of heads
+CHOSEN = ("moh/transnext_micro_AAAA_256px", "moh/moh_transnext_small_75")
 CASES = [
     name
     for name in ALL
-    if not name.startswith(ONE_MECHANISM) or name.endswith(("_tiny", "_b0")) or os.environ.get("ALL_REFERENCES")
+    if os.environ.get("ALL_REFERENCES")
+    or (name in CHOSEN if name.startswith("moh/") else not name.startswith(ONE_MECHANISM))
+    or (name.startswith(ONE_MECHANISM) and name.endswith(("_tiny", "_b0")))
 ]
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
 ROUTED = [
     name
     for name in CASES
-    if any(key.startswith("routing_") for key in reference.arrays(name))
+    if any(key.startswith("routing_") and key.removeprefix("routing_").isdigit() for key in reference.arrays(name))
     and not reference.info(name).get("routing_exact_ties")
 ]
+MIXED = [name for name in CASES if "aux_layers" in reference.info(name)]
 
 
 def ours(name: str) -> tuple[str, nn.Module]:
     """Our name of the model of a case, e.g. `davit_mm_tiny__200x264` → davit_tiny, and the model."""
-    model = name.partition("/")[2].partition("__")[0]
-    settings = {"num_regions": n} if (n := reference.info(name)["hparams"].get("n_win", 7)) != 7 else {}
-    plain = model.replace("_mm_", "_")
-    return plain, create_model(plain, features_only=model != plain, **settings)
+    plain, settings = settings_of(name)
+    return plain, create_model(plain, features_only="_mm_" in name, **settings)
+
+
+def settings_of(name: str) -> tuple[str, dict]:
+    """Our name of the model, and how it differs from what conf/model says."""
+    case = reference.info(name)
+    hparams = case["hparams"]
+    if name.startswith("moh/"):  # transnext.transnext_micro_AAAA(**{'img_size': 256})
+        model, given = re.fullmatch(r"transnext\.(\w+)\((?:\*\*(.*))?\)", case["official_constructor"]).groups()
+        hparams = hparams | ast.literal_eval(given or "{}")
+        settings = {"image_size": hparams["img_size"], "pretrain_size": hparams.get("pretrain_size")}
+        return model.lower(), settings | ({"fixed_pool_size": n} if (n := hparams.get("fixed_pool_size")) else {})
+    settings = {"num_regions": n} if (n := hparams.get("n_win", 7)) != 7 else {}
+    return name.partition("/")[2].partition("__")[0].replace("_mm_", "_"), settings
 
 
 def call(model: nn.Module, images: Tensor) -> Tensor:
@@ -52,15 +75,16 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    assert {"biformer", "davit", "agent", "flatten", "inline"} <= {name.partition("/")[0] for name in CASES}
-    assert len(ALL) >= 30 and len(CASES) >= 19 and len(ROUTED) >= 5
+    assert {"biformer", "davit", "agent", "flatten", "inline", "moh"} <= {name.partition("/")[0] for name in CASES}
+    assert len(ALL) >= 34 and len(CASES) >= 21 and len(ROUTED) >= 5 and len(MIXED) >= 1
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_model(name):
     model, module = ours(name)
+    settings = settings_of(name)[1]
     assert sum(p.numel() for p in module.parameters()) == reference.info(name)["num_params"]
-    parity.check(name, module, lambda theirs: convert(theirs, model), call)
+    parity.check(name, module, lambda theirs: convert(theirs, model, **settings), call)
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -77,3 +101,51 @@ def test_routes_are_the_authors(name):
     assert len(routes) == len(wanted) > 0
     for index, (got, want) in enumerate(zip(routes, wanted, strict=True)):
         np.testing.assert_array_equal(got, want, err_msg=f"routing of block {index}")
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_heads_are_chosen_and_balanced_as_by_the_authors(name):
+    """Gates, the loss of every routed layer, and gradient norms of 0.01 times their mean, which the authors add."""
+    module, recorded, gates = filled(name).train(), reference.arrays(name), {}
+    for layer, router in routers(module).items():
+        router.register_forward_hook(lambda *args, layer=layer: gates.update({layer: args[-1][0].detach()}))
+    losses = module(reference.model_input(name), return_losses=True)[1]["load_balance"]
+    assert_gates(name, gates)
+    assert reference.compare(name, "aux_loss", losses) <= parity.OUTPUT
+    total = 0.01 * losses.mean()
+    assert reference.compare(name, "aux_total", total) <= parity.OUTPUT
+    total.backward()
+    plain, settings = settings_of(name)
+    grads = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in module.named_parameters()}
+    theirs = export(grads, plain, **settings)
+    wanted = dict(zip(reference.info(name)["param_names"], recorded["aux_grad_norms"], strict=True))
+    assert set(theirs) == set(wanted)
+    for key, norm in wanted.items():
+        np.testing.assert_allclose(
+            float(theirs[key].norm()), norm, rtol=parity.GRADIENT, atol=1e-7 * max(wanted.values()), err_msg=key
+        )
+
+
+def assert_gates(name: str, gates: dict[str, Tensor]) -> None:
+    """By layer: zeros exactly where the authors' are, and the same weights where those are recorded."""
+    recorded = reference.arrays(name)
+    masks = {key.removeprefix("routing_mask."): mask for key, mask in recorded.items() if key.startswith("routing_m")}
+    assert set(masks) == set(reference.info(name)["aux_layers"]) <= set(gates)
+    for layer, mask in masks.items():
+        np.testing.assert_array_equal((gates[layer] != 0).numpy(), mask, err_msg=f"heads of {layer}")
+    weighted = [key for key in recorded if key.startswith("gates.") and "__" not in key]
+    assert weighted
+    for key in weighted:
+        assert reference.compare(name, key, gates[key.removeprefix("gates.")]) <= parity.OUTPUT
+
+
+def filled(name: str) -> nn.Module:
+    model, module = ours(name)
+    module.load_state_dict(convert(reference.weights(name), model, **settings_of(name)[1]))
+    return module
+
+
+def routers(module: nn.Module) -> dict[str, nn.Module]:
+    """By the authors' name of the layer, e.g. block3.0.attn."""
+    mixers = {key: m.router for key, m in module.named_modules() if isinstance(m, MoHAttention)}
+    return {re.sub(r"stages\.(\d)\.blocks", lambda m: f"block{int(m[1]) + 1}", key): m for key, m in mixers.items()}
