@@ -1,17 +1,18 @@
-"""What `python -m kernels.bench --model ...` times: whole steps of a model on images that are made on the device."""
+"""What `python -m kernels.bench --model ...` times: whole steps of a model on inputs that are made on the device."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models import create_model
+from models.cost import example_inputs
 from models.factory import compose_model
 
 AUXILIARY_WEIGHT = 0.01
 
 
 class Steps:
-    """A model with random weights, its optimizer, and one batch of random images and labels.
+    """A model with random weights, its optimizer, and one batch of random images and labels, or of noisy latents.
 
     Args:
         name, attention: as in `models.create_model`.
@@ -27,12 +28,14 @@ class Steps:
         with torch.device(device):
             self.model = create_model(name, attention, image_size=size)
         self.network, self.device, self.batch, self.image_size = self.model, device, batch, size
-        self.images = torch.randn(batch, 3, size, size, device=device)
-        self.labels = torch.randint(1000, (batch,), device=device)
+        self.inputs = example_inputs(self.model, (size, size), batch)
+        generates = getattr(self.model, "generates", False)
+        self.error = F.mse_loss if generates else F.cross_entropy
+        self.wanted = torch.randn_like(self.inputs[0]) if generates else torch.randint(1000, (batch,), device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def training(self) -> None:
-        """Forward, cross entropy and auxiliary losses, backward, AdamW."""
+        """Forward, cross entropy (or the error of predicted noise) and auxiliary losses, backward, AdamW."""
         self.model.train()
         self.loss().backward()
         self.optimizer.step()
@@ -42,10 +45,12 @@ class Steps:
     def inference(self) -> Tensor:
         self.model.eval()
         with torch.autocast(self.device, torch.bfloat16):
-            return self.network(self.images)
+            return self.network(*self.inputs)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16):
-            logits, losses = self.network(self.images, return_losses=True)
-        loss = F.cross_entropy(logits.float(), self.labels)
+            output, losses = self.network(*self.inputs, return_losses=True)
+        if output.dim() == 4:  # the channels of a variance come after those of the noise
+            output = output[:, : self.wanted.shape[1]]
+        loss = self.error(output.float(), self.wanted)
         return loss + AUXILIARY_WEIGHT * sum(layers_L.mean() for layers_L in losses.values())

@@ -17,7 +17,8 @@ from models.cost import multiply_adds, parameters
 from models.factory import compose_model, factory
 
 README = CONF.parent / "README.md"
-SIZE = re.compile(r"_(tiny|small|medium|base|large|huge|giant|stl|b?\d+|32px)(_.*)?$")  # what follows a family's name
+SIZES = r"micro|tiny|small|medium|base|large|huge|giant|stl|b?\d+|32px|s|b|l|xl"
+SIZE = re.compile(rf"_({SIZES})(_.*)?$")  # what follows a family's name
 
 
 def attention_table() -> str:

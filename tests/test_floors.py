@@ -42,6 +42,7 @@ FLOORS = {
         "models.factory",
     ],
     "models.cost": [],
+    "models.benchmark": ["=models", "models.cost", "models.factory"],
     "recipes.__main__": ["=recipes", "conf", "models.backbones.base", "models.cost", "models.factory"],
     "models": ["conf", "models.factory"],
     "data": [],

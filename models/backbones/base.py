@@ -90,7 +90,7 @@ class Backbone(Trunk):
         """
         maps, losses = self._forward_stages(images)
         x_BNC, grid = maps[-1]
-        return self.norm(x_BNC), grid, _stack(losses)
+        return self.norm(x_BNC), grid, stacked(losses)
 
     def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Logits (B, num_classes) from what `forward_tokens` gave."""
@@ -119,10 +119,18 @@ class Pyramid(Trunk):
 
     `channels` and `strides` say what the maps are. Stem and stages are those of the given backbone, with its names;
     its classifier and last norm are left out, and `norms` has the norm of each map.
+
+    Raises:
+        ValueError: the model is none that takes images alone, such as a DiT.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ValueError(
+                f"features_only: a backbone for images is needed, got {type(backbone).__name__}, which makes images; "
+                "choose another model"
+            )
         self.stem, self.stages = backbone.stem, backbone.stages
         self.channels, self.strides, self.undecayed = backbone.channels, backbone.strides, backbone.undecayed
         self.norms = nn.ModuleList(backbone.level_norm(dim) for dim in self.channels)
@@ -144,7 +152,8 @@ class PatchStem(nn.Module):
         return x_BNC, Grid(height, width)
 
 
-def _stack(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The auxiliary losses of all layers by name, each (L,) over the layers that have it."""
     names = sorted({name for loss in losses for name in loss})
     return {name: torch.stack([loss[name] for loss in losses if name in loss]) for name in names}
 

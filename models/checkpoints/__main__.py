@@ -80,17 +80,18 @@ def _check(chosen: argparse.Namespace) -> None:
 def _run(chosen: argparse.Namespace) -> list[str]:
     """Loads, renames and writes; the lines that say what was done."""
     from models.checkpoints.conversion import convert, export, source_of
+    from models.checkpoints.fitting import classes_of
     from models.checkpoints.weights import load_weights
 
     given, settings = load_weights(chosen.file, ema=chosen.ema), _settings(chosen)
     state = (convert if chosen.command == "convert" else export)(given, chosen.model, **settings)
     before, after = (source_of(weights, chosen.model, **settings) for weights in (given, state))
-    heads = [value for name, value in state.items() if name.startswith("head.")]
-    kind = f"{len(heads[0])} classes" if heads else "pyramid, no classifier"
+    classes = classes_of(state) or classes_of(given)
+    kind = f"{classes} classes" if classes else "pyramid, no classifier"
     millions = sum(value.numel() for name, value in state.items() if not name.endswith(_BUFFERS)) / 1e6
     _write(state, chosen)
     written = f"{chosen.model}: {len(state)} tensors, {millions:.1f} M parameters, {kind}, names of {before} → {after}"
-    setting = f"num_classes={len(heads[0])}" if heads else "features_only=True"
+    setting = f"num_classes={classes}" if classes else "features_only=True"
     load = f'create_model("{chosen.model}", {setting}).load_state_dict(load_weights("{chosen.output}"))'
     return [f"{written}, written: {chosen.output}", *([f"load it: {load}"] if chosen.command == "convert" else [])]
 

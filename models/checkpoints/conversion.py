@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from conf.cli import compose_run
 from models import list_models
 from models.checkpoints.fitting import (
-    MASK,
+    MADE,
     Table,
     advice,
     best,
@@ -132,7 +132,7 @@ def _ours(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(part.name in state for part in parts):
             ours[mine] = table.take(mine, state)
         else:
-            ours[mine] = table.model.resized[mine](torch.empty(0)) if mine.endswith(MASK) else torch.tensor(0)
+            ours[mine] = table.model.resized[mine](torch.empty(0)) if mine.endswith(MADE) else torch.tensor(0)
     return ours
 
 

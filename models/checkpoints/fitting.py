@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # a command line that only prints its help does not wait for 
 
 COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
 MASK = ".shift_mask"  # of windows; whether there is one depends on the size of the map
-HEAD = "head."
+MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map, and a file may lack
+CLASSES = (("head.", 0), ("stem.labels.", 1))  # where rows are classes, and how many rows there are besides
 
 
 class Skeleton(NamedTuple):
@@ -26,6 +27,7 @@ class Skeleton(NamedTuple):
 
     shapes: dict[str, torch.Size]  # by our names
     resized: dict[str, Callable[[Tensor], Tensor]]  # tables bound to the size of the image: one of another size → ours
+    dense: bool  # whether it has a pyramid
 
 
 class Table(NamedTuple):
@@ -55,10 +57,10 @@ def family_of(name: str) -> ModuleType | None:
 
 
 def tables(name: str, settings: dict[str, Any]) -> Iterator[Table]:
-    """Every layout for the classifier and for the pyramid of the model."""
-    family = family_of(name)
-    for features_only in (False, True):
-        model = (skeleton if settings else _skeleton_of_file)(name, features_only=features_only, **settings)
+    """Every layout for the whole model, and for its pyramid if it has one."""
+    family, made = family_of(name), skeleton if settings else _skeleton_of_file
+    whole = made(name, features_only=False, **settings)
+    for model in (whole, made(name, features_only=True, **settings)) if whole.dense else (whole,):
         for layout in (OURS, *(family.LAYOUTS if family else ())):
             yield Table(layout, layout.names(model.shapes), model)
 
@@ -75,7 +77,8 @@ def skeleton(name: str, **settings: Any) -> Skeleton:
         if hasattr(module, "resized")
         for key in (*module._parameters, *module._buffers)
     }
-    return Skeleton({key: value.shape for key, value in model.state_dict().items()}, resized)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    return Skeleton(shapes, resized, hasattr(model, "forward_pyramid"))
 
 
 _skeleton_of_file = functools.cache(skeleton)  # a model as it stands in conf/model is asked for again and again
@@ -87,10 +90,11 @@ def best(tables: Iterator[Table], state: dict[str, Tensor]) -> Table:
 
 
 def learned(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without constants that the model has no use for, such as the indices of windows."""
+    """Without constants that the model has no use for, such as the indices of windows, and without copies."""
     layout, names = table.layout, table.names
     constants = "|".join(pattern for pattern in (re.escape(MASK) + "$", layout.constants, layout.masks) if pattern)
-    return {key: value for key, value in state.items() if key in names or not re.search(constants, key)}
+    unused = {key for key in state if key not in names and (re.search(constants, key) or layout.is_copy(key, state))}
+    return {key: value for key, value in state.items() if key not in unused}
 
 
 def problem_of(table: Table, state: dict[str, Tensor], name: str, resize: bool = False) -> str:
@@ -99,7 +103,7 @@ def problem_of(table: Table, state: dict[str, Tensor], name: str, resize: bool =
     With `resize` tables that are bound to the image size may be of another one.
     """
     names = table.names
-    missing = [key for key, (mine, _) in names.items() if key not in state and not mine.endswith((COUNTER, MASK))]
+    missing = [key for key, (mine, _) in names.items() if key not in state and not mine.endswith((COUNTER, *MADE))]
     unknown = [key for key in state if key not in names]
     if 2 * len(unknown) > len(state):
         return f"{len(unknown)} of the {len(state)} names in the file are none of {name}, got {some(unknown)}"
@@ -112,10 +116,10 @@ def problem_of(table: Table, state: dict[str, Tensor], name: str, resize: bool =
 
 
 def _misfit(mine: str, part: Part, table: Table, state: dict[str, Tensor], name: str, resize: bool) -> str:
-    """What is wrong with the shape of a value; the head may have any number of classes."""
+    """What is wrong with the shape of a value; there may be any number of classes."""
     taken = table.layout.take(part.name, state[part.name])
     wanted, got = table.layout.shape_of(part, table.model.shapes[mine]), tuple(taken.shape)
-    free = int(mine.startswith(HEAD))
+    free = int(is_of_classes(mine))
     if len(got) == len(wanted) and got[free:] == wanted[free:]:
         return ""
     sides = ", ".join(["classes"] * free + [str(side) for side in wanted[free:]])
@@ -131,11 +135,12 @@ def _misfit(mine: str, part: Part, table: Table, state: dict[str, Tensor], name:
 
 def wrong_classes(table: Table, state: dict[str, Tensor], num_classes: int | None) -> str:
     """What is wrong with the number of classes; "" for nothing."""
-    if num_classes is not None and not any(mine.startswith(HEAD) for mine in table.parts):
+    rows = {theirs: _besides(mine) for theirs, (mine, _) in table.names.items()}
+    classes = {theirs: len(state[theirs]) - besides for theirs, besides in rows.items() if besides is not None}
+    if num_classes is not None and not classes:
         return (
             "the file has no classifier, got the backbone of a detector or segmenter; give a classification checkpoint"
         )
-    classes = {theirs: len(state[theirs]) for theirs, (mine, _) in table.names.items() if mine.startswith(HEAD)}
     if len(set(classes.values())) > 1:
         return f"the parts of the head must have one number of classes, got {classes}; fetch the file again"
     for found in set(classes.values()) - {num_classes}:
@@ -145,6 +150,21 @@ def wrong_classes(table: Table, state: dict[str, Tensor], num_classes: int | Non
                 f"{found} classes"
             )
     return ""
+
+
+def classes_of(weights: Mapping[str, Tensor]) -> int | None:
+    """For how many classes weights under our names are; None for those that know none."""
+    return next((len(value) - _besides(name) for name, value in weights.items() if is_of_classes(name)), None)
+
+
+def is_of_classes(mine: str) -> bool:
+    """Whether the rows of one of our weights are classes: a classifier, or the labels that a DiT is given."""
+    return _besides(mine) is not None
+
+
+def _besides(mine: str) -> int | None:
+    """Rows of a weight besides one for each class; None where the rows are no classes."""
+    return next((besides for start, besides in CLASSES if mine.startswith(start)), None)
 
 
 def advice(state: dict[str, Tensor], name: str) -> str:

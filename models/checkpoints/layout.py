@@ -84,6 +84,8 @@ class Layout:
         constants: pattern of names in their files that hold nothing learned; "" for none.
         masks: pattern of those that hold masks of windows, which a model for another image size may not have.
         make_constants: `our weights -> ` those, to be written into files for them.
+        copies: pattern and replacement of `re.sub` from names in their files to those of which they must be copies;
+            None for none. A file whose copies differ is not read.
     """
 
     source: str
@@ -96,6 +98,7 @@ class Layout:
     constants: str = ""
     masks: str = ""
     make_constants: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    copies: tuple[str, str] | None = None
 
     def names(self, ours: Iterable[str]) -> dict[str, tuple[Part, ...]]:
         """Their names for each of ours, all names of a model together."""
@@ -117,6 +120,11 @@ class Layout:
                 of = sum(share for _, share in joined.parts)
                 return tuple(Part(re.sub(joined.pattern, text, name), share, of) for text, share in joined.parts)
         return (Part(name),)
+
+    def is_copy(self, name: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether a weight of theirs only repeats another one of the file."""
+        original = re.sub(*self.copies, name) if self.copies else name
+        return original != name and original in state and bool((state[name] == state[original]).all())
 
     def take(self, name: str, value: Tensor) -> Tensor:
         """Their value of a name as ours, or as its rows of ours."""

@@ -83,7 +83,8 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks in a row, after an optional module `(x, grid) -> (x, grid)` that changes resolution and channels.
 
-    `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations.
+    `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations. What is given
+    besides tokens and map goes to every block.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
@@ -91,33 +92,33 @@ class Stage(nn.Module):
         self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
         self.gradient_checkpointing = False
 
-    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
+    def forward(self, x_BNC: Tensor, grid: tuple, *given: Tensor) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
         x, losses = x_BNC, []
         if self.downsample is not None:
             x, grid = self._run(self.downsample, x, grid)
         for block in self.blocks:
-            x, loss = self._run(block, x, grid)
+            x, loss = self._run(block, x, grid, *given)
             losses.append(loss)
         return x, grid, losses
 
-    def _run(self, module: nn.Module, x: Tensor, grid: tuple) -> tuple:
-        return recomputed(module, x, grid) if self.gradient_checkpointing and self.training else module(x, grid)
+    def _run(self, module: nn.Module, *inputs: object) -> tuple:
+        return recomputed(module, *inputs) if self.gradient_checkpointing and self.training else module(*inputs)
 
 
-def recomputed(module: nn.Module, x: Tensor, grid: tuple) -> tuple:
-    """`module(x, grid)`, whose activations are computed again in the backward pass rather than kept."""
+def recomputed(module: nn.Module, *inputs: object) -> tuple:
+    """`module(*inputs)`, whose activations are computed again in the backward pass rather than kept."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if norms:
-        return _recomputed_with_norms(module, norms, x, grid)
-    return checkpoint(module, x, grid, use_reentrant=False)
+        return _recomputed_with_norms(module, norms, *inputs)
+    return checkpoint(module, *inputs, use_reentrant=False)
 
 
 @torch.compiler.disable  # Dynamo does not know context_fn; such a module runs uncompiled
-def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], x: Tensor, grid: tuple) -> tuple:
+def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], *inputs: object) -> tuple:
     def contexts() -> tuple:
         return nullcontext(), frozen_statistics(norms)
 
-    return checkpoint(module, x, grid, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager

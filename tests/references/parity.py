@@ -32,6 +32,7 @@ def check(
     module: nn.Module,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     call: Callable[[nn.Module, Tensor], Tensor],
+    kept: dict[str, Tensor] | None = None,
 ) -> None:
     """Output, input gradient and every parameter's gradient norm equal the recorded ones.
 
@@ -41,9 +42,11 @@ def check(
         convert: the authors' state → all of ours, by differentiable operations (renaming, reshaping, concatenation), so
             that gradients arrive at the authors' own tensors.
         call: `(module, input) -> output` in the layout that the case records.
+        kept: under the authors' names, what the case leaves as it was made, although it recorded a gradient for it.
     """
     learned = set(reference.info(name)["param_names"])
-    theirs = {key: value.requires_grad_(key in learned) for key, value in reference.weights(name).items()}
+    given = reference.weights(name) | (kept or {})
+    theirs = {key: value.requires_grad_(key in learned) for key, value in given.items()}
     ours = convert(theirs)
     expected = set(module.state_dict())
     assert set(ours) == expected, f"missing {sorted(expected - set(ours))}, unexpected {sorted(set(ours) - expected)}"

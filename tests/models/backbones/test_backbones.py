@@ -36,10 +36,11 @@ def images(*shape: int) -> torch.Tensor:
 
 
 # other mechanisms in backbones that are among the others; tests/models/test_tables.py runs them once for their costs
-PLANS = ("agent_", "flatten_", "inline_")
+PLANS = ("agent_", "flatten_", "inline_", "moh_transnext_")
+GENERATING = ("dit_", "moh_dit_")  # no classifiers: tests/models/backbones/test_dit.py
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith(PLANS)])
+@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith(PLANS + GENERATING)])
 def test_shapes(name):
     """Parameters, channels and strides, and logits, on the meta device at the model's own image size."""
     size = pair(compose_model(name).image_size)
