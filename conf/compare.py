@@ -11,6 +11,7 @@ COLUMNS = {
     "val/top1": "top-1",
     "val/top1_ema": "EMA",
     "val/loss": "loss",
+    "val/recognised_ema": "recognised, EMA",
     "routing/active": "active heads",
     "parameters": "parameters",
     "images_per_second": "images/s",
@@ -45,7 +46,9 @@ class CompareRuns(Callback):
         table.add_column("run", no_wrap=True)
         for key in present:
             table.add_column(COLUMNS[key], justify="right")
-        for name, figures in sorted(runs, key=lambda run: -(run[1].get("val/top1") or 0)):
+        for name, figures in sorted(
+            runs, key=lambda run: -(run[1].get("val/top1") or run[1].get("val/recognised_ema") or 0)
+        ):
             table.add_row(name, *(shown(key, figures.get(key)) for key in present))
         console = Console() if Console().is_terminal else Console(width=120)
         console.print(table)

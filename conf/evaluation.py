@@ -14,6 +14,8 @@ import recipes
 from conf.cli import UserError, compose_run
 
 CHOICES = ("recipe", "model", "attention", "data")
+# what an evaluation of samples takes from the task that a model was trained with
+GENERATION = ("autoencoder", "diffusion_steps", "sampling", "score", "seed")
 
 
 def take_config() -> None:
@@ -30,7 +32,7 @@ def take_config() -> None:
     if "recipe" not in node.get("run", {}) and "data" in arguments:
         node = {"defaults": [{"data": arguments["data"]}, "_self_"]} | node
     else:
-        sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in CHOICES]
+        sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in (*CHOICES, "task")]
     ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
 
 
@@ -63,12 +65,20 @@ def _of_file(arguments: dict[str, str]) -> dict:
 
 def _composed(arguments: dict[str, str]) -> dict:
     """What an evaluation takes from a recipe, or from a model and data that are named."""
-    cfg, choices = compose_run([f"{key}={arguments[key]}" for key in CHOICES if key in arguments])
+    cfg, choices = compose_run([f"{key}={arguments[key]}" for key in (*CHOICES, "task") if key in arguments])
     kept = ("seed", "image_size", "attention", "model", "augment", "data")
     node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
     _without_token_labels(node["data"])
     node["run"] = {key: choices.get(key) for key in CHOICES}
+    if "fit" in cfg.run:
+        node["run"]["fit"] = cfg.run.fit
+    node |= _of_generation(OmegaConf.to_container(cfg)["task"])
     return _with_backend(node, "${backend}")
+
+
+def _of_generation(task: dict) -> dict:
+    """The settings of a task that generates, which has samples to evaluate; nothing of any other."""
+    return {"task": {key: task[key] for key in GENERATION}, "samples": None} if "sampling" in task else {}
 
 
 def _without_token_labels(data: dict) -> None:
@@ -93,6 +103,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     try:
         saved = read_config(arguments["ckpt"])
         kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
+        kept |= _of_generation(saved["task"])
         check_config(kept)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
@@ -101,6 +112,8 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
             f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
         ) from error
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
+    if fit := saved.get("run", {}).get("fit"):
+        run["fit"] = fit
     for group in {"model", "attention"} & set(arguments):
         raise UserError(
             f"eval: the checkpoint holds {run['model']} with {run['attention']} attention, this command asks "

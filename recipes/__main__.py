@@ -1,9 +1,10 @@
 """The table of recipes: `python -m recipes` prints it, `python -m recipes --write` puts it into recipes/README.md, and
 a short one, by paper, into README.md.
 
-Parameters and multiply-adds are counted from the model; the top-1 is the paper's, and the status says whether we have
-seen it: `unverified`, `forward` (the authors' weights give it here) or `trained` (a run of ours gives it). Counting all
-takes a minute, so what is printed is taken from recipes/README.md, which a test compares; what is not there is counted.
+Parameters and multiply-adds are counted from the model; the top-1, or the FID, is the paper's, and the status says
+whether we have seen it: `unverified`, `forward` (the authors' weights give it here) or `trained` (a run of ours gives
+it). Counting all takes a minute, so what is printed is taken from recipes/README.md, which a test compares; what is not
+there is counted.
 """
 
 import re
@@ -15,9 +16,9 @@ from typing import Any
 import recipes
 
 FILE, SHORT_FILE = recipes.ROOT / "README.md", recipes.ROOT.parent / "README.md"
-HEAD = ("`recipe=`", "model", "parameters", "FLOPs", "paper top-1", "status")
+HEAD = ("`recipe=`", "model", "parameters", "FLOPs", "paper top-1 or FID", "status")
 NUMBERS = (2, 3, 4)  # columns that are set to the right
-SIZES = ("tiny", "small", "medium", "base", "large", "stl", r"b\d")
+SIZES = ("tiny", "small", "medium", "base", "large", "stl", r"b\d", "s", "b", "l", "xl")
 
 
 def table(anew: bool = False) -> str:
@@ -56,7 +57,7 @@ def rows_of_recipes(names: list[str]) -> Iterator[tuple[str, ...]]:
         with torch.device("meta"):
             model = build(cfg)
         flops = multiply_adds(model, pair(cfg.image_size))
-        target = _link("–" if cfg.target.value is None else cfg.target.value, cfg.target)
+        target = _link(figure(cfg.target), cfg.target)
         cost = f"{parameters(model) / 1e6:.2f} M", f"{flops / 1e9:.2f} G"
         yield f"`{name}`", f"`{choices['model']}`", *cost, target, cfg.target.status
 
@@ -74,7 +75,7 @@ def _in_short(names: list[str]) -> Iterator[str]:
     """As shells write several names: `agent/deit_{tiny,small}_in1k`."""
     parts: dict[tuple[str, str], list[tuple[list[int], str]]] = {}
     for name in names:
-        match = re.fullmatch(rf"(.*?)({'|'.join(SIZES)})(.*)(_[^_]+)", name)
+        match = re.fullmatch(rf"(.*?)(?<![a-z])({'|'.join(SIZES)})(?![a-z])(.*)(_[^_]+)", name)
         start, size, rest, end = match.groups() if match else (name, "", "", "")
         order = [i for i, pattern in enumerate(SIZES) if re.fullmatch(pattern, size)]
         parts.setdefault((start, end), []).append((order, size + rest))
@@ -83,7 +84,14 @@ def _in_short(names: list[str]) -> Iterator[str]:
         yield f"`{start}{{{several}}}{end}`" if len(sizes) > 1 else f"`{start}{several}{end}`"
 
 
-def _link(text: object, target: Any) -> str:
+def figure(target: Any) -> str:
+    """The published figure as the table shows it: percent, or FID by its name."""
+    if target.value is None:
+        return "–"
+    return f"FID {target.value}" if target.metric == "fid" else str(target.value)
+
+
+def _link(text: str, target: Any) -> str:
     return f"[{text}](https://arxiv.org/abs/{target.paper.removeprefix('arXiv:')})"
 
 

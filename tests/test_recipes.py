@@ -60,7 +60,7 @@ def test_only_recipes_that_are_named_are_read(monkeypatch):
 
 
 COUNTED = ("agent/cswin_tiny", "biformer/tiny", "davit/tiny", "flatten/pvt_tiny", "flatten/pvt_v2_b0")
-COUNTED += ("agent/deit_tiny", "inline/swin_tiny")  # the others would take a minute
+COUNTED += ("agent/deit_tiny", "inline/swin_tiny", "moh/dit_s_2_90")  # the others would take a minute
 
 
 def test_the_table_is_current():
@@ -72,7 +72,7 @@ def test_the_table_is_current():
     assert list(rows) == NAMES, "run: python -m recipes --write"
     for name in NAMES:
         target = recipes.load(name).target
-        link = f"[{'–' if target.value is None else target.value}](https://arxiv.org/abs/{target.paper[6:]})"
+        link = f"[{table.figure(target)}](https://arxiv.org/abs/{target.paper[6:]})"
         assert rows[name][4:] == [link, target.status], "run: python -m recipes --write"
     for row in table.rows_of_recipes([f"{name}_in1k" for name in COUNTED]):
         assert rows[row[0].strip("`")] == list(row), "run: python -m recipes --write"
@@ -98,6 +98,7 @@ def test_the_table_is_printed_as_it_is_written(monkeypatch, tmp_path, capsys):
 def test_the_short_table_is_current():
     assert table.short_table() in (recipes.ROOT.parent / "README.md").read_text(), "run: python -m recipes --write"
     assert "`agent/deit_{tiny,small,small_448,base}_in1k`" in table.short_table()
+    assert "`dit/{s_2,b_2,l_2,xl_2,xl_2_guided}_in1k`" in table.short_table()
 
 
 def test_a_wrong_option_of_the_table():
@@ -136,6 +137,7 @@ def no_timing(monkeypatch):
 
 # One recipe of every protocol and backbone, with the settings of a model that is small enough.
 HEADS = "model.num_heads=[1,2,2,4]"
+PIXELS = ("model.latent_stride=1", "model.in_channels=3", "image_size=16", "task.sampling.steps=2", *TINY[3:])
 SMALL = {
     "biformer/tiny_in1k": (*TINY, HEADS),
     "biformer/base_token_labels_in1k": (*TINY, HEADS),
@@ -145,11 +147,20 @@ SMALL = {
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),
     "inline/cswin_tiny_in1k": ("model.dims=[16,32,64,128]", "model.num_heads=[2,4,8,16]", *TINY[1:]),
+    "moh/transnext_small_75_in1k": ("model.dims=[12,24,48,96]", *TINY[1:]),
+    "moh/dit_s_2_90_in1k": (
+        "model.dim=24",
+        "model.depth=2",
+        "attention.shared_heads=3",
+        "attention.routed_heads=2",
+        *PIXELS,
+    ),
+    "dit/s_2_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *PIXELS),
 }
 
 
 def test_one_recipe_of_every_paper_and_backbone_is_run():
-    backbones = {"deit", "swin", "pvt", "pvt_v2", "cswin"}
+    backbones = {"deit", "swin", "pvt", "pvt_v2", "cswin", "transnext", "dit"}
     assert {name.partition("/")[0] for name in SMALL} == {name.partition("/")[0] for name in NAMES}
     assert {b for b in backbones for name in SMALL if f"/{b}_" in name} == backbones
 
@@ -169,10 +180,13 @@ def test_two_steps_and_an_evaluation(name, command, images, tmp_path):
     ckpt = run / "checkpoints" / "last"
     status, out, err = command("eval", f"recipe={name}", *data, f"ckpt={ckpt}")
     assert status == 0, err
-    verdict = out.strip().splitlines()[-1]
-    assert verdict.startswith(f"not reproduced: {recipes.load(name).target.metric} ")
-    assert verdict.endswith("points, with data=imagefolder instead of imagenet1k")
-    assert json.loads((ckpt.parent / "metrics.json").read_text())["reproduced"] is False
+    verdict, metric = out.strip().splitlines()[-1], recipes.load(name).target.metric
+    measured = metric != "fid"
+    assert verdict.startswith(f"not reproduced: {metric} " if measured else "not judged: FID is not computed here, ")
+    assert verdict.endswith(
+        f"{'points' if measured else 'guided-diffusion'}, with data=imagefolder instead of imagenet1k"
+    )
+    assert json.loads((ckpt.parent / "metrics.json").read_text())["reproduced"] is (False if measured else None)
 
 
 def test_fine_tuning_begins_with_the_weights_that_are_given(command, tmp_path):
@@ -283,6 +297,16 @@ def test_a_verdict_without_averaged_weights():
     )
 
 
+def test_a_verdict_on_samples():
+    verdict = judge("moh/dit_s_2_90_in1k", {"val/loss": 0.2}, ["10 of 50,000 samples"])
+    assert verdict == (
+        None,
+        "not judged: FID is not computed here, published 67.25 (arXiv:2410.11842) for 50,000 samples after 400,000 "
+        "steps; write as many with samples=50000 and measure the file with the evaluation suite of "
+        "openai/guided-diffusion, with 10 of 50,000 samples",
+    )
+
+
 def test_a_verdict_where_nothing_is_published():
     name = "flatten/pvt_large_in1k"
     assert judge(name, {"val/top1": 0.8412}, []) == (None, "nothing published to compare with: val/top1 84.120 %")
@@ -294,9 +318,9 @@ def evaluation(*overrides: str, name: str = "biformer/tiny_in1k") -> dict:
     root = [] if "data=fake" in overrides else ["data.root=/somewhere"]
     cfg, choices = compose_run([f"recipe={name}", "data.batch_size=32", *root, *overrides])
     cfg.run = {"data": choices["data"]}
-    return OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, ["image_size", "attention", "model", "data", "run", "augment", "seed"]), resolve=True
-    )
+    kept = ["image_size", "attention", "model", "data", "run", "augment", "seed", *(["task"] if "dit" in name else [])]
+    cfg.task = {"sampling": cfg.task.get("sampling")}
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
 
 
 def test_nothing_is_reproduced_by_another_protocol():
@@ -319,6 +343,13 @@ def test_nothing_is_reproduced_by_another_protocol():
     assert any("attention._target_" in text for text in deviations(name, evaluation("attention=agent"), *whole))
     assert deviations(name, evaluation(), 1000, 1000) == ["1,000 of 50,000 images"]
     assert deviations(name, evaluation(), 50_000, 0) == ["0 of 50,000 images"]
+    samples, given = "dit/xl_2_guided_in1k", {"samples": 50_000}
+    for override, texts in [
+        ("task.sampling.batch_size=8", []),
+        ("task.sampling.guidance=4.0", ["sampling.guidance=4.0 instead of 1.5"]),
+    ]:
+        assert deviations(samples, evaluation(override, name=samples) | given, *whole) == texts
+    assert deviations(samples, evaluation(name=samples), *whole) == ["0 of 50,000 samples"]
     text = judge(name, {"val/top1": 0.814}, ["a=1 instead of 2", "b", "c", "d"]).text
     assert text.startswith("not reproduced: ") and text.endswith(
         "+0.000 points, with a=1 instead of 2, b, c and 1 more"

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from models.factory import build
 from models.tasks.schedule import Schedule
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
-NAMES = recipes.names()
-PAPERS = ("agent", "biformer", "davit", "flatten", "inline")
+NAMES = [name for name in recipes.names() if name.endswith("_in1k")]  # published; the others are ours
+PAPERS = ("agent", "biformer", "davit", "dit", "flatten", "inline", "moh")
 IMAGES = 1_281_167  # for training, in ImageNet-1k
 
 
@@ -113,7 +114,29 @@ biformer/stl                224 128   0.001   1e-06   1e-05    300  0  5  0.05  
 davit/tiny                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.1     12  248           - 82.8
 davit/small                 224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.2     24  248           - 84.2
 davit/base                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.4     24  248           - 84.6
+moh/transnext_small_75      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.6
+moh/transnext_small_80      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.7
+moh/transnext_base_50       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.7
+moh/transnext_base_75       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.9
 """
+
+# FID of 50,000 samples, thousands of steps before them, and the scale of their guidance. The rest is alike.
+SAMPLED = {
+    "dit/s_2_in1k": (68.40, 400, 1.0),
+    "dit/b_2_in1k": (43.47, 400, 1.0),
+    "dit/l_2_in1k": (23.33, 400, 1.0),
+    "dit/xl_2_in1k": (9.62, 7000, 1.0),
+    "dit/xl_2_guided_in1k": (2.27, 7000, 1.5),
+    "moh/dit_s_2_75_in1k": (69.42, 400, 1.0),
+    "moh/dit_s_2_90_in1k": (67.25, 400, 1.0),
+    "moh/dit_b_2_75_in1k": (43.61, 400, 1.0),
+    "moh/dit_b_2_90_in1k": (43.40, 400, 1.0),
+    "moh/dit_l_2_75_in1k": (24.29, 400, 1.0),
+    "moh/dit_l_2_90_in1k": (23.17, 400, 1.0),
+    "moh/dit_xl_2_75_in1k": (10.95, 2000, 1.0),
+    "moh/dit_xl_2_90_in1k": (8.56, 7000, 1.0),
+    "moh/dit_xl_2_90_guided_in1k": (2.94, 7000, 1.25),
+}
 
 
 def _rows() -> dict[str, Row]:
@@ -142,13 +165,13 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def test_the_recipes_are_the_published_ones():
-    assert sorted(ROWS) == NAMES
+    assert sorted([*ROWS, *SAMPLED]) == NAMES
 
 
-@EVERY
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_that_of_the_recipe(name):
     paper, _, variant = name.removesuffix("_in1k").partition("/")
-    assert composed(name)[1]["model"] == f"{paper}_{variant.removesuffix('_token_labels')}"
+    assert composed(name)[1]["model"] == f"{paper}_{variant.removesuffix('_token_labels').removesuffix('_guided')}"
 
 
 # The whole configuration
@@ -169,7 +192,8 @@ def everything(name: str) -> dict:
     for key in ("run", "hydra", "logger", "resume", "data.augment", "data.source", "task.model", "model.attention"):
         OmegaConf.update(cfg, key, None, force_add=True)
     cfg.run = {key: choices[key] for key in ("model", "attention", "data")}
-    cfg.task = {key: cfg.task[key] for key in ("label_smoothing", "token_weight", "auxiliary")}
+    judged = ("label_smoothing", "token_weight", "auxiliary", "diffusion_steps", "sampling")
+    cfg.task = {key: cfg.task[key] for key in judged if key in cfg.task}
     return leaves(OmegaConf.to_container(cfg, resolve=True))
 
 
@@ -223,6 +247,8 @@ def test_fine_tuning_names_what_it_starts_from():
 
 # Learning rates
 
+LATE = ("biformer/", "moh/")
+
 
 def rates(name: str, epochs: list[float]) -> list[float]:
     """Learning rates at the given epochs of the run on ImageNet-1k, as the schedule sets them."""
@@ -243,9 +269,9 @@ def rates(name: str, epochs: list[float]) -> list[float]:
 def test_learning_rates(name):
     """Linear from warmup_lr to lr, then a cosine to min_lr that began at the start, then the cooldown at min_lr.
 
-    BiFormer's change after each epoch, one epoch late; the last of its 300 epochs has the rate of epoch 298.
+    BiFormer's and MoH's change after each epoch, one epoch late; the last of 300 epochs has the rate of epoch 298.
     """
-    row, late = ROWS[name], int(name.startswith("biformer"))
+    row, late = ROWS[name], int(name.startswith(LATE))
 
     def cosine(epoch: float) -> float:
         return row.min_lr + 0.5 * (row.lr - row.min_lr) * (1 + np.cos(np.pi * epoch / row.epochs))
@@ -301,13 +327,19 @@ DECAYED = {
     "flatten/swin": FOCUS,
     "flatten/cswin": FOCUS,
     "inline/pvt": {"position.table"},
+    "moh/transnext": {"core.learnable_tokens", "core.learnable_bias"},
 }
-SPARED = {"deit": {"stem.class_token", "position.table"}, "swin": {"bias.table"}}
+SPARED = {
+    "deit": {"stem.class_token", "position.table"},
+    "swin": {"bias.table"},
+    "transnext": {"core.query_embedding", "core.relative_pos_bias_local", "core.temperature"},
+}
+SPARED_MATRICES = {"transnext": {"cpb_fc1.weight", "cpb_fc2.weight"}}
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ROWS) if "384" not in name and "448" not in name])
 def test_weight_decay(name):
-    """On matrices, kernels and the tables above; none on vectors, biases, and the tables that DeiT and Swin name."""
+    """On matrices, kernels and the tables above; none on vectors, biases, and what DeiT, Swin and TransNeXt name."""
     (cfg, _), row, model = composed(name), ROWS[name], model_of(name)
     settings = OmegaConf.to_container(cfg.optimizer)
     settings = {key: value for key, value in settings.items() if key != "reference_batch" and value is not None}
@@ -316,12 +348,13 @@ def test_weight_decay(name):
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {decay[id(p)] for p in trained.values()} == {0.0, row.decay}
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
-    family = next((f for f in ("deit", "cswin", "swin", "pvt_v2", "pvt") if f in name), "")
+    family = next((f for f in ("deit", "cswin", "swin", "pvt_v2", "pvt", "transnext") if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
     assert {last_two(key) for key in tables & spared} == SPARED.get(family, set())
     assert {last_two(key) for key in tables - spared} == DECAYED.get(f"{name.partition('/')[0]}/{family}", set())
-    assert not {key for key in spared - tables if trained[key].ndim > 1}, "every kernel and matrix decays"
+    matrices = {last_two(key) for key in spared - tables if trained[key].ndim > 1}
+    assert matrices == SPARED_MATRICES.get(family, set()), "every other kernel and matrix decays"
     assert type(optimizer).__name__ == "AdamW"
     assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.9, 0.999, 1e-8)}
 
@@ -348,16 +381,66 @@ def test_training_images(name):
     assert augment.erase_mixed == (paper == "davit")
     assert (augment.erasing, augment.cutmix, augment.mix_probability, augment.switch_probability) == (0.25, 1, 1, 0.5)
     assert augment.mixup == (0 if "token_labels" in name else 0.8)
-    assert augment.repeated == (3 if paper == "biformer" else 1)
+    assert augment.repeated == (3 if paper in ("biformer", "moh") else 1)
     assert cfg.task.token_weight == (0.5 if "token_labels" in name else 0)
 
 
 @EVERY
 def test_evaluation_images(name):
-    """The shorter side (BiFormer, DaViT), or both, to the published number of pixels, bicubic; then the centre."""
+    """The shorter side (BiFormer, DaViT, MoH), or both, to the published number of pixels, bicubic; then the centre."""
     (cfg, _), row = composed(name), ROWS[name]
     transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
-    squashes = name.partition("/")[0] not in ("biformer", "davit")
+    squashes = name.partition("/")[0] not in ("biformer", "davit", "moh")
     assert transform.target == [row.side] * (2 if squashes else 1) and transform.mode == InterpolationMode.BICUBIC
     assert transform(Image.new("RGB", (640, 480))).shape == (3, row.px, row.px)
     assert list(cfg.data.mean) == [0.485, 0.456, 0.406] and list(cfg.data.std) == [0.229, 0.224, 0.225]
+
+
+# Diffusion
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_diffusion_recipe(name):
+    """That of DiT's train.py, which MoH shares; the target counts samples, and the steps before them."""
+    (fid, thousands, guidance), (cfg, _), target = SAMPLED[name], composed(name), recipes.load(name).target
+    assert set(target) == {"paper", "source", "metric", "value", "samples", "steps", "status"}
+    assert target.paper == ("arXiv:2410.11842" if name.startswith("moh/") else "arXiv:2212.09748")
+    assert (target.metric, target.value, target.samples, target.steps) == ("fid", fid, 50_000, 1000 * thousands)
+    assert (cfg.trainer.max_steps, cfg.trainer.max_epochs) == (target.steps, -1)
+    assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch, cfg.seed) == (256, 32, 256, 0)
+    assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val) == ("32-true", None)
+    assert (cfg.callbacks.ema.decay, cfg.callbacks.ema.warmup) == (0.9999, False)
+    sampling = OmegaConf.to_container(cfg.task.sampling)
+    wanted = {"steps": 250, "method": "ddpm", "guidance": guidance, "guided_channels": 3, "clip": False}
+    assert {key: sampling[key] for key in wanted} == wanted and cfg.task.diffusion_steps == 1000
+    assert cfg.task.auxiliary == {"load_balance": {"weight": 0.01, "reduction": "mean"}}
+    model = (cfg.model.latent_stride, cfg.model.in_channels, cfg.model.class_dropout, cfg.model.learn_sigma)
+    assert model == (8, 4, 0.1, True)
+
+
+@pytest.mark.parametrize("name", ["dit/s_2_in1k", "moh/dit_s_2_90_in1k"])
+def test_the_optimizer_of_a_diffusion_recipe(name):
+    """AdamW without decay, at one rate from the first step to the last."""
+    (cfg, _), model = composed(name), model_of(name)
+    settings = {key: value for key, value in OmegaConf.to_container(cfg.optimizer).items() if value is not None}
+    optimizer = create_optimizer_v2(model, **settings)
+    assert type(optimizer).__name__ == "AdamW" and cfg.optimizer.reference_batch is None
+    assert {(*g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.9, 0.999, 1e-8, 0.0)}
+    schedule = Schedule(optimizer, OmegaConf.to_container(cfg.schedule), total=cfg.trainer.max_steps, per_epoch=5004)
+    for step in (0, 1, 5004, cfg.trainer.max_steps - 1):
+        schedule.step_update(step)
+        assert {group["lr"] for group in optimizer.param_groups} == {1e-4}
+
+
+@pytest.mark.parametrize("name", ["dit/s_2_in1k", "moh/dit_s_2_90_in1k"])
+def test_images_of_a_diffusion_recipe(name):
+    """The centre square of 256 pixels, mirrored or not, in -1 … 1."""
+    cfg, _ = composed(name)
+    augment = Augment.build(OmegaConf.to_container(cfg.augment))
+    assert augment == Augment(interpolation="bicubic", hflip=0.5, ratio=augment.ratio)
+    evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
+    picture = Image.effect_noise((640, 480), 50).convert("RGB")
+    image = EvaluationTransform(evaluation, cfg.image_size)(picture)
+    mirrored = TrainTransform(replace(augment, hflip=1.0), cfg.image_size, cfg.data.mean)(picture)
+    assert image.shape == (3, 256, 256) and torch.equal(mirrored.flip(2), image)
+    assert list(cfg.data.mean) == list(cfg.data.std) == [0.5, 0.5, 0.5]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.attention import Accepts, Grid, Runs, Site
 from models.attention.heads import head_channels
 from models.attention.multihead import MultiHead
+from models.layers.precision import full_precision
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
 EPSILON = 1e-6
@@ -81,7 +82,9 @@ class CosineCore(nn.Module):
         """Scaled queries, unit keys and bias (M, N, N), in float32: the logits are q kᵀ + bias."""
         q, k = (F.normalize(t.float(), dim=-1, eps=EPSILON) for t in (q_BMND, k_BMND))
         scale = F.softplus(self.temperature.float()) * math.log(k.shape[2])
-        return (q + self.query_embedding.float()) * scale, k, self.bias(grid).float()
+        with full_precision(q.device):
+            bias = self.bias(grid).float()
+        return (q + self.query_embedding.float()) * scale, k, bias
 
 
 class ContinuousPositionBias(nn.Module):

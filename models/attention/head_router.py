@@ -6,7 +6,7 @@ Three kinds; `softmax` is the published one.
              gradient: it holds the load of every head at K / E, as in balancing without a loss. Routing by ReLU is
              ReMoE's, Wang et al., ICLR 2025, arXiv:2412.14711, which holds the number by a loss instead.
     l2:      no parameters: r = softmax(‖q‖ / σ) with σ the deviation of the norms over the routed heads; shared heads
-             and the K largest have gate 1, with a straight-through gradient. So MoH-LLaMA3 routes.
+             and the K largest have gate 1, with a straight-through gradient (none through σ). So MoH-LLaMA3 routes.
 
 Shapes: B = batch, N = tokens, C = channels, M = heads, E = routed heads, S = shared heads, K = active routed heads,
 L = logits.
@@ -72,7 +72,8 @@ class HeadRouter(nn.Module):
         self._add_layers(dim)
         biased = routed > 0 and balance == "bias"
         self.register_buffer("bias", torch.zeros(self.experts) if biased else None)
-        # what training adds up between two optimizer steps: uses of each routed head, and tokens
+        # what training adds up between two optimizer steps: uses of each routed head, and tokens; with activation
+        # checkpointing both twice, which changes no share
         self.register_buffer("load", torch.zeros(self.experts + 1) if biased else None, persistent=False)
 
     def _add_layers(self, dim: int) -> None:
@@ -90,13 +91,14 @@ class HeadRouter(nn.Module):
         gates, balance = route_heads(logits_BNL, self.shared, self.routed, backend=self.backend)
         if not self.routed:
             return gates, None
-        mask = gates[..., self.shared :].detach() != 0
-        self._note(wg_BNE, mask)
         if self.bias is not None:
+            self._note(wg_BNE, chosen)
             return gates, None
-        if self.all_reduce:
+        if self.watched or self.all_reduce:
             scores = wg_BNE.softmax(-1)
-            balance = self._balance(scores, largest(scores, self.routed))
+            mask = largest(scores, self.routed)
+            self._note(wg_BNE, mask > 0)
+            balance = self._balance(scores, mask) if self.all_reduce and self.training else balance
         return gates, balance
 
     def _logits(self, x_BNC: Tensor) -> Tensor:
@@ -113,9 +115,9 @@ class HeadRouter(nn.Module):
         return self.experts * (self._mean(scores_BNE) * self._mean(mask_BNE.to(scores_BNE.dtype))).sum()
 
     def _mean(self, value_BNE: Tensor) -> Tensor:
-        """Over the tokens, of all processes if that was asked for."""
-        mean = value_BNE.mean((0, 1))
-        return all_reduce(mean) / dist.get_world_size() if self.all_reduce and dist.is_initialized() else mean
+        """Over the tokens, in training those of all processes if that was asked for: they all take part there."""
+        mean, everywhere = value_BNE.mean((0, 1)), self.all_reduce and self.training and dist.is_initialized()
+        return all_reduce(mean) / dist.get_world_size() if everywhere else mean
 
     @torch.no_grad()
     def _note(self, logits_BNE: Tensor, mask_BNE: Tensor) -> None:
@@ -189,15 +191,19 @@ class QueryRouter(HeadRouter):
         if not self.routed:
             return ones_BNS, None
         norms_BNE = queries_BMND[:, self.shared :].float().norm(dim=-1).transpose(1, 2)
-        logits = norms_BNE
-        if self.experts > 1:
-            logits = norms_BNE / norms_BNE.std(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        logits = _standardised(norms_BNE) if self.experts > 1 else norms_BNE
         scores = logits.softmax(-1)
         mask = largest(scores if self.bias is None else scores + self.bias, self.routed)
         self._note(logits, mask > 0)
         routed = mask * (1 + scores - scores.detach()) if self.training else mask
         gates = torch.cat([ones_BNS, routed], dim=-1)
         return gates, None if self.bias is not None else self._balance(scores, mask)
+
+
+def _standardised(norms_BNE: Tensor) -> Tensor:
+    """Differences from the mean over σ. Where norms (nearly) agree σ says nothing: it is at least 0.1 % of the mean."""
+    mean, deviation = (statistic(norms_BNE.detach(), -1, keepdim=True) for statistic in (torch.mean, torch.std))
+    return (norms_BNE - mean) / deviation.maximum(1e-3 * mean).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 ROUTERS = {"softmax": HeadRouter, "relu": ReLURouter, "l2": QueryRouter}

@@ -134,9 +134,10 @@ def start_undecided(router: nn.Module) -> None:
 
 def for_layer(name: str, value: Any, site: Site) -> Any:
     """An option that is one value, or a list with one per stage, or with one per block of a plain ViT or DiT."""
-    if site.kind == "vit" and isinstance(value, Sequence) and len(value) == site.depth:
+    listed = site.kind == "vit" and isinstance(value, Sequence) and not isinstance(value, str)
+    if listed and len(value) == site.depth:
         return value[site.block]
-    if site.kind == "vit" and isinstance(value, Sequence) and len(value) != 4:
+    if listed and len(value) != 4:
         raise Refused(
             f"{name} has {len(value)} entries for {site.depth} blocks", f"give attention.{name} one entry per block"
         )
@@ -161,9 +162,11 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
         Refused: more heads than there are, none active, or some that no token can ever choose.
     """
     for name, value in (("shared_heads", shared), ("routed_heads", routed)):
-        if value < 0 or (isinstance(value, float) and value > 1):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not value >= 0 or (isinstance(value, float) and value > 1):
             raise ValueError(
-                f"moh: {name} must be a number of heads or a fraction between 0.0 and 1.0, got {value}; change it"
+                f"moh: {name} must be a number of heads or a fraction between 0.0 and 1.0, got {value!r}; "
+                f"set attention.{name}"
             )
     fractions = isinstance(shared, float) and isinstance(routed, float)
     # halves go to the shared heads, so that 4 heads become 2 shared and 1 of 2 routed

@@ -158,13 +158,11 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([loss[name] for loss in losses if name in loss]) for name in names}
 
 
-def pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+def pair(image_size: int | Sequence[int], name: str = "image_size") -> tuple[int, int]:
     """Height and width in pixels, from one number or two."""
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(
-            f"image_size: must be pixels, one positive number or two, got {image_size!r}; e.g. image_size=224"
-        )
+        raise ValueError(f"{name}: must be pixels, one positive number or two, got {image_size!r}; e.g. {name}=224")
     return sides
 
 

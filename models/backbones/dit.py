@@ -63,8 +63,11 @@ class DiT(Trunk):
     ) -> None:
         super().__init__()
         counts = {"latent_stride": latent_stride, "in_channels": in_channels, "patch_size": patch_size}
+        counts |= {} if head_dim is None else {"head_dim": head_dim}
         check_counts("DiT", num_classes=num_classes, dim=dim, depth=depth, **counts)
         check_dropout(class_dropout)
+        if not mlp_ratio > 0:
+            raise ValueError(f"DiT: mlp_ratio must be a number above 0, got {mlp_ratio!r}; set model.mlp_ratio")
         self.num_classes, self.class_dropout, self.learn_sigma = num_classes, class_dropout, learn_sigma
         self.latent_stride, self.in_channels, self.patch_size = latent_stride, in_channels, patch_size
         self.latent_size = latent_size(image_size, latent_stride, patch_size)
@@ -82,11 +85,11 @@ class DiT(Trunk):
     def forward(
         self, latents: Tensor, timesteps: Tensor, labels: Tensor, return_losses: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Latents (B, Z, H, W), timesteps (B,) and labels (B,) → the prediction (B, Z or 2·Z, H, W).
+        """Latents (B, Z, H, W), timesteps (B,) and labels (B,) in 0 … num_classes → the prediction (B, Z or 2·Z, H, W).
 
         With `return_losses` also the auxiliary losses, each stacked over layers (L,).
         """
-        self._check(latents)
+        self._check(latents, timesteps, labels)
         x_BNC, grid, condition_BC = self.stem(latents, timesteps, self._dropped(labels))
         x_BNC, grid, losses = self.stages[0](x_BNC, grid, condition_BC)
         prediction = self._to_latents(self.final(x_BNC, condition_BC), grid)
@@ -134,7 +137,7 @@ class DiT(Trunk):
         x = x_BNP.unflatten(2, (p, p, -1)).unflatten(1, grid[:2])
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid.height * p, grid.width * p)
 
-    def _check(self, latents: Tensor) -> None:
+    def _check(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> None:
         if (
             latents.dim() != 4
             or latents.shape[1] != self.in_channels
@@ -144,6 +147,12 @@ class DiT(Trunk):
                 f"DiT: latents must be (batch, {self.in_channels}, height, width) with sides that patches of "
                 f"{self.patch_size} divide, got {tuple(latents.shape)}; see model.in_channels and model.patch_size"
             )
+        for name, value in (("timesteps", timesteps), ("labels", labels)):
+            if value.shape != latents.shape[:1]:
+                raise ValueError(
+                    f"DiT: {name} must be one number for each of the {len(latents)} latents, got {tuple(value.shape)}; "
+                    "give a tensor (batch,)"
+                )
 
     def _init_weights(self) -> None:
         """Xavier for linear layers and patches, small tables and timesteps, zero where a block or the end changes x."""

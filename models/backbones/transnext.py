@@ -75,7 +75,7 @@ class TransNeXt(Backbone):
             ),
             stage=NormedStage,
         )
-        trained = pair(image_size if pretrain_size is None else pretrain_size)
+        trained = pair(image_size) if pretrain_size is None else pair(pretrain_size, "pretrain_size")
         for stage, stride in zip(self.stages, self.strides, strict=True):
             for block in stage.blocks:
                 measure_in(cells(trained, stride), block.attn)

@@ -2,7 +2,8 @@
 
 Source: DiT, arXiv:2212.09748, its code at commit ed81ce2; MoH, arXiv:2410.11842, its code at commit 2cefd57. Files of a
 training run hold `model`, `ema`, `opt` and `args`; the released DiT-XL/2 is the averaged model alone. diffusers
-(`DiTTransformer2DModel`) keeps the embedding of timestep and class once in every block, all the same.
+(`DiTTransformer2DModel`) keeps the embedding of timestep and class once in every block, all the same; a model that was
+trained there is another function, as its frequencies of the timestep end one step later.
 """
 
 from models.checkpoints.layout import Joined, Layout

@@ -13,20 +13,24 @@ from torch import Tensor, nn
 from conf.cli import UserError
 from models.attention.backend import describe
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
-from models.cost import multiply_adds, parameters
+from models.cost import example_inputs, multiply_adds, parameters
+from models.tasks.base import Task
 from models.tasks.classification import Classification
+from models.tasks.generation import Generation
 from models.tasks.initial import in_our_names
 from models.tasks.preflight import build, check_data, quiet, resolved
 from models.tasks.report import print_table, write_json
 from models.tasks.resume import differences
 from models.tasks.running import title
+from models.tasks.sample_files import check_samples, show_samples
 from models.tasks.verdict import deviations, judge
 
 
 def evaluate(cfg: DictConfig) -> float:
     """Measures `cfg.ckpt`, prints a table and writes metrics.json beside the checkpoint; returns top-1.
 
-    With a recipe the last line says whether the published result is reproduced.
+    With a recipe the last line says whether the published result is reproduced. Of a model that generates images the
+    loss is returned, and samples are made.
 
     Raises:
         UserError: the checkpoint or the data cannot be used.
@@ -39,8 +43,7 @@ def evaluate(cfg: DictConfig) -> float:
     check_data(data, training=False)
     _check_classes(weights.classes, data)
     model, ema = (_model(cfg, weights, ema) for ema in (False, True))
-    task = Classification(model, {}, {}, data.num_classes)
-    task.ema_model = ema
+    task = _task(given, model, ema, data)
     trainer = build(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
     if trainer.is_global_zero:
         print(_attention(model, trainer.strategy.root_device))
@@ -48,11 +51,28 @@ def evaluate(cfg: DictConfig) -> float:
     size = data.evaluation.size or data.image_size
     with trainer.precision_plugin.forward_context():
         figures |= cost(model, size, data.batch_size, trainer.strategy.root_device)
+        if isinstance(task, Generation) and trainer.is_global_zero:
+            figures |= show_samples(task, data, weights.output.parent, given["samples"], trainer.strategy.root_device)
     if trainer.is_global_zero:
         images = len(data.source.val)
         measured = images if trainer.limit_val_batches == 1.0 else 0
         _report(weights, given, figures, images, measured)
-    return figures["val/top1"]
+    return figures["val/loss" if isinstance(task, Generation) else "val/top1"]
+
+
+def _task(given: dict[str, Any], model: nn.Module, ema: nn.Module | None, data: pl.LightningDataModule) -> Task:
+    """What measures: samples where the configuration says how they are made, else classes."""
+    try:
+        if "samples" in given:
+            task = Generation(model, {}, {}, data.num_classes, **given["task"])
+            check_samples(given["samples"])
+        else:
+            task = Classification(model, {}, {}, data.num_classes)
+        task.prepare(data)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    task.ema_model = ema
+    return task
 
 
 class Weights(NamedTuple):
@@ -138,33 +158,34 @@ def _attention(model: nn.Module, device: torch.device) -> str:
 def cost(model: nn.Module, image_size: int | list[int], batch_size: int, device: torch.device) -> dict[str, Any]:
     """Parameters; multiply-adds of one image, as papers count FLOPs; images per second of the forward pass.
 
-    The model is timed in evaluation mode for about a second on random images of `batch_size`.
+    The model is timed in evaluation mode for about a second on a batch of random inputs.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     model = model.eval().to(device)
-    images = torch.randn(batch_size, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    image, *others = example_inputs(model, size, batch_size)
+    inputs = (image.contiguous(memory_format=torch.channels_last), *others)
     return {
         "parameters": parameters(model),
         "flops": multiply_adds(model, size),
-        "images_per_second": _throughput(model, images),
+        "images_per_second": _throughput(model, inputs),
     }
 
 
-def _throughput(model: nn.Module, images: Tensor, seconds: float = 1.0) -> float:
+def _throughput(model: nn.Module, inputs: tuple[Tensor, ...], seconds: float = 1.0) -> float:
     """Images per second; the device is waited for only once in eight passes, as in a real evaluation."""
 
     def wait() -> float:
-        if images.is_cuda:
+        if inputs[0].is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    model(images)  # warm up
+    model(*inputs)  # warm up
     start, passes = wait(), 0
     while (elapsed := wait() - start) < seconds:
         for _ in range(8):
-            model(images)
+            model(*inputs)
         passes += 8
-    return passes * len(images) / elapsed
+    return passes * len(inputs[0]) / elapsed
 
 
 def _check_number(num_classes: int | None, data: pl.LightningDataModule) -> None:
@@ -202,14 +223,16 @@ def _model(cfg: DictConfig, weights: Weights, ema: bool) -> nn.Module | None:
 
 
 def _rows(figures: dict[str, Any]) -> dict[str, Any]:
-    names = {"val/top1": "top-1", "val/top5": "top-5", "val/loss": "loss"}
+    names = {"val/top1": "top-1", "val/top5": "top-5", "val/recognised": "recognised", "val/loss": "loss"}
     rows = {
         f"{label}{', EMA' * bool(s)}": figures[k + s]
         for s in ("", "_ema")
         for k, label in names.items()
         if k + s in figures
     }
-    return {key: f"{v:.2%}" if "top" in key else f"{v:.4f}" for key, v in rows.items()} | {
+    if "val/recogniser_top1" in figures:
+        rows["recogniser, of real images"] = figures["val/recogniser_top1"]
+    return {key: f"{v:.4f}" if "loss" in key else f"{v:.2%}" for key, v in rows.items()} | {
         "parameters": figures["parameters"],
         "FLOPs (multiply-adds)": f"{figures['flops'] / 1e9:.4g} G",
         "images/s (forward)": figures["images_per_second"],

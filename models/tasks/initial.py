@@ -15,8 +15,7 @@ from conf.cli import UserError
 from models.attention.dense_to_moh import gated_weights
 from models.attention.moh import active_heads
 from models.checkpoints import convert, load_weights, settings_of
-
-HEAD = "head."
+from models.checkpoints.fitting import classes_of, is_of_classes
 
 
 def check_given(config: dict[str, Any]) -> None:
@@ -57,17 +56,17 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
         raise UserError(f"init: {path} cannot be read: {error.strerror or error}; give a file that can") from error
     except ValueError as error:
         raise UserError(f"init: {str(error).partition(': ')[2] or error}") from error
-    if not any(key.startswith(HEAD) for key in state):
+    if classes_of(state) is None:
         raise UserError(
             "init: the weights have no classifier, got the backbone of a detector or segmenter; "
             "give a classification checkpoint"
         )
     if wrong := sorted(state.keys() ^ own.keys()):
         raise UserError(f"init: the weights must be those of the model, got others: {wrong[0]}; give the same options")
-    anew = {key: value for key, value in own.items() if key.startswith(HEAD) and value.shape != state[key].shape}
+    anew = {key: value for key, value in own.items() if is_of_classes(key) and value.shape != state[key].shape}
     if anew:
-        classes = len(state[next(iter(anew))]), len(next(iter(anew.values())))
-        notes.append("the head starts anew: {} classes in the weights, {} in the data".format(*classes))
+        what = "head starts" if any(key.startswith("head.") for key in anew) else "table of classes starts"
+        notes.append(f"the {what} anew: {classes_of(state)} classes in the weights, {classes_of(own)} in the data")
     try:
         model.load_state_dict(state | anew)
     except RuntimeError as error:
@@ -79,7 +78,7 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
 def _fits(state: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
     """Whether weights have our names and shapes already, but for the number of classes."""
     same = state.keys() == own.keys()
-    return same and all(key.startswith(HEAD) or state[key].shape == own[key].shape for key in own)
+    return same and all(is_of_classes(key) or state[key].shape == own[key].shape for key in own)
 
 
 def in_our_names(

@@ -101,9 +101,10 @@ class RunProgress(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        parts = [f"val top-1 {float(metrics['val/top1']):.2%}"] if "val/top1" in metrics else []
-        if "val/top1_ema" in metrics and self._wide:
-            parts.append(f"EMA {float(metrics['val/top1_ema']):.2%}")
+        key, label, form = ("val/top1", "top-1", ".2%") if "val/top1" in metrics else ("val/loss", "loss", ".4f")
+        parts = [f"val {label} {float(metrics[key]):{form}}"] if key in metrics else []
+        if f"{key}_ema" in metrics and self._wide:
+            parts.append(f"EMA {float(metrics[f'{key}_ema']):{form}}")
         self._note = "  ".join(parts)
         if self.live is not None:
             self.live.update(self._bar, text=self._describe(trainer))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from models.tasks.loggers import read_metrics
 
-PERCENT = ("top1", "top5")
+PERCENT = ("top1", "top5", "recognised", "routing/active")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def shown(name: str, value: Any) -> str:
     """A figure as people read it: accuracies in percent, counts with thousands, None as a dash."""
     if value is None:
         return "-"
-    if any(part in name for part in PERCENT):
+    if isinstance(value, float) and any(part in name for part in PERCENT):
         return f"{value:.2%}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
@@ -44,11 +44,12 @@ def print_table(title: str, rows: dict[str, Any], console: Console | None = None
 
 
 def draw_curves(run_dir: Path) -> Path | None:
-    """Draws loss, accuracy and learning rate over steps from metrics.csv; the path, or None without any figures."""
+    """Draws loss, accuracy, score and learning rate over steps from metrics.csv; the path, None without figures."""
     rows = read_metrics(run_dir / "metrics.csv")
     panels = [
         ("loss", {"train": "train/loss", "validation": "val/loss", "validation, EMA": "val/loss_ema"}),
         ("top-1 (%)", {"validation": "val/top1", "validation, EMA": "val/top1_ema"}),
+        ("recognised (%)", {"raw": "val/recognised", "EMA": "val/recognised_ema"}),
         ("learning rate", {"": "lr"}),
     ]
     series = {key: _series(rows, key) for _, lines in panels for key in lines.values()}

@@ -33,7 +33,8 @@ SAME = ("model", "image_size", "data", "augment", "optimizer", "schedule", "task
 FREE = (
     *("data.root", "data.source.root", "data.source.path", "data.source.data_dir", "data.source.data_files"),
     *("data.token_labels", "data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
-    *("task.compile", "task.gradient_checkpointing"),
+    *("task.compile", "task.gradient_checkpointing", "task.autoencoder", "task.sampling", "task.score"),
+    *("task.sample_every_n_epochs", "task.seed"),
     "data.batch_size",  # the data module compares the batch of all processes together
     # copies of other settings
     *("model.attention", "model.image_size", "data.image_size", "data.eval.size", "data.num_classes", "data.seed"),

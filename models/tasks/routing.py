@@ -1,10 +1,10 @@
 """Mixture of heads during a run: balancing without a loss after every step, and what the routers do in validation.
 
-In validation it logs, as means over the layers that route,
-    routing/active    the share of all heads that a token uses
-    routing/entropy   of the scores of the routed heads: 1 for an undecided router, 0 for a certain one
-    routing/margin    between the last chosen logit and the next: where it is tiny, rounding chooses
-    routing/load_min, routing/load_max   of the most and the least used routed head of each layer, the share of tokens
+In validation it logs
+    routing/active    the share of all heads of all layers that a token uses
+    routing/entropy   of the scores of the routed heads, mean over layers: 1 for an undecided router, 0 for a sure one
+    routing/margin    between the last chosen logit and the next, mean over layers: where it is tiny, rounding chooses
+    routing/load_min, routing/load_max   the share of tokens that use the least and the most used routed head of all
 and writes the load of every head to `routing.csv` and `routing.png` in the run's folder. Without routers it does
 nothing.
 """

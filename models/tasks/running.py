@@ -32,7 +32,7 @@ from models.tasks.preflight import (
 from models.tasks.progress import RunProgress, Throughput, duration
 from models.tasks.report import draw_curves, print_table, write_json
 from models.tasks.resume import Stopped, compare_configs, find_resume
-from models.tasks.token_labelling import prepare
+from models.tasks.samples import PICTURE
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -59,7 +59,7 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     data = build(cfg, "data")
     check_data(data)
     check_monitor(config, task)
-    _check_token_labels(task, data)
+    _prepare(task, data)
     config["classes"] = data.class_names
     steps = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
@@ -81,9 +81,9 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     return _report(trainer, config, task, run_dir, progress)
 
 
-def _check_token_labels(task: pl.LightningModule, data: pl.LightningDataModule) -> None:
+def _prepare(task: pl.LightningModule, data: pl.LightningDataModule) -> None:
     try:
-        prepare(data, task.token_weight, task.model)
+        task.prepare(data)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -181,6 +181,7 @@ def _headline(
     lines = [
         f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
         f"images of {config['image_size']} px",
+        *reduced(config),
         describe_batch(config, trainer, data),
         f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
         *notes,
@@ -192,7 +193,7 @@ def _report(
     trainer: pl.Trainer, config: dict[str, Any], task: pl.LightningModule, run_dir: Path, progress: RunProgress
 ) -> float | None:
     """Writes metrics.json, prints the table at the end; returns the best monitored value."""
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures
     figures |= {
         "images_per_second": progress.throughput.images_per_second or None,
         "seconds": progress.seconds,
@@ -209,6 +210,9 @@ def _report(
         "val/top1",
         "val/top1_ema",
         "val/top5",
+        "val/recognised",
+        "val/recognised_ema",
+        "val/recogniser_top1",
         "val/loss",
         "train/loss",
         f"best/{config['checkpoint']['monitor']}",
@@ -220,8 +224,9 @@ def _report(
         "time": duration(figures["seconds"]),
         "epochs, steps": f"{figures['epochs']}, {figures['steps']}",
     }
-    if (run_dir / "curves.png").exists():
-        rows["curves"] = short(run_dir / "curves.png")
+    for picture in ("curves.png", PICTURE):
+        if (run_dir / picture).exists():
+            rows[picture.removesuffix(".png")] = short(run_dir / picture)
     print_table(title(config), rows)
     if (run_dir / "checkpoints" / "best").exists():
         print(f"evaluate: python eval.py ckpt={short(run_dir / 'checkpoints' / 'best')}")
@@ -231,4 +236,13 @@ def _report(
 def title(config: dict[str, Any]) -> str:
     """ "coatnet_32px with softmax attention on digits"."""
     run = config["run"]
-    return f"{run['model']} with {run['attention']} attention on {run['data']}"
+    size = ", reduced," if run.get("fit") else ""
+    return f"{run['model']}{size} with {run['attention']} attention on {run['data']}"
+
+
+def reduced(config: dict[str, Any]) -> list[str]:
+    """What a configuration of conf/fit made of the model, in one line; none where there is no such configuration."""
+    fit, model = config["run"].get("fit"), config["model"]
+    shown = ("dim", "depth", "patch_size", "num_heads", "latent_stride", "in_channels")
+    sizes = ", ".join(f"{key} {model[key]}" for key in shown if key in model)
+    return [f"reduced by conf/fit/{fit}.yaml: {sizes}"] if fit else []

@@ -1,4 +1,4 @@
-"""What a sweep leaves besides its runs: a table of all of them, and accuracy against active heads where these differ."""
+"""What a sweep leaves besides its runs: a table of them, and accuracy against active heads where these differ."""
 
 import csv
 from collections.abc import Mapping, Sequence

@@ -14,11 +14,12 @@ JUDGED = ("image_size", "attention", "model", "data")
 FREE = ("model.attention", "model.image_size", "model.drop_path", "data.image_size", "data.root")
 FREE += ("data.source.root", "data.batch_size", "data.workers", "data.timeout", "data.augment", "data.seed")
 FREE += ("data.token_labels", "data.drop_last", "data.on_error", "data.num_classes", "model.num_classes")
+FREE += ("sampling.seed", "sampling.batch_size")
 FREE_BELOW = ("model.attention.", "data.augment.")  # copies of other settings, and of training
 
 
 class Verdict(NamedTuple):
-    """`reproduced`, None where nothing is published; and the sentence that says by how much not."""
+    """`reproduced`, None where nothing is published or measured here; and the sentence that says by how much not."""
 
     reproduced: bool | None
     text: str
@@ -35,6 +36,8 @@ def judge(recipe: str, figures: dict[str, Any], differences: list[str]) -> Verdi
     target = recipes.load(recipe).target
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     otherwise = f", with {', '.join(differences[:3])}{more}" if differences else ""
+    if target.metric == "fid":
+        return Verdict(None, f"not judged: {_elsewhere(target)}{otherwise}")
     if target.metric not in figures:
         text = f"{target.metric} was not measured, as the weights have no average, published {_published(target)}"
         return Verdict(False, f"not reproduced: {text}; val/top1 is {100 * figures['val/top1']:.3f} %{otherwise}")
@@ -55,6 +58,15 @@ def _published(target: DictConfig) -> str:
     return f"{target.value} % ({target.paper})"
 
 
+def _elsewhere(target: DictConfig) -> str:
+    """What is published about samples, and how that is measured."""
+    return (
+        f"FID is not computed here, published {target.value} ({target.paper}) for {target.samples:,} samples after "
+        f"{target.steps:,} steps; write as many with samples={target.samples} and measure the file with the evaluation "
+        "suite of openai/guided-diffusion"
+    )
+
+
 def deviations(recipe: str, given: dict[str, Any], images: int, measured: int) -> list[str]:
     """What an evaluation does otherwise than the recipe, as `key=value instead of value`.
 
@@ -67,19 +79,26 @@ def deviations(recipe: str, given: dict[str, Any], images: int, measured: int) -
     cfg, choices = compose_run([f"recipe={recipe}"])
     if given["run"]["data"] != choices["data"]:
         return [f"data={given['run']['data']} instead of {choices['data']}"]
-    wanted = dict(_leaves({key: without_backend(_resolved(cfg, key)) for key in JUDGED}))
-    found = dict(_leaves({key: without_backend(given[key]) for key in JUDGED}))
+    wanted, found = dict(_leaves(_judged(cfg))), dict(_leaves(_judged(given)))
     keys = [key for key in wanted if key not in FREE and not key.startswith(FREE_BELOW)]
     changed = [key for key in keys if found.get(key) != wanted[key]]
     texts = [f"{key}={found.get(key)} instead of {wanted[key]}" for key in changed]
-    everything = recipes.load(recipe).target.images
-    if (images, measured) != (everything, everything):
-        texts.append(f"{min(images, measured):,} of {everything:,} images")
+    target = recipes.load(recipe).target
+    if "samples" in target:
+        made = given.get("samples") or 0
+        return texts + ([f"{made:,} of {target.samples:,} samples"] if made != target.samples else [])
+    if (images, measured) != (target.images, target.images):
+        texts.append(f"{min(images, measured):,} of {target.images:,} images")
     return texts
 
 
-def _resolved(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+def _judged(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """What decides a figure besides the weights."""
+    node = {key: config[key] for key in JUDGED}
+    if "sampling" in (config.get("task") or {}):
+        node["sampling"] = config["task"]["sampling"]
+    plain = {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in node.items()}
+    return {key: without_backend(value) for key, value in plain.items()}
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -92,7 +92,7 @@ def test_errors_leave_the_model_as_it_is() -> None:
     to_moh(dense, 2, 3)
     with pytest.raises(ValueError, match="the model must have no head gates, got some in stages"):
         to_moh(dense, 2, 3)
-    with pytest.raises(ValueError, match="got VisionTransformer; give a model of timm to .*replace"):
+    with pytest.raises(ValueError, match=r"got VisionTransformer; give a model of timm to .*replace"):
         to_moh(timm.create_model("vit_tiny_patch16_224", img_size=32), 1, 1)
 
 

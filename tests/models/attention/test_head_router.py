@@ -89,6 +89,15 @@ def test_l2_has_a_gradient_in_training_and_a_loss() -> None:
     assert q.grad[:, 2:].abs().sum() > 0 and (q.grad[:, :2] == 0).all()
 
 
+def test_l2_has_a_moderate_gradient_where_norms_nearly_agree() -> None:
+    router = QueryRouter(64, 4, 1, 2).train()
+    q = torch.ones(1, 4, 3, 8) + 1e-6 * torch.randn(1, 4, 3, 8, generator=torch.Generator().manual_seed(0))
+    q = torch.cat([q, 8 * torch.ones(1, 4, 1, 8)], dim=2).requires_grad_()
+    gates, balance = router(torch.zeros(1, 4, 64), q)
+    ((gates * torch.arange(4.0)).sum() + balance).backward()
+    assert gates.isfinite().all() and 0 < q.grad.abs().max() < 1e3
+
+
 def test_queries_are_those_of_the_attention() -> None:
     module, x = softmax_attention(SITE), tokens()
     q = module.qkv(x).unflatten(2, (3, 8, 8))[:, :, 0].transpose(1, 2)
@@ -145,6 +154,8 @@ def _worker(rank: int, port: int, results: mp.Queue) -> None:
     loss.backward()
     biased(x)
     biased.after_step()
+    if rank == 0:
+        router.eval()(x)  # alone, as where one process makes samples: nothing waits for the others
     results.put((rank, loss.item(), router.wg.weight.grad.tolist(), biased.bias.tolist()))
     dist.destroy_process_group()
 
@@ -218,6 +229,10 @@ def test_an_undecided_router_has_entropy_1_and_no_margin() -> None:
             {"shared_heads": [1] * 11},
             "shared_heads has 11 entries for 12 blocks; give attention.shared_heads one entry",
         ),
+        ({"shared_heads": None}, "shared_heads must be a number of heads .*got None; set attention.shared_heads"),
+        ({"routed_heads": True}, "routed_heads must be a number of heads .*got True; set attention.routed_heads"),
+        ({"shared_heads": "3"}, "shared_heads must be a number of heads .*got '3'; set attention.shared_heads"),
+        ({"routed_heads": math.nan}, "routed_heads must be a number of heads .*got nan; set attention.routed_heads"),
         ({"shared_heads": 6, "routed_heads": 3}, "6 shared and 3 routed heads are more than the 8 heads"),
     ],
 )

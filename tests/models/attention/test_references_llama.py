@@ -38,7 +38,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.queries(x)
-        gates, balance = self.router(x, q)
+        gates, _ = self.router(x, q)
         k, v = (p(x).unflatten(2, (self.kv_heads, -1)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.rotated(k), v))
         o = F.scaled_dot_product_attention(self.rotated(q), k, v, is_causal=True)

@@ -236,6 +236,8 @@ def test_a_step_of_the_benchmark():
         ({"num_heads": [4, 0]}, r"DiT: num_heads must be a whole number of at least 1, got 0; set model.num_heads"),
         ({"class_dropout": 1.0}, r"DiT: class_dropout must be in \[0, 1\), got 1.0; set model.class_dropout"),
         ({"dim": 34, "num_heads": 2}, r"position_table: .* multiple of 4 channels, got 34; change model.dim"),
+        ({"head_dim": 0}, r"DiT: head_dim must be a whole number of at least 1, got 0; set model.head_dim"),
+        ({"mlp_ratio": 0}, r"DiT: mlp_ratio must be a number above 0, got 0; set model.mlp_ratio"),
         ({"num_classes": 0}, r"DiT: num_classes must be a whole number of at least 1, got 0; set model.num_classes"),
         (
             {"features_only": True},
@@ -261,3 +263,12 @@ def test_wrong_latents(shape):
     model = DiT(softmax_attention, 16, 5, latent_stride=1, in_channels=3, dim=32, depth=1, num_heads=4)
     with pytest.raises(ValueError, match=r"DiT: latents must be \(batch, 3, height, width\) with sides that patches"):
         model(torch.randn(*shape), torch.ones(2), torch.zeros(2, dtype=torch.long))
+
+
+def test_timesteps_and_labels_of_another_number():
+    model = DiT(softmax_attention, 16, 5, latent_stride=1, in_channels=3, dim=32, depth=1, num_heads=4)
+    for given in ((torch.ones(1), torch.zeros(2, dtype=torch.long)), (torch.ones(2), torch.zeros(2, 1).long())):
+        with pytest.raises(
+            ValueError, match=r"DiT: (timesteps|labels) must be one number for each of the 2 latents, got"
+        ):
+            model(torch.randn(2, 3, 16, 16), *given)

@@ -1,0 +1,168 @@
+"""What every task shares: optimizer, schedule, auxiliary losses, metrics of the raw and of the averaged weights.
+
+Shapes: L = layers that return an auxiliary loss.
+"""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from models.tasks.effective_batch import images_per_step, scaled_rate
+from models.tasks.schedule import Schedule, check_number, check_schedule
+
+REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
+
+
+class Task(pl.LightningModule):
+    """How the weights of `model` are updated; a subclass says what is minimised and what is measured.
+
+    Args:
+        model: with `set_gradient_checkpointing(enabled)` and `no_weight_decay()`.
+        optimizer: keywords of `timm.optim.create_optimizer_v2`, and `reference_batch`: the global batch that `lr` is
+            meant for (the rate is scaled linearly with the real one), or None.
+        schedule: keywords of `timm.scheduler.create_scheduler_v2`, in epochs; stepped after every optimizer step.
+        metrics: makes the metrics of validation by name, once for the raw weights and once for the averaged ones.
+        auxiliary: for each auxiliary loss that the model returns, its weight and its reduction over layers.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        compile: run the model through torch.compile; keys of the state dict stay the same.
+
+    Attributes:
+        ema_model: set by the EMA callback, and then measured beside the raw weights under names ending in `_ema`.
+        final_figures: what was measured after the last step, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any],
+        *,
+        metrics: Any,
+        auxiliary: dict[str, dict[str, Any]] | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_settings(model, optimizer, schedule)
+        for name, how in (auxiliary or {}).items():
+            if how["reduction"] not in REDUCTIONS:
+                raise ValueError(
+                    f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
+                )
+        self.model = model
+        self.optimizer, self.schedule, self.auxiliary = dict(optimizer), dict(schedule), auxiliary or {}
+        self.metrics = nn.ModuleDict({"raw": metrics(), "ema": metrics()})
+        self.ema_model: nn.Module | None = None
+        self.final_figures: dict[str, float] = {}
+        model.set_gradient_checkpointing(gradient_checkpointing)
+        self.compiled = compile
+        if compile:
+            model.compile()
+
+    @property
+    def figures(self) -> list[str]:
+        """What validation logs: the names that a checkpoint can be chosen by."""
+        return [f"val/{name}{suffix}" for suffix in ("", "_ema") for name in self.metrics["raw"]]
+
+    def prepare(self, data: pl.LightningDataModule) -> None:
+        """Tells the data what the task needs of it, before anything is started.
+
+        Raises:
+            ValueError: the data cannot give it.
+        """
+
+    def measure(self, weights: str, model: nn.Module, batch: Any) -> None:
+        """Updates `self.metrics[weights]` with what `model` makes of a batch."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.prepare(self.trainer.datamodule)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.measure("raw", self.model, batch)
+            if self.ema_model is not None:
+                self.measure("ema", self.ema_model, batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        for weights, suffix in [("raw", ""), ("ema", "_ema")]:
+            for name, metric in self.metrics[weights].items():
+                if metric.update_called:
+                    self.log(f"val/{name}{suffix}", metric.compute(), prog_bar=name == "top1")
+                    metric.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def auxiliary_loss(self, losses: dict[str, Tensor], batch_size: int) -> Tensor | float:
+        """The weighted sum of the losses that layers returned, each (L,); logged one by one without their weights."""
+        total: Tensor | float = 0.0
+        for name, layers_L in losses.items():
+            value, weight = self._auxiliary(name, layers_L)
+            self.log(f"train/{name}", value.detach(), batch_size=batch_size)
+            total = total + weight * value
+        return total
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        total = self.trainer.estimated_stepping_batches
+        if total < 1 or not math.isfinite(total):
+            raise ValueError(
+                f"task: the run has {total} optimizer steps; set trainer.max_epochs or trainer.max_steps to 1 or more"
+            )
+        settings = dict(self.optimizer)
+        if reference := settings.pop("reference_batch", None):
+            settings["lr"] = scaled_rate(
+                settings["lr"], reference, images_per_step(self.trainer, self.trainer.datamodule)
+            )
+        optimizer = self.build_optimizer(settings)
+        self.trainer.fit_loop.setup_data()  # a run that is limited by its steps alone has not asked for data yet
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        schedule = Schedule(optimizer, self.schedule, int(total), per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def build_optimizer(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer of the model's weights, from keywords of timm's."""
+        return _optimizer(self.model, settings)
+
+    def on_train_start(self) -> None:
+        # a checkpoint brings the rate of its own schedule; a run that was made longer has another one
+        self.lr_schedulers().step_update(self.trainer.global_step)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.trainer.global_step)
+
+    def _auxiliary(self, name: str, layers_L: Tensor) -> tuple[Tensor, float]:
+        if name not in self.auxiliary:
+            raise ValueError(
+                f"task: the model returns the auxiliary loss {name!r}, which has no weight; "
+                f"set +task.auxiliary.{name}='{{weight: 0.01, reduction: mean}}'"
+            )
+        how = self.auxiliary[name]
+        return REDUCTIONS[how["reduction"]](layers_L), how["weight"]
+
+
+def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return create_optimizer_v2(model, **{key: value for key, value in settings.items() if value is not None})
+
+
+def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+    """Finds wrong settings before anything is started, by making an optimizer and throwing it away.
+
+    Raises:
+        ValueError: an unknown optimizer or schedule, an unknown key, or a value of a wrong type or range.
+    """
+    for name in ("lr", "reference_batch", "weight_decay", "layer_decay"):
+        if optimizer.get(name) is not None:
+            check_number("optimizer", name, optimizer[name])
+    check_schedule(schedule)
+    if optimizer:
+        try:
+            _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
