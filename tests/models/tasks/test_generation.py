@@ -190,6 +190,11 @@ def test_latents_of_an_autoencoder(autoencoder, monkeypatch):
     x0 = made.latents.encode(images, lambda mean: noise)
     torch.testing.assert_close(x0, wanted)
     torch.testing.assert_close(made.latents.decode(x0), made.latents.network.decode(wanted / 0.18215).sample)
+    made.latents.shift = 0.25  # as newer autoencoders have
+    shifted = made.latents.encode(images, lambda mean: noise)
+    torch.testing.assert_close(shifted, wanted - 0.18215 * 0.25)
+    torch.testing.assert_close(made.latents.decode(shifted), made.latents.network.decode(wanted / 0.18215).sample)
+    made.latents.shift = 0.0
     assert not [name for name in made.state_dict() if not name.startswith("model.")]
     made.training_step(batch(), 0).backward()
     assert not any(p.requires_grad for p in made.latents.network.parameters())
@@ -313,7 +318,7 @@ def test_a_run_from_training_to_samples(command, tmp_path, monkeypatch):
     assert measured["val/recognised_ema"] == figures["val/recognised_ema"] and measured["flops"] > 1e4
     assert "12 images as the ADM evaluation suite reads them; FID is not computed here" in out and "recognised" in out
     with np.load(whole / "checkpoints" / "samples.npz") as file:
-        assert file["arr_0"].shape == (12, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+        assert file["arr_0"].shape == (12, 32, 32, 3) and file["arr_0"].dtype == np.uint8
     for setting, text in [
         (
             "samples=0",
@@ -348,7 +353,7 @@ def test_a_fit_is_for_one_model_task_and_data_and_gives_way_to_the_command_line(
 
     chosen = ("model=moh_dit_s_2", "task=generation", "data=digits")
     cfg = composed(*chosen, "model.dim=48")
-    assert (cfg.model.dim, cfg.model.patch_size, cfg.image_size) == (48, 2, 8)
+    assert (cfg.model.dim, cfg.model.latent_stride, cfg.image_size) == (48, 4, 32)
     assert cfg.run.fit == "moh_dit_s_2_generation_digits"
     assert cfg.checkpoint.monitor == "val/loss" and cfg.checkpoint.mode == "min" and cfg.augment.shift == 0
     for others in ((*chosen, "~fit"), (*chosen[:2], "data=fake"), chosen[::2], ("model=moh_dit_s_2_75", *chosen[1:])):
