@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Grid, Refused, Site
+from models.attention import Grid, Site
 from models.attention.heads import merge_heads
 from models.attention.inline import FEATURES, InLineCore, inline_attention
-from models.attention.moh import MoHAttention
 from models.layers.block import Block
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(3, 3, 2)]
@@ -187,10 +186,3 @@ def test_refuses_wrong_options(options: dict, message: str | None) -> None:
         return
     with pytest.raises(ValueError, match=message):
         mixer(Grid(4, 4), **options)
-
-
-def test_a_head_gate_has_no_input_of_the_block_to_give() -> None:
-    site = Site(16, 4, Grid(4, 4), 0, 0, 1, "hierarchical")
-    with pytest.raises(Refused, match=r"moh gives the attention no input of the block; set attention.core.resid"):
-        MoHAttention(site, core=lambda site: inline_attention(site, residual_input="stream"))
-    assert MoHAttention(site, core=inline_attention)(tokens(Grid(4, 4)).float(), Grid(4, 4)).x.shape == (2, 16, 16)

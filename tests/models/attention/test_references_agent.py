@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 def cases(*constructors: str) -> list[str]:
     modules = [name for name in reference.cases("module") if name.startswith("agent/")]
-    return [name for name in modules if reference.info(name)["official_constructor"] in constructors]
+    return [name for name in modules if reference.info(name).get("official_constructor") in constructors]
 
 
 def bias_tables(theirs: State) -> State:

@@ -46,7 +46,7 @@ STRIDED = {"avgpool": nn.AvgPool2d, "maxpool": nn.MaxPool2d}
 
 
 def cases(constructors: dict) -> list[str]:
-    return [n for n in reference.cases("module") if reference.info(n)["official_constructor"] in constructors]
+    return [n for n in reference.cases("module") if reference.info(n).get("official_constructor") in constructors]
 
 
 def site_of(case: dict) -> Site:

@@ -21,7 +21,7 @@ NAMES = {"cpe.0": "position", "cpe.1": "mlp_position"}
 
 
 def cases(constructors) -> list[str]:
-    return [n for n in reference.cases("module") if reference.info(n)["official_constructor"] in constructors]
+    return [n for n in reference.cases("module") if reference.info(n).get("official_constructor") in constructors]
 
 
 def mixer(hparams: dict, grid: Grid, block: int) -> nn.Module:

@@ -21,7 +21,7 @@ SWIN, CSWIN = "models.flatten_swin.FocusedLinearAttention", "models.flatten_cswi
 
 def cases(*constructors: str) -> list[str]:
     modules = [name for name in reference.cases("module") if name.startswith("flatten/")]
-    return [name for name in modules if reference.info(name)["official_constructor"] in constructors]
+    return [name for name in modules if reference.info(name).get("official_constructor") in constructors]
 
 
 def core_state(theirs: State) -> State:

@@ -23,7 +23,7 @@ PREFIXES = {"deit": "blocks.0.attn.", "pvt": "block1.0.attn.", "swin": "layers.0
 
 def cases(*constructors: str) -> list[str]:
     modules = [name for name in reference.cases("module") if name.startswith("inline/")]
-    return [name for name in modules if reference.info(name)["official_constructor"] in constructors]
+    return [name for name in modules if reference.info(name).get("official_constructor") in constructors]
 
 
 def grid_of(case: dict) -> Grid:

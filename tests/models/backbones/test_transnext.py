@@ -73,7 +73,7 @@ def test_distances_are_measured_in_the_maps_of_the_first_training(name, pretrain
 
 
 def test_the_size_of_the_first_training_is_given_once_and_in_pixels():
-    with torch.device("meta"), pytest.raises(ValueError, match=r"image_size: must be pixels, .*got 0"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"pretrain_size: must be pixels, .*got 0"):
         create_model("transnext_tiny", pretrain_size=0, **SMALL)
     attention = partial(aggregated_attention, pretrain_size=7)
     text = (

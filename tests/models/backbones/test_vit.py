@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models import create_model
-from models.attention import Grid
+from models.attention import Grid, Site
 from models.attention.softmax import softmax_attention
 from models.backbones.vit import ViT
 
@@ -54,6 +54,6 @@ def test_the_class_token_decides():
 def test_sites_and_pyramid_at_any_depth(recorder, depth):
     model = ViT(recorder, (32, 40), 5, patch_size=8, dim=16, depth=depth, num_heads=2)
     assert [site.block for site in recorder.sites] == list(range(depth))
-    assert {site._replace(block=0) for site in recorder.sites} == {(16, 2, Grid(4, 5, 1), 0, 0, depth, "vit", False)}
+    assert {site._replace(block=0) for site in recorder.sites} == {Site(16, 2, Grid(4, 5, 1), 0, 0, depth, "vit")}
     assert sum(len(stage.blocks) for stage in model.stages) == depth
     assert [m.shape for m in model.forward_pyramid(torch.randn(1, 3, 32, 40))] == [(1, 16, 4, 5)] * 4
