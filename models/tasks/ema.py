@@ -13,13 +13,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import Callback
 from torch import nn
 
+from models.tasks.after_step import AfterStep
 from models.tasks.checkpoint import EMA_KEY
 
 
-class EMA(Callback):
+class EMA(AfterStep):
     """Averages parameters and buffers of `task.model` after every optimizer step.
 
     Args:
@@ -39,7 +39,6 @@ class EMA(Callback):
         self.decay, self.warmup, self.gamma, self.power = decay, warmup, gamma, power
         self.model: nn.Module | None = None
         self.updates = 0
-        self._seen_step = 0
 
     def decay_at(self, update: int) -> float:
         """The decay of the n-th update, n = 1, 2, …"""
@@ -78,16 +77,6 @@ class EMA(Callback):
         if trainer.world_size > 1 and trainer.state.fn == "fit":
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._seen_step:
-            self._seen_step = trainer.global_step
-            self.update(pl_module.model)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

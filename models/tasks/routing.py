@@ -12,13 +12,14 @@ nothing.
 import csv
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from torch import nn
 
 from models.attention.head_router import HeadRouter
 from models.attention.moh import balance_heads
+from models.tasks.after_step import AfterStep
 from models.tasks.loggers import SafeWandb
 
 
@@ -32,26 +33,19 @@ class Layer(NamedTuple):
     margin: float
 
 
-class Routing(Callback):
+class Routing(AfterStep):
     """See the module's docstring. `layers` is the last measurement."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
-        self._seen_step, self._folder = 0, None
+        self._folder = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._routers = {n: m for n, m in pl_module.model.named_modules() if isinstance(m, HeadRouter)}
         self._folder = Path(trainer.default_root_dir)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._seen_step:
-            self._seen_step = trainer.global_step
-            balance_heads(pl_module.model)
+    def update(self, model: nn.Module) -> None:
+        balance_heads(model)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for router in self._routers.values():

@@ -2,6 +2,7 @@
 
 import math
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_one_entry_per_block_or_per_stage() -> None:
 
 
 def test_an_attention_that_reads_the_stream_is_gated() -> None:
-    core = lambda site: inline_attention(site, residual_input="stream")  # noqa: E731
+    core = partial(inline_attention, residual_input="stream")
     module, x = MoHAttention(SITE, core=core, shared_heads=2, routed_heads=3).eval(), tokens()
     assert module.reads_stream
     out = module(x, GRID, stream_BNC=2 * x).x
