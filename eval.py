@@ -5,9 +5,8 @@ $ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the
 $ python eval.py recipe=biformer/tiny_in1k data.root=/data/imagenet ckpt=biformer_tiny_best.pth
 """
 
+from conf import cli, evaluation  # isort: skip  (first: it refuses a Python that is too old)
 from omegaconf import DictConfig
-
-from conf import cli, evaluation
 
 
 def main(cfg: DictConfig) -> float:

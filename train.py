@@ -5,9 +5,8 @@ $ python train.py recipe=biformer/tiny_in1k data.root=/data/imagenet trainer.dev
 $ python train.py --help
 """
 
+from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
 from omegaconf import DictConfig
-
-from conf import cli
 
 
 def main(cfg: DictConfig) -> float | None:

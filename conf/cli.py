@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import recipes
-from conf import resolvers
+from conf import extras, resolvers
 
 CONF = Path(__file__).parent
 
@@ -56,6 +56,8 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on."""
         sys.argv[:] = command  # `before` may have taken something off, which further processes of this run need
         try:
+            if missing := extras.missing(cfg):
+                raise UserError("\n".join(missing))
             return job(cfg)
         except UserError as error:
             failed.append(error.status)
