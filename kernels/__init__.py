@@ -1,7 +1,7 @@
 """Fused operations: what attention computes between its projections, in one or a few passes over memory.
 
 One module per operation: definition, public function, reference in plain PyTorch, registration, and the shapes that
-tests and benchmark use. The Triton kernels of an operation are in `kernels/fused/` under the same name, so that nothing
+tests and benchmark use. The Triton kernels of an operation are in `triton.py` of its folder, so that nothing
 imports Triton on a machine that has none. Imports torch and triton only: this folder and its tests run alone.
 
     from kernels.window_attention import window_attention

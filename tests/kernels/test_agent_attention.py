@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.agent_attention import agent_attention, inputs, reference
-from kernels.fused import agent_attention as fused
+from kernels.agent_attention import triton as fused
 
 SMALL = {"batch": 3, "grid": (4, 5, 1), "dim": 16, "heads": 1, "agents": (2, 3)}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.aggregated_attention import OPERATION, aggregated_attention, inputs, reference
-from kernels.fused import aggregated_attention as fused
+from kernels.aggregated_attention import triton as fused
 
 SMALL = {"batch": 1, "grid": (3, 4), "pool": 2, "heads": 1, "head_dim": 8}
 

@@ -11,7 +11,7 @@ from kernels.channel_attention import (
     inputs,
     reference,
 )
-from kernels.fused import channel_attention as fused
+from kernels.channel_attention import triton as fused
 
 
 def heads_of(qkv, num_heads):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.depthwise_conv import depthwise_conv, inputs, reference
-from kernels.fused import depthwise_conv as fused
+from kernels.depthwise_conv import triton as fused
 
 
 def test_is_conv2d():

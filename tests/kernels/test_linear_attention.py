@@ -143,7 +143,7 @@ def test_head_widths(head_dim):
 
 def test_shares_of_the_tokens_are_added(monkeypatch):
     """As on a large map: several shares per image, and heads in groups."""
-    from kernels.fused import linear_attention as fused
+    from kernels.linear_attention import triton as fused
 
     inputs = module.focused_inputs("cpu", torch.float32, batch=2, grid=(9, 10), heads=3, dim=48, kernel=0)
     wanted = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
@@ -154,7 +154,7 @@ def test_shares_of_the_tokens_are_added(monkeypatch):
 
 
 def test_every_stage_has_shares_that_cover_it():
-    from kernels.fused.linear_attention import shares
+    from kernels.linear_attention.triton import shares
 
     for operation in module.OPERATIONS:
         for shape in operation.stages.values():

@@ -61,7 +61,7 @@ def test_what_is_left_out_is_never_read(poisoned):
 
 @pytest.mark.parametrize("skip", ["always", "never"])
 def test_two_launches_backward_give_what_one_gives(skip, monkeypatch, poisoned):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     given = inputs("cpu", torch.float32, **{**SMALL, "tokens": 100, "skip": skip})
     leaves = given["qkv_BNC"], given["gates_BNM"]
@@ -73,7 +73,7 @@ def test_two_launches_backward_give_what_one_gives(skip, monkeypatch, poisoned):
 
 @pytest.mark.parametrize(("tokens", "skip", "launches"), [(20, "auto", 2), (20, "always", 3), (520, "auto", 4)])
 def test_number_of_launches(tokens, skip, launches, monkeypatch):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     launched = []
     monkeypatch.setattr(fused, "launch", lambda kernel, *_, **__: launched.append(kernel))
@@ -94,7 +94,7 @@ def test_half_precision_gates_have_half_precision_gradients():
 
 
 def test_tokens_of_a_head_are_listed_in_order_over_many_chunks(poisoned):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     gates = (torch.rand(2, 700, 3, generator=torch.Generator().manual_seed(0)) < 0.4).float()
     gates[:, :, 0], gates[:, :, 1] = 1, 0
@@ -156,7 +156,7 @@ def test_without_routed_heads():
 
 
 def test_programs_of_the_router_share_the_tokens(monkeypatch, poisoned):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     monkeypatch.setattr(fused, "PROGRAMS", 2)
     given = route_inputs("cpu", torch.float32, batch=3, tokens=150, experts=5, shared=2, routed=2)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 LOG2E = 1.4426950408889634
 SEPARATE_FROM = 512  # tokens: from here on queries have a backward launch of their own

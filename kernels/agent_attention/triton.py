@@ -10,7 +10,7 @@ image and head. Then those of the tokens: a program owns a tile of tokens and a 
 and keeps the gradient of its piece of a bias table in registers: a partial table per group instead of one per image.
 
 With bias tables one launch more in front, which pads them, and one behind the backward pass, which adds up the groups;
-with a convolution the weights are transposed first, and their gradient is that of `kernels.fused.depthwise_conv`.
+with a convolution the weights are transposed first, and their gradient is that of `kernels.depthwise_conv.triton`.
 """
 
 import torch
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import depthwise_conv
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 WHOLE = 256  # tokens up to which one program does everything for an image and a head
 

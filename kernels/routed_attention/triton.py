@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import depthwise_conv
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 LOG2E = 1.4426950408889634
 

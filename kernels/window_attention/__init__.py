@@ -161,7 +161,7 @@ def _check(
 
 
 def _forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale):
-    from kernels.fused import window_attention as fused
+    from kernels.window_attention import triton as fused
 
     out, lse = _fake_forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale)
     fused.forward(qkv, padding, bias, (height, width), heads, (h, w), (sy, sx), scale, out, lse)
@@ -169,7 +169,7 @@ def _forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale):
 
 
 def _backward(grad, qkv, padding, bias, out, lse, height, width, heads, h, w, sy, sx, scale):
-    from kernels.fused import window_attention as fused
+    from kernels.window_attention import triton as fused
 
     return fused.backward(grad, qkv, padding, bias, out, lse, (height, width), heads, (h, w), (sy, sx), scale)
 

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import depthwise_conv
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 MULTIPROCESSORS = 132  # of the GPU that the shares are made for; others only get more or fewer rounds
 WITH_MEANS = 4  # rows of the state of "inline" besides D: means of k and v less their shifts, and the shifts

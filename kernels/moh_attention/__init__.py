@@ -169,25 +169,25 @@ def _check_router(logits: Tensor, shared: int, routed: int) -> None:
 
 
 def _forward(qkv, gates, scale, skip):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     return fused.forward(qkv, gates, scale, skip)
 
 
 def _backward(grad, qkv, gates, out, lse, index, count, scale):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     return fused.backward(grad, qkv, gates, out, lse, index, count, scale)
 
 
 def _route(logits, shared, routed):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     return fused.route(logits, shared, routed)
 
 
 def _route_backward(grad, balance, logits, load, shared, routed):
-    from kernels.fused import moh_attention as fused
+    from kernels.moh_attention import triton as fused
 
     return fused.route_backward(grad, balance, logits, load, shared, routed)
 

@@ -180,14 +180,14 @@ def _check_width(who: str, channels: int) -> None:
 
 
 def _conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, prefix, eps, dtype):
-    from kernels.fused import layer_norm as fused
+    from kernels.layer_norm import triton as fused
 
     grid = (height, width, prefix)
     return fused.conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, grid, eps, dtype)
 
 
 def _conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps):
-    from kernels.fused import layer_norm as fused
+    from kernels.layer_norm import triton as fused
 
     return fused.conv_backward(dy, dn, x, y, conv_weight, norm_weight, (height, width, prefix), eps)
 
@@ -244,14 +244,14 @@ class _ConvNorm(torch.autograd.Function):
 
 
 def _pooled_forward(x, norm_weight, norm_bias, height, width, prefix, region_height, region_width, eps, dtype):
-    from kernels.fused import layer_norm as fused
+    from kernels.layer_norm import triton as fused
 
     grid, region = (height, width, prefix), (region_height, region_width)
     return fused.pooled_forward(x, norm_weight, norm_bias, grid, region, eps, dtype)
 
 
 def _norm_backward(dn, x, norm_weight, eps):
-    from kernels.fused import layer_norm as fused
+    from kernels.layer_norm import triton as fused
 
     return fused.norm_backward(None, dn, x, norm_weight, eps)
 

@@ -250,19 +250,19 @@ def _check_fused(qkv: Tensor, routes: Tensor, heads: int, qk_dim: int, weight: T
 
 
 def _means(x, height, width, region_height, region_width):
-    from kernels.fused import routed_attention as fused
+    from kernels.routed_attention import triton as fused
 
     return fused.region_means(x, (height, width), (region_height, region_width))
 
 
 def _selection(q, k, topk, scale):
-    from kernels.fused import routed_attention as fused
+    from kernels.routed_attention import triton as fused
 
     return fused.select_regions(q, k, topk, scale)
 
 
 def _forward(qkv, lepe_weight, lepe_bias, routes, height, width, region_height, region_width, heads, qk_dim, scale):
-    from kernels.fused import routed_attention as fused
+    from kernels.routed_attention import triton as fused
 
     grid, region = (height, width), (region_height, region_width)
     out, lse = fused.forward(qkv, routes, grid, region, heads, qk_dim, scale)
@@ -274,7 +274,7 @@ def _forward(qkv, lepe_weight, lepe_bias, routes, height, width, region_height, 
 def _backward(
     grad, qkv, out, lse, lepe_weight, routes, height, width, region_height, region_width, heads, qk_dim, scale
 ):
-    from kernels.fused import routed_attention as fused
+    from kernels.routed_attention import triton as fused
 
     grid, region = (height, width), (region_height, region_width)
     d_qkv = fused.backward(grad, qkv, out, lse, routes, grid, region, heads, qk_dim, scale)

@@ -3,6 +3,6 @@
 from kernels.dispatch import INTERPRETED
 
 if INTERPRETED:
-    from kernels.fused import interpreter
+    from kernels.device import interpreter
 
     interpreter.mend()

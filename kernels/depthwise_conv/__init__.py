@@ -101,14 +101,14 @@ def _check(
 
 
 def _forward(x, weight, bias, residual, height, width, prefix, gelu):
-    from kernels.fused import depthwise_conv as fused
+    from kernels.depthwise_conv import triton as fused
 
     out = torch.empty(x.shape, dtype=_dtype(x, residual), device=x.device)
     return fused.forward(x, weight, bias, out, (height, width, prefix), residual=residual, gelu=gelu)
 
 
 def _backward(grad, x, weight, bias, height, width, prefix, gelu):
-    from kernels.fused import depthwise_conv as fused
+    from kernels.depthwise_conv import triton as fused
 
     return fused.backward(grad, x, weight, bias, (height, width, prefix), gelu=gelu)
 

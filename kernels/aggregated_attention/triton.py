@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregated_attention import EPSILON
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(EPSILON)

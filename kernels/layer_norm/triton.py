@@ -1,7 +1,7 @@
 """Triton kernels of `kernels.layer_norm`: the two forwards, and one backward of the norm, without atomics.
 
 A program holds all channels of its tokens. The convolution goes through the rows of the map as in
-`kernels.fused.depthwise_conv`: each row that is read is added to all of the four output rows that see it.
+`kernels.depthwise_conv.triton`: each row that is read is added to all of the four output rows that see it.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import depthwise_conv
-from kernels.fused.depthwise_conv import _four_rows, _tile
-from kernels.fused.launch import launch, power_of_2, rows
+from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.depthwise_conv.triton import _four_rows, _tile
+from kernels.device.launch import launch, power_of_2, rows
 
 FULL = 528  # programs: four for each of 132 multiprocessors
 

@@ -165,7 +165,7 @@ def _check_limits(agents: tuple[int, int], weight: Tensor | None) -> None:
 
 
 def _forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, down, across, scale):
-    from kernels.fused import agent_attention as fused
+    from kernels.agent_attention import triton as fused
 
     return fused.forward(qkv, gather, scatter, weight, bias, (height, width, prefix), heads, (down, across), scale)
 
@@ -173,7 +173,7 @@ def _forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, d
 def _backward(
     grad, qkv, agents, gathered, lse, gather, scatter, weight, height, width, prefix, heads, down, across, scale
 ):
-    from kernels.fused import agent_attention as fused
+    from kernels.agent_attention import triton as fused
 
     saved = agents, gathered, lse
     grid = (height, width, prefix)

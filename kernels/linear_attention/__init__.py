@@ -314,7 +314,7 @@ def _fused(
 
 
 def _forward(qkv, scale, position, weight, bias, lepe_weight, lepe_bias, height, width, prefix, *options):
-    from kernels.fused import linear_attention as fused
+    from kernels.linear_attention import triton as fused
 
     parameters = (scale, position, weight, bias, lepe_weight, lepe_bias)
     return fused.forward(qkv, *parameters, (height, width, prefix), *options)
@@ -322,7 +322,7 @@ def _forward(qkv, scale, position, weight, bias, lepe_weight, lepe_bias, height,
 
 def _backward(grad, qkv, state, stats, taps, scale, position, weight, bias, lepe_weight, lepe_bias, height, width,
               prefix, *options):  # fmt: skip
-    from kernels.fused import linear_attention as fused
+    from kernels.linear_attention import triton as fused
 
     parameters = (scale, position, weight, bias, lepe_weight, lepe_bias)
     return fused.backward(grad, qkv, state, stats, taps, *parameters, (height, width, prefix), *options)

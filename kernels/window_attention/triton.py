@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import launch, power_of_2, precision, rows
 
 TILE = 64
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -177,7 +177,7 @@ def _check(
 
 
 def _forward(qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, token_bias, gates, height, width, window):
-    from kernels.fused import aggregated_attention as fused
+    from kernels.aggregated_attention import triton as fused
 
     parameters = (scale, embedding, local_bias, pool_bias, tokens, token_bias, gates)
     return fused.forward(qkv, kv_pool, parameters, (height, width), window)
@@ -186,7 +186,7 @@ def _forward(qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, toke
 def _backward(
     grad, qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, token_bias, gates, lse, height, width, window
 ):
-    from kernels.fused import aggregated_attention as fused
+    from kernels.aggregated_attention import triton as fused
 
     parameters = (scale, embedding, local_bias, pool_bias, tokens, token_bias, gates)
     return fused.backward(grad, qkv, kv_pool, parameters, lse, (height, width), window)

@@ -195,7 +195,7 @@ def _kept(qkv: Tensor, num_heads: int) -> tuple:
 
 
 def _forward(qkv, num_heads, scale):
-    from kernels.fused import channel_attention as fused
+    from kernels.channel_attention import triton as fused
 
     o = torch.empty(*qkv.shape[:2], qkv.shape[2] // 3, dtype=qkv.dtype, device=qkv.device)
     state = torch.empty(_kept(qkv, num_heads), dtype=torch.float32, device=qkv.device)
@@ -204,7 +204,7 @@ def _forward(qkv, num_heads, scale):
 
 
 def _backward(grad, qkv, state, num_heads, scale):
-    from kernels.fused import channel_attention as fused
+    from kernels.channel_attention import triton as fused
 
     return fused.backward(grad, qkv, state, num_heads, scale)
 
@@ -255,7 +255,7 @@ class _ChannelAttention(torch.autograd.Function):
 
 
 def _gram(x):
-    from kernels.fused import channel_attention as fused
+    from kernels.channel_attention import triton as fused
 
     return fused.gram(x)
 
