@@ -1,8 +1,9 @@
 """Fused operations: what attention computes between its projections, in one or a few passes over memory.
 
-One module per operation: definition, public function, reference in plain PyTorch, registration, and the shapes that
-tests and benchmark use. The Triton kernels of an operation are in `triton.py` of its folder, so that nothing
-imports Triton on a machine that has none. Imports torch and triton only: this folder and its tests run alone.
+One folder per operation: `__init__` has its definition in plain PyTorch and the public function, `register` its
+operators, `triton` its kernels, which are imported when a fused path first runs, so that nothing imports Triton on a
+machine that has none, and `cases` the shapes that tests and benchmark use. `device/` holds what kernels share and how
+they are launched. Imports torch and triton only: this folder and its tests run alone.
 
     from kernels.window_attention import window_attention
     o_BNC = window_attention(qkv_BNC, (56, 56), num_heads=3, window=(7, 7))      # fused on a GPU, PyTorch elsewhere
@@ -14,30 +15,21 @@ imports Triton on a machine that has none. Imports torch and triton only: this f
 """
 
 from importlib import import_module
+from pathlib import Path
 
 from kernels.dispatch import reference as reference
 
-# modules, in the order in which they are listed everywhere
-OPERATIONS = (
-    "depthwise_conv",
-    "routed_attention",
-    "window_attention",
-    "channel_attention",
-    "agent_attention",
-    "linear_attention",
-    "moh_attention",
-    "aggregated_attention",
-    "layer_norm",
-)
+# the folders that have cases, in the order in which they are listed everywhere
+OPERATIONS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/cases.py")))
 
 
 def operations_of(module: str) -> tuple:
-    """The `Operation`s that a module of this folder defines.
+    """The `Operation`s of a folder of this one.
 
     Raises:
-        ValueError: there is no such module.
+        ValueError: there is no such folder.
     """
     if module not in OPERATIONS:
         raise ValueError(f"kernels: no operation is called {module}; choose from {', '.join(OPERATIONS)}")
-    found = import_module(f"kernels.{module}")
-    return getattr(found, "OPERATIONS", None) or (found.OPERATION,)
+    cases = import_module(f"kernels.{module}.cases")
+    return getattr(cases, "OPERATIONS", None) or (cases.OPERATION,)

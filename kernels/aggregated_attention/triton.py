@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregated_attention import EPSILON
+from kernels.aggregated_attention.constants import EPSILON
 from kernels.device.launch import launch, power_of_2, precision, rows
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -1,4 +1,4 @@
-"""The Triton kernels, one module per operation, and how they are launched. Imported when a fused path first runs."""
+"""What kernels share, and how they are launched and interpreted. Imported when a fused path first runs."""
 
 from kernels.dispatch import INTERPRETED
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from kernels import depthwise_conv
 from kernels.dispatch import check_tensors, is_fused
-from kernels.operation import Cost, Operation
-from kernels.registration import define
+from kernels.layer_norm.register import ConvNorm, PooledNorm
 
 CONV_WHO = "conv_norm"
 POOLED_WHO = "pooled_norm"
@@ -70,7 +69,7 @@ def conv_norm(
             "backend=torch"
         )
     sizes = (grid[0], grid[1], sum(grid[2:]))
-    return _ConvNorm.apply(x_BNC, conv_weight, conv_bias, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
+    return ConvNorm.apply(x_BNC, conv_weight, conv_bias, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
 
 
 def conv_reference(
@@ -85,7 +84,7 @@ def conv_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch."""
     y_BNC = depthwise_conv.reference(x_BNC, grid, conv_weight, conv_bias, residual=x_BNC)
-    return y_BNC, _norm(y_BNC, norm_weight, norm_bias, eps)
+    return y_BNC, normalised(y_BNC, norm_weight, norm_bias, eps)
 
 
 def pooled_norm(
@@ -125,7 +124,7 @@ def pooled_norm(
     check_tensors(POOLED_WHO, {"x": x_BNC}, {"norm_weight": norm_weight, "norm_bias": norm_bias})
     _check_width(POOLED_WHO, C)
     sizes = (grid[0], grid[1], sum(grid[2:]), *region)
-    return _PooledNorm.apply(x_BNC, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
+    return PooledNorm.apply(x_BNC, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
 
 
 def pooled_reference(
@@ -138,14 +137,14 @@ def pooled_reference(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain PyTorch."""
-    n_BNC = _norm(x_BNC, norm_weight, norm_bias, eps)
+    n_BNC = normalised(x_BNC, norm_weight, norm_bias, eps)
     map_BCHW = n_BNC.detach()[:, sum(grid[2:]) :].unflatten(1, grid[:2]).permute(0, 3, 1, 2)
     map_BCHW = map_BCHW if map_BCHW.dtype == torch.float64 else map_BCHW.float()
     means_BCHW = F.avg_pool2d(map_BCHW, region, ceil_mode=True, count_include_pad=False)
     return n_BNC, means_BCHW.flatten(2).transpose(1, 2).contiguous()
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
@@ -174,261 +173,3 @@ def _check(who: str, x: Tensor, grid: tuple[int, ...], weight: Tensor, bias: Ten
 def _check_width(who: str, channels: int) -> None:
     if channels > WIDEST:
         raise ValueError(f"{who}: the kernels take at most {WIDEST} channels, got {channels}; use backend=torch")
-
-
-# Registration
-
-
-def _conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, prefix, eps, dtype):
-    from kernels.layer_norm import triton as fused
-
-    grid = (height, width, prefix)
-    return fused.conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, grid, eps, dtype)
-
-
-def _conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps):
-    from kernels.layer_norm import triton as fused
-
-    return fused.conv_backward(dy, dn, x, y, conv_weight, norm_weight, (height, width, prefix), eps)
-
-
-def _fake_conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, prefix, eps, dtype):
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
-
-
-def _fake_conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps):
-    vectors = (p.new_empty(p.shape[0]) for p in (conv_weight, norm_weight, norm_weight))
-    return x.new_empty(x.shape), conv_weight.new_empty(conv_weight.shape), *vectors
-
-
-def _flops(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, *_, out_shape=None, **__):
-    return 2 * x[0] * height * width * x[2] * conv_weight[-1] ** 2
-
-
-def _flops_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, *_, out_shape=None, **__):
-    return 4 * x[0] * height * width * x[2] * conv_weight[-1] ** 2
-
-
-_SIZES = "SymInt height, SymInt width, int prefix"
-conv_forward_op = define(
-    "conv_norm_forward(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor norm_weight, Tensor norm_bias, "
-    f"{_SIZES}, float eps, ScalarType dtype) -> (Tensor, Tensor)",
-    _conv_forward,
-    _fake_conv_forward,
-    _flops,
-)
-conv_backward_op = define(
-    "conv_norm_backward(Tensor dy, Tensor dn, Tensor x, Tensor y, Tensor conv_weight, Tensor norm_weight, "
-    f"{_SIZES}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _conv_backward,
-    _fake_conv_backward,
-    _flops_backward,
-)
-
-
-class _ConvNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, prefix, eps, dtype):
-        parameters = (conv_weight, conv_bias, norm_weight, norm_bias)
-        y, n = conv_forward_op(x, *parameters, height, width, prefix, eps, dtype)
-        ctx.save_for_backward(x, y, conv_weight, norm_weight)
-        ctx.options = height, width, prefix, eps
-        return y, n
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dn):
-        gradients = conv_backward_op(dy, dn, *ctx.saved_tensors, *ctx.options)
-        gradients = tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
-        return *gradients, *[None] * 5
-
-
-def _pooled_forward(x, norm_weight, norm_bias, height, width, prefix, region_height, region_width, eps, dtype):
-    from kernels.layer_norm import triton as fused
-
-    grid, region = (height, width, prefix), (region_height, region_width)
-    return fused.pooled_forward(x, norm_weight, norm_bias, grid, region, eps, dtype)
-
-
-def _norm_backward(dn, x, norm_weight, eps):
-    from kernels.layer_norm import triton as fused
-
-    return fused.norm_backward(None, dn, x, norm_weight, eps)
-
-
-def _fake_pooled_forward(x, norm_weight, norm_bias, height, width, prefix, region_height, region_width, eps, dtype):
-    regions = -(-height // region_height) * -(-width // region_width)
-    means = x.new_empty(x.shape[0], regions, x.shape[2], dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=dtype), means
-
-
-def _fake_norm_backward(dn, x, norm_weight, eps):
-    return x.new_empty(x.shape), norm_weight.new_empty(x.shape[2]), norm_weight.new_empty(x.shape[2])
-
-
-def _no_flops(*_, out_shape=None, **__):
-    return 0
-
-
-pooled_forward_op = define(
-    f"pooled_norm_forward(Tensor x, Tensor norm_weight, Tensor norm_bias, {_SIZES}, SymInt region_height, "
-    "SymInt region_width, float eps, ScalarType dtype) -> (Tensor, Tensor)",
-    _pooled_forward,
-    _fake_pooled_forward,
-    _no_flops,
-)
-norm_backward_op = define(
-    "pooled_norm_backward(Tensor dn, Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _norm_backward,
-    _fake_norm_backward,
-    _no_flops,
-)
-
-
-class _PooledNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, height, width, prefix, region_height, region_width, eps, dtype):
-        sizes = (height, width, prefix, region_height, region_width)
-        n, means = pooled_forward_op(x, norm_weight, norm_bias, *sizes, eps, dtype)
-        ctx.save_for_backward(x, norm_weight)
-        ctx.mark_non_differentiable(means)
-        ctx.eps = eps
-        return n, means
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dn, _):
-        return *norm_backward_op(dn, *ctx.saved_tensors, ctx.eps), *[None] * 7
-
-
-# Shapes for the tests and the benchmark
-
-
-def conv_inputs(
-    device: str | torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    batch: int,
-    grid: tuple[int, ...],
-    dim: int,
-    kernel: int = 3,
-    bias: bool = True,
-) -> dict:
-    """Keyword arguments of `conv_norm`; parameters are float32."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    return {
-        "x_BNC": random(batch, sum(grid[2:]) + grid[0] * grid[1], dim, dtype=dtype).requires_grad_(),
-        "grid": grid,
-        "conv_weight": (random(dim, 1, kernel, kernel) / kernel).requires_grad_(),
-        "conv_bias": random(dim).requires_grad_() if bias else None,
-        "norm_weight": random(dim).requires_grad_(),
-        "norm_bias": random(dim).requires_grad_(),
-    }
-
-
-def pooled_inputs(
-    device: str | torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    region: tuple[int, int],
-    **shape,
-) -> dict:
-    """Keyword arguments of `pooled_norm`; parameters are float32."""
-    given = conv_inputs(device, dtype, seed, **shape)
-    return {name: given[name] for name in ("x_BNC", "grid", "norm_weight", "norm_bias")} | {"region": region}
-
-
-def conv_cost(itemsize: int, *, batch: int, grid: tuple[int, ...], dim: int, kernel: int = 3, **_) -> Cost:
-    """Forward reads x and writes y and n; backward reads x, y and their gradients and writes that of x."""
-    tensor = batch * (sum(grid[2:]) + grid[0] * grid[1]) * dim
-    flops = 2 * batch * grid[0] * grid[1] * dim * kernel**2
-    return Cost(3 * tensor * itemsize, 5 * tensor * itemsize, flops, 2 * flops)
-
-
-def pooled_cost(itemsize: int, *, batch: int, grid: tuple[int, ...], dim: int, region: tuple[int, int], **_) -> Cost:
-    """Forward reads x and writes n and the means; backward reads x and the gradient and writes that of x."""
-    tensor = batch * (sum(grid[2:]) + grid[0] * grid[1]) * dim
-    means = batch * -(-grid[0] // region[0]) * -(-grid[1] // region[1]) * dim
-    return Cost(2 * tensor * itemsize + 4 * means, 3 * tensor * itemsize, 0, 0)
-
-
-CONV_CHECKS = {
-    "7x7": {"batch": 1, "grid": (7, 7), "dim": 72},
-    "one token": {"batch": 1, "grid": (1, 1), "dim": 16},
-    "9x7 with prefix, wide": {"batch": 1, "grid": (9, 7, 2), "dim": 24, "kernel": 5},
-    "5x20, no bias": {"batch": 1, "grid": (5, 20), "dim": 96, "bias": False},
-    "13 tokens, 7x7 weights": {"batch": 1, "grid": (1, 13), "dim": 48, "kernel": 7},
-    "3x3, many channels": {"batch": 1, "grid": (3, 3), "dim": 600},
-}
-CONV_STAGES = {
-    "224 px stage 1 (DaViT-B)": {"batch": 128, "grid": (56, 56), "dim": 128},
-    "224 px stage 2 (DaViT-B)": {"batch": 128, "grid": (28, 28), "dim": 256},
-    "224 px stage 3 (DaViT-B)": {"batch": 128, "grid": (14, 14), "dim": 512},
-    "224 px stage 4 (DaViT-B)": {"batch": 128, "grid": (7, 7), "dim": 1024},
-    "224 px stage 1 (BiFormer-B)": {"batch": 128, "grid": (56, 56), "dim": 96},
-    "224 px stage 3 (BiFormer-B)": {"batch": 128, "grid": (14, 14), "dim": 384},
-    "1024 px stage 1": {"batch": 8, "grid": (256, 256), "dim": 128},
-    "224 px stage 3, one image": {"batch": 1, "grid": (14, 14), "dim": 512},
-}
-POOLED_CHECKS = {
-    "7x7 in 4x4": {"batch": 2, "grid": (7, 7), "dim": 72, "region": (4, 4)},
-    "one token": {"batch": 1, "grid": (1, 1), "dim": 16, "region": (1, 1)},
-    "9x7 with prefix in 4x2": {"batch": 1, "grid": (9, 7, 2), "dim": 24, "region": (4, 2)},
-    "10x10 in one": {"batch": 1, "grid": (10, 10), "dim": 96, "region": (16, 16)},
-    "4x6, many channels": {"batch": 1, "grid": (4, 6), "dim": 600, "region": (2, 3)},
-}
-POOLED_STAGES = {
-    "224 px stage 1 (BiFormer-B)": {"batch": 128, "grid": (56, 56), "dim": 96, "region": (8, 8)},
-    "224 px stage 2 (BiFormer-B)": {"batch": 128, "grid": (28, 28), "dim": 192, "region": (4, 4)},
-    "224 px stage 3 (BiFormer-B)": {"batch": 128, "grid": (14, 14), "dim": 384, "region": (2, 2)},
-    "512 px stage 1": {"batch": 16, "grid": (128, 128), "dim": 96, "region": (16, 16)},
-    "1024 px stage 1": {"batch": 8, "grid": (256, 256), "dim": 96, "region": (32, 32)},
-    "224 px stage 3, one image": {"batch": 1, "grid": (14, 14), "dim": 384, "region": (2, 2)},
-}
-
-
-def _channels_first(x_BNC: Tensor, grid: tuple[int, ...], conv_weight, conv_bias, norm_weight, norm_bias, eps=1e-6):
-    """As the authors' codes do it: a contiguous (B, C, H, W) map, conv2d, back, add, and the norm."""
-    x_BCHW = x_BNC.transpose(1, 2).unflatten(2, grid[:2]).contiguous()
-    bias = None if conv_bias is None else conv_bias.to(x_BNC.dtype)
-    conv = F.conv2d(
-        x_BCHW, conv_weight.to(x_BNC.dtype), bias, padding=conv_weight.shape[-1] // 2, groups=x_BNC.shape[2]
-    )
-    y_BNC = x_BNC + conv.flatten(2).transpose(1, 2)
-    return y_BNC, _norm(y_BNC, norm_weight, norm_bias, eps)
-
-
-def _windowed(x_BNC: Tensor, grid: tuple[int, ...], region, norm_weight, norm_bias, eps=1e-6):
-    """As the authors' code does it: the norm, a copy in the order of regions, and its mean."""
-    n_BNC = _norm(x_BNC, norm_weight, norm_bias, eps)
-    split = n_BNC.detach().unflatten(1, (grid[0] // region[0], region[0], grid[1] // region[1], region[1]))
-    return n_BNC, split.transpose(2, 3).flatten(3, 4).flatten(1, 2).contiguous().mean(2, dtype=torch.float32)
-
-
-OPERATION = Operation(
-    name=CONV_WHO,
-    run=conv_norm,
-    reference=conv_reference,
-    inputs=conv_inputs,
-    checks=CONV_CHECKS,
-    stages=CONV_STAGES,
-    cost=conv_cost,
-    baselines={"official": _channels_first, "pytorch": conv_reference},
-)
-POOLED = Operation(
-    name=POOLED_WHO,
-    run=pooled_norm,
-    reference=pooled_reference,
-    inputs=pooled_inputs,
-    checks=POOLED_CHECKS,
-    stages=POOLED_STAGES,
-    cost=pooled_cost,
-    baselines={"official": _windowed, "pytorch": pooled_reference},
-)
-OPERATIONS = (OPERATION, POOLED)

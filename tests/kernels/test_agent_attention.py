@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.agent_attention import agent_attention, inputs, reference
+from kernels.agent_attention import agent_attention, reference
 from kernels.agent_attention import triton as fused
+from kernels.agent_attention.cases import inputs
 
 SMALL = {"batch": 3, "grid": (4, 5, 1), "dim": 16, "heads": 1, "agents": (2, 3)}
 

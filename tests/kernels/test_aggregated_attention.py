@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.aggregated_attention import OPERATION, aggregated_attention, inputs, reference
+from kernels.aggregated_attention import aggregated_attention, reference
 from kernels.aggregated_attention import triton as fused
+from kernels.aggregated_attention.cases import OPERATION, inputs
 
 SMALL = {"batch": 1, "grid": (3, 4), "pool": 2, "heads": 1, "head_dim": 8}
 

@@ -372,7 +372,7 @@ def test_a_spent_budget_starts_nothing_more(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["atention"], "no operation is called atention; choose from depthwise_conv"),
+        (["atention"], "no operation is called atention; choose from agent_attention"),
         (
             ["depthwise_conv", "--stage", "9 px"],
             "no stage has this in its name, got 9 px; choose from k3 224 px stage 1",

@@ -4,14 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.channel_attention import (
-    channel_attention,
-    channel_attention_folded,
-    folded_inputs,
-    inputs,
-    reference,
-)
+from kernels.channel_attention import channel_attention, channel_attention_folded, reference
 from kernels.channel_attention import triton as fused
+from kernels.channel_attention.cases import folded_inputs, inputs
 
 
 def heads_of(qkv, num_heads):

@@ -33,7 +33,7 @@ def test_kernels_compile_and_fit(module):
 def test_wrong_names_are_one_error():
     done = compiled("no_such_operation")
     assert (
-        done.returncode == 2 and "no operation is called no_such_operation; choose from depthwise_conv" in done.stderr
+        done.returncode == 2 and "no operation is called no_such_operation; choose from agent_attention" in done.stderr
     )
     done = compiled("--target", "h200")
     assert done.returncode == 2 and "--target must be like sm_90, got h200" in done.stderr

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.depthwise_conv import depthwise_conv, inputs, reference
+from kernels.depthwise_conv import depthwise_conv, reference
 from kernels.depthwise_conv import triton as fused
+from kernels.depthwise_conv.cases import inputs
 
 
 def test_is_conv2d():

@@ -5,14 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from kernels.depthwise_conv import depthwise_conv
-from kernels.layer_norm import (
-    conv_inputs,
-    conv_norm,
-    conv_reference,
-    pooled_inputs,
-    pooled_norm,
-    pooled_reference,
-)
+from kernels.layer_norm import conv_norm, conv_reference, pooled_norm, pooled_reference
+from kernels.layer_norm.cases import conv_inputs, pooled_inputs
 
 
 def test_is_a_convolution_and_a_norm():

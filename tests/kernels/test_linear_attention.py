@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_attention as module
-from kernels.linear_attention import focused_linear_attention, inline_attention, linear_attention
+from kernels.linear_attention import cases, focused_linear_attention, inline_attention, linear_attention
 
 
 def heads(x_BNC, num_heads):
@@ -129,15 +128,15 @@ def test_stays_finite_where_no_channel_is_positive(dtype, power):
     out = focused_linear_attention(qkv, (2, 3), 2, power=power, scale_C=scale)
     gradients = torch.autograd.grad(out.float().square().sum(), [qkv, scale])
     assert all(t.isfinite().all() for t in (out, *gradients))
-    assert error(out, module.focused_reference(qkv.double(), (2, 3), 2, power=power, scale_C=scale)) < 0.01
+    assert error(out, cases.focused_reference(qkv.double(), (2, 3), 2, power=power, scale_C=scale)) < 0.01
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 48, 96])
 def test_head_widths(head_dim):
-    inputs = module.focused_inputs("cpu", torch.float32, batch=1, grid=(3, 5), heads=2, dim=2 * head_dim, kernel=0)
+    inputs = cases.focused_inputs("cpu", torch.float32, batch=1, grid=(3, 5), heads=2, dim=2 * head_dim, kernel=0)
     found = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
     doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    wanted = torch.autograd.grad(module.focused_reference(**doubled).sin().sum(), inputs["qkv_BNC"])[0]
+    wanted = torch.autograd.grad(cases.focused_reference(**doubled).sin().sum(), inputs["qkv_BNC"])[0]
     assert error(found, wanted.double()) < 1e-5
 
 
@@ -145,7 +144,7 @@ def test_shares_of_the_tokens_are_added(monkeypatch):
     """As on a large map: several shares per image, and heads in groups."""
     from kernels.linear_attention import triton as fused
 
-    inputs = module.focused_inputs("cpu", torch.float32, batch=2, grid=(9, 10), heads=3, dim=48, kernel=0)
+    inputs = cases.focused_inputs("cpu", torch.float32, batch=2, grid=(9, 10), heads=3, dim=48, kernel=0)
     wanted = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
     monkeypatch.setattr(fused, "shares", lambda B, N, M, BT, span, together: (BT, -(-N // BT), 2, 2))
     assert not fused.tiles("state", 16, 90)["BT"] >= 90
@@ -156,7 +155,7 @@ def test_shares_of_the_tokens_are_added(monkeypatch):
 def test_every_stage_has_shares_that_cover_it():
     from kernels.linear_attention.triton import shares
 
-    for operation in module.OPERATIONS:
+    for operation in cases.OPERATIONS:
         for shape in operation.stages.values():
             N = sum(shape["grid"][2:]) + shape["grid"][0] * shape["grid"][1]
             for together in (False, True):

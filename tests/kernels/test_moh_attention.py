@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import moh_attention as module
-from kernels.moh_attention import inputs, moh_attention, reference, route_heads, route_inputs, route_reference
+from kernels.moh_attention import moh_attention, reference, register, route_heads, route_reference
+from kernels.moh_attention.cases import inputs, route_inputs
 
 SMALL = {"batch": 2, "tokens": 20, "heads": 3, "head_dim": 16, "shared": 1, "active": 2}
 
@@ -121,9 +121,9 @@ def test_leaving_out_compiles_passes_opcheck_and_repeats(dynamic):
     if dynamic:
         return
     qkv, gates = (t.detach() for t in leaves)
-    out, lse, index, count = module.forward_op(qkv, gates, 0.25, True)
-    torch.library.opcheck(module.forward_op, (qkv, gates, 0.25, True))
-    torch.library.opcheck(module.backward_op, (out, qkv, gates, out, lse, index, count, 0.25))
+    out, lse, index, count = register.forward_op(qkv, gates, 0.25, True)
+    torch.library.opcheck(register.forward_op, (qkv, gates, 0.25, True))
+    torch.library.opcheck(register.backward_op, (out, qkv, gates, out, lse, index, count, 0.25))
 
 
 # The router

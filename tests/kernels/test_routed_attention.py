@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.routed_attention import inputs as random_inputs
 from kernels.routed_attention import (
     reference,
     reference_means,
@@ -13,6 +12,7 @@ from kernels.routed_attention import (
     routed_attention,
     select_regions,
 )
+from kernels.routed_attention.cases import inputs as random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

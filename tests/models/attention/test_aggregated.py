@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.aggregated_attention import OPERATION
+from kernels.aggregated_attention.cases import OPERATION
 from models.attention import Grid, Refused, Site, aggregated, build, check
 from models.attention.aggregated import AggregatedAttention, PooledFeatures, aggregated_attention
 from models.attention.cosine import ContinuousPositionBias, CosineCore
