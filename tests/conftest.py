@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line in this process, in a folder of its own, and which tests run interpreted.
+"""Shared by all tests: the command line in this process, the same random numbers, and which tests run interpreted.
 
 Fused paths run on a GPU, or interpreted in a process that was started with TRITON_INTERPRET=1. Without a GPU such a
 process runs the tests of `tests/kernels` and those marked `fused`; any other process runs the rest. `make test` starts
@@ -6,9 +6,11 @@ both; `pytest tests/kernels` alone is interpreted by itself.
 """
 
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,16 @@ def pytest_collection_modifyitems(config, items):
     chosen = [i for i in items if interpreted == (i.path.is_relative_to(KERNELS) or "fused" in i.keywords)]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
     items[:] = chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """A test draws the same numbers whatever ran before it in its process, which depends on how busy the others are."""
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def _gpu() -> bool:
