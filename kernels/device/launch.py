@@ -4,6 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
+MULTIPROCESSORS = 132  # of the GPU that sizes are chosen for; others only get more or fewer rounds
+
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, stages: int = 2, **constants) -> None:
     """Runs `kernel` on `grid` programs with positional arguments and constexpr keywords; nothing on an empty grid.
@@ -24,6 +26,16 @@ def power_of_2(n: int, least: int = 16) -> int:
 def precision(dtype: torch.dtype) -> str:
     """Of `tl.dot`: exact products for float32 unless PyTorch's matrix products may use TF32 as well."""
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def turns(work: int, most: int) -> int:
+    """Pieces of work for each program: few enough to leave 8 programs per multiprocessor of a large GPU."""
+    return max(1, min(most, work // (8 * MULTIPROCESSORS)))
+
+
+def partial_sums(like: Tensor, *shape: int) -> Tensor:
+    """What programs add to a sum, each in its own place; summed in a fixed order afterwards."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def rows(x_BNC: Tensor) -> Tensor:

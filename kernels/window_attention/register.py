@@ -16,7 +16,7 @@ def _forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale):
 
 
 def _backward(grad, qkv, padding, bias, out, lse, height, width, heads, h, w, sy, sx, scale):
-    from kernels.window_attention import triton as fused
+    from kernels.window_attention import triton_backward as fused
 
     return fused.backward(grad, qkv, padding, bias, out, lse, (height, width), heads, (h, w), (sy, sx), scale)
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.window_attention import reference, window_attention
-from kernels.window_attention import triton as fused
+from kernels.window_attention import reference, triton, triton_backward, window_attention
 from kernels.window_attention.cases import OPERATION, inputs
 
 LARGE = {"batch": 1, "grid": (8, 8), "heads": 1, "window": (9, 8), "head_dim": 16, "padding": True, "bias": True}
@@ -67,7 +66,8 @@ def test_a_shift_does_not_join_opposite_sides(backend):
 
 def test_a_program_takes_several_tiles(monkeypatch, poisoned):
     """Sums over more tiles than programs, the last program having less to do."""
-    monkeypatch.setattr(fused, "turns", lambda work, most: min(3, most))
+    for module in (triton, triton_backward):
+        monkeypatch.setattr(module, "turns", lambda work, most: min(3, most))
     for shape in ({"grid": (7, 6), "window": (2, 2), "batch": 7}, {"grid": (10, 9), "window": (9, 9), "batch": 2}):
         assert_equals_reference(
             inputs("cpu", torch.float32, heads=1, head_dim=16, padding=True, bias=True, shift=(1, 1), **shape)
