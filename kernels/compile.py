@@ -2,167 +2,97 @@
 
     python -m kernels.compile                              every operation for sm_80 and sm_90, in bfloat16
     python -m kernels.compile agent_attention --target sm_90 --dtype float32 --quick
+    python -m kernels.compile agent_attention --record     writes its rows of the table anew; without a name all rows
 
 Nothing is listed by hand: the operations run on fake tensors of the benchmark's shapes, and every launch is recorded
-and compiled as it stands. Exit status 1 if a kernel spills registers or takes more shared memory than an sm_80 or sm_89
-multiprocessor is sure to give one program (99 KB).
+and compiled as it stands. What a compiler makes of a kernel is judged in two ways. tests/kernels/compiled.json has what
+one version of Triton makes of the first shape of each operation, and that version must make the same of it. Any version
+must stay within what every chip has: 99 KB of shared memory for a program (sm_86 and sm_89 have no more), 255 registers
+for a thread, and at most 256 bytes of them spilled. Exit status 1 if a kernel does not.
 """
 
 import argparse
+import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-os.environ.pop("TRITON_INTERPRET", None)  # before kernels are defined
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import kernels
-from kernels import dispatch, registration
+from kernels.launches import Resources, launches, resources
 from kernels.operation import Operation
 
-SHARED_LIMIT = 99 * 1024
+SHARED_LIMIT, REGISTER_LIMIT, SPILL_LIMIT = 99 * 1024, 255, 256
 TARGETS = ("sm_80", "sm_90")
-TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
-    torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+RECORDED = Path(__file__).parents[1] / "tests" / "kernels" / "compiled.json"
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with the types, constants and options that it was launched with."""
+class Row(NamedTuple):
+    """A launch, compiled; `place` tells launches of one kernel on one shape apart."""
 
-    kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # arguments that are multiples of 16
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the assembler reports; bytes."""
-
-    registers: int
-    spilled: int
-    shared: int
-    tensor_cores: str
+    operation: str
+    kernel: str
+    place: int
+    target: str
+    shape: str
+    found: Resources
 
     @property
-    def fits(self) -> bool:
-        return not self.spilled and self.shared <= SHARED_LIMIT
+    def key(self) -> str:
+        return f"{self.operation} {self.kernel} {self.place} {self.target} {self.shape}"
 
 
-def launches(operation: Operation, stages: list[str], dtype: torch.dtype) -> dict[Launch, str]:
-    """Every distinct launch of forward and backward on these stages, with the first stage that makes it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    found: dict[Launch, str] = {}
-    for stage in stages:
-        with FakeTensorMode(), recorded(found, stage), registration.launching_fakes(), fused_on_cpu():
-            outputs = operation.run(**operation.inputs("cpu", dtype, **operation.stages[stage]), backend="triton")
-            differentiable = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-            if differentiable:
-                torch.autograd.backward(differentiable, [torch.ones_like(o) for o in differentiable])
-    return found
+def compiled(operation: Operation, stages: list[str], dtype: torch.dtype, targets: Iterable[str]) -> Iterator[Row]:
+    """Every launch of these stages for every target."""
+    places: dict[tuple[str, str], int] = {}
+    for launch, stage in launches(operation, stages, dtype).items():
+        name = launch.kernel.__name__
+        place = places[name, stage] = places.get((name, stage), 0) + 1
+        for target in targets:
+            yield Row(operation.name, name, place, target, stage, resources(launch, target))
 
 
-@contextmanager
-def recorded(found: dict[Launch, str], stage: str) -> Iterator[None]:
-    """Launches inside are noted instead of run."""
-    from triton.runtime.jit import JITFunction
+def problem_of(row: Row, table: dict | None) -> tuple[str, bool]:
+    """What there is to say about a row, "" if nothing, and whether that is a failure.
 
-    run = JITFunction.run
-    JITFunction.run = lambda kernel, *arguments, **options: found.setdefault(_launch(kernel, arguments, options), stage)
-    try:
-        yield
-    finally:
-        JITFunction.run = run
-
-
-@contextmanager
-def fused_on_cpu() -> Iterator[None]:
-    before, dispatch.INTERPRETED = dispatch.INTERPRETED, True
-    try:
-        yield
-    finally:
-        dispatch.INTERPRETED = before
-
-
-def _launch(kernel: Any, arguments: tuple, options: dict) -> Launch:
-    """Types and constants as the launcher specialises them: sizes of 1 are constants, multiples of 16 are known."""
-    named = dict(zip(kernel.arg_names, arguments, strict=False))
-    named |= {name: value for name, value in options.items() if name in kernel.arg_names}
-    signature, constants, aligned = [], [], []
-    for i, parameter in enumerate(kernel.params):
-        value = named[parameter.name]
-        if parameter.is_constexpr or value is None or (value is not True and isinstance(value, int) and value == 1):
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, value))
-            continue
-        signature.append((parameter.name, _type(value)))
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            aligned.append(i)
-    return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options["num_stages"]
-    )
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "*" + TYPES[value.dtype]
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
-
-
-def resources(launch: Launch, target: str) -> Resources:
-    """Compiles for `target`, e.g. "sm_90"; Triton keeps the result on disk."""
+    Args:
+        row: what was compiled.
+        table: what was recorded, where this row should be among it; None where not.
+    """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
 
-    arch = int(target.removeprefix("sm_"))
-    source = ASTSource(
-        fn=launch.kernel,
-        signature=dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
-    )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        name = f"sm_{arch}a" if arch >= 90 else target
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.cubin"))]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    return Resources(
-        registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spilled=int(spills[1]) + int(spills[2]),
-        shared=compiled.metadata.shared,
-        tensor_cores=next(
-            (n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in compiled.asm["ptx"]), "-"
-        ),
-    )
+    registers, spilled, shared, _ = row.found
+    if shared > SHARED_LIMIT or registers > REGISTER_LIMIT or spilled > SPILL_LIMIT:
+        return "does not fit", True
+    if table is None:
+        return "", False
+    recorded = table["rows"].get(row.key)
+    if recorded == list(row.found):
+        return "", False
+    note = f"recorded: {' '.join(map(str, recorded))}" if recorded else "not recorded"
+    return f"{note}, with Triton {table['triton']}", triton.__version__ == table["triton"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints one row per kernel; 1 if one of them does not fit."""
+def record(rows: list[Row], operations: list[str]) -> None:
+    """Replaces what the table says of these operations; of all, if another version of Triton made it."""
+    import triton
+
+    old = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    others = {o.name for name in kernels.OPERATIONS for o in kernels.operations_of(name)}.difference(operations)
+    kept = old["rows"] if old.get("triton") == triton.__version__ else {}
+    entries = {key: value for key, value in kept.items() if key.partition(" ")[0] in others}
+    entries |= {row.key: list(row.found) for row in rows}
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
+    head = f'"triton": "{triton.__version__}",\n  "columns": {json.dumps(Resources._fields)}'
+    RECORDED.write_text(f'{{\n  {head},\n  "rows": {{\n{lines}\n  }}\n}}\n')
+
+
+def arguments_of(line: list[str] | None) -> argparse.Namespace:
+    """The command line; wrong names are one error."""
     parser = argparse.ArgumentParser(prog="python -m kernels.compile", description=__doc__.partition("\n")[0])
     parser.add_argument("operations", nargs="*", help="names; all without any")
     parser.add_argument(
@@ -170,27 +100,43 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="only the first of each operation's shapes")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--record", action="store_true", help=f"as --quick, and write {RECORDED.name} anew")
+    chosen = parser.parse_args(line)
     for target in chosen.target or ():
         if not re.fullmatch(r"sm_\d+", target):
             parser.error(f"--target must be like sm_90, got {target}")
+    if chosen.record and (chosen.target or chosen.dtype != "bfloat16"):
+        parser.error("--record is for sm_80 and sm_90 in bfloat16, got another --target or --dtype; leave them out")
     try:
-        operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
+        chosen.operations = [o for name in chosen.operations or kernels.OPERATIONS for o in kernels.operations_of(name)]
     except ValueError as error:
         parser.error(str(error))
-    row = "{:24} {:18} {:7} {:>9} {:>7} {:>9} {:6} {}".format
-    print(row("operation", "kernel", "target", "registers", "spilled", "shared KB", "cores", "shape"))
-    fit = True
-    for operation in operations:
+    chosen.quick |= chosen.record
+    return chosen
+
+
+def main(line: list[str] | None = None) -> int:
+    """Prints one row per kernel; 1 if one of them does not fit, or is not what was recorded of it."""
+    os.environ.pop("TRITON_INTERPRET", None)  # before kernels are defined
+    chosen = arguments_of(line)
+    comparable = chosen.quick and chosen.dtype == "bfloat16" and not chosen.record and RECORDED.exists()
+    table = json.loads(RECORDED.read_text()) if comparable else None
+    shown = "{:24} {:18} {:7} {:>9} {:>7} {:>9} {:6} {}".format
+    print(shown("operation", "kernel", "target", "registers", "spilled", "shared KB", "cores", "shape"))
+    rows, failed = [], False
+    for operation in chosen.operations:
         stages = list(operation.stages)[: 1 if chosen.quick else None]
-        for launch, stage in launches(operation, stages, getattr(torch, chosen.dtype)).items():
-            for target in chosen.target or TARGETS:
-                found = resources(launch, target)
-                fit &= found.fits
-                numbers = found.registers, found.spilled, f"{found.shared / 1024:.1f}", found.tensor_cores
-                note = "" if found.fits else "   <- does not fit"
-                print(row(operation.name, launch.kernel.__name__, target, *numbers, stage + note), flush=True)
-    return 0 if fit else 1
+        for row in compiled(operation, stages, getattr(torch, chosen.dtype), chosen.target or TARGETS):
+            registers, spilled, shared, cores = row.found
+            note, fails = problem_of(row, table if row.target in TARGETS else None)
+            numbers = registers, spilled, f"{shared / 1024:.1f}", cores
+            shape = f"{row.shape}   <- {note}" if note else row.shape
+            print(shown(row.operation, row.kernel, row.target, *numbers, shape), flush=True)
+            rows.append(row)
+            failed |= fails
+    if chosen.record:
+        record(rows, [operation.name for operation in chosen.operations])
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -84,12 +84,18 @@ def test_folded_is_projection_attention_projection():
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_gram(parts, poisoned):
-    """Tiles left of the diagonal are copies, and channels beyond the last tile's are no part of the result."""
+    """Tiles left of the diagonal are copies, and channels beyond the last tile's are no part of the result.
+
+    The tiles of 64 channels on the diagonal are products, which a processor need not round symmetrically; nor need it
+    add parts up in one order at every place.
+    """
     x = torch.randn(2, parts * 512, 72)
     gram, total = fused.gram(x)
     torch.testing.assert_close(gram, x.mT @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(total, x.sum(1), rtol=1e-4, atol=1e-3)
-    assert torch.equal(gram, gram.mT)
+    torch.testing.assert_close(gram, gram.mT, rtol=1e-4, atol=1e-3)
+    if parts == 1:
+        assert torch.equal(gram[:, 64:, :64], gram[:, :64, 64:].mT)
 
 
 @pytest.mark.parametrize(
