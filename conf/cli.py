@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import recipes
-from conf import extras, resolvers
+from conf import extras, families, resolvers
 
 CONF = Path(__file__).parent
 
@@ -47,6 +47,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     resolvers.register()
+    families.register()
     recipes.register(sys.argv[1:])
     failed: list[int] = []
     command = sys.argv[:]
@@ -97,6 +98,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
 def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """What train.py would run with these arguments, outside of a run, and the option chosen in every group."""
     resolvers.register()
+    families.register()
     recipes.register(overrides)
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()  # Hydra refuses to compose while it runs a job
@@ -154,8 +156,11 @@ def reason(error: Exception) -> str:
 
 def options(group: str) -> list[str]:
     """The names that a group offers, sorted."""
+    if group == "model":
+        return list(families.models())
+    plans = [f"plan/{name}" for name in families.plans()] if group == "attention" else []
     return sorted(
-        path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")
+        plans + [path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")]
     )
 
 

@@ -12,11 +12,11 @@ def create_model(
     """A model by name, with random weights: `create_model("swin_tiny", attention="agent", image_size=256)`.
 
     Args:
-        name: a file of conf/model, see `list_models()`.
+        name: a row of a table in conf/model, see `list_models()`.
         attention: a file of conf/attention, see `list_attentions()`; None for the model's own.
         features_only: return the maps (B, C, H, W) of all stages instead of logits, without the classifier; the
             module says their `channels` and `strides`.
-        settings: other values for the keys of conf/model/<name>.yaml, e.g. `num_classes=10, drop_path=0.1`, and of
+        settings: other values for the keys of the model, e.g. `num_classes=10, drop_path=0.1`, and of
             conf/attention/<attention>.yaml, e.g. `num_regions=8`, or `first={"kernel_size": 5}` in a plan; `image_size`
             in pixels, one number or (height, width). `num_classes` is 1000 unless given.
 
@@ -36,7 +36,7 @@ def list_models() -> list[str]:
 
 
 def list_attentions() -> list[str]:
-    """The mechanisms that `attention=` takes; it also takes the plans that combine two of them, conf/attention/plan."""
+    """The mechanisms that `attention=` takes; it also takes plans, `plan/<name>`, that combine two of them."""
     from conf.cli import options
 
     return [name for name in options("attention") if "/" not in name]

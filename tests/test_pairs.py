@@ -12,9 +12,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from models import create_model, list_attentions, list_models
+from conf import families
+from models import create_model, list_attentions
 
-MODELS = [name for name in list_models() if name.endswith("_32px")]
+MODELS = families.small()
 SHAPES = {"square": (32, 32), "wide": (32, 64)}
 PAIRS = [(model, attention) for model in MODELS for attention in list_attentions()]
 

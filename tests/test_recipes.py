@@ -11,7 +11,6 @@ from PIL import Image
 import recipes
 from conf.cli import compose_run
 from models.tasks.verdict import deviations, judge
-from recipes import __main__ as table
 
 NAMES = recipes.names()
 TINY = ("model.dims=[16,32,32,64]", "model.depths=[1,1,1,1]", "image_size=64", "data.batch_size=4", "global_batch=8")
@@ -54,56 +53,6 @@ def test_only_recipes_that_are_named_are_read(monkeypatch):
         del read[:]
         recipes.register(arguments)
         assert sorted(read) == sorted([*NAMES, *bases])
-
-
-# The table
-
-
-COUNTED = ("agent/cswin_tiny", "biformer/tiny", "davit/tiny", "flatten/pvt_tiny", "flatten/pvt_v2_b0")
-COUNTED += ("agent/deit_tiny", "inline/swin_tiny", "moh/dit_s_2_90")  # the others would take a minute
-
-
-def test_the_table_is_current():
-    """All of it but the cost of those models that are left out above."""
-    lines = (recipes.ROOT / "README.md").read_text().partition("<!-- recipes -->\n")[2].splitlines()
-    rows = {
-        line.split("`")[1]: [cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2 : 2 + len(NAMES)]
-    }
-    assert list(rows) == NAMES, "run: python -m recipes --write"
-    for name in NAMES:
-        target = recipes.load(name).target
-        link = f"[{table.figure(target)}](https://arxiv.org/abs/{target.paper[6:]})"
-        assert rows[name][4:] == [link, target.status], "run: python -m recipes --write"
-    for row in table.rows_of_recipes([f"{name}_in1k" for name in COUNTED]):
-        assert rows[row[0].strip("`")] == list(row), "run: python -m recipes --write"
-
-
-def test_the_table_is_printed_as_it_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(recipes, "names", lambda: ["davit/tiny_in1k", "flatten/pvt_v2_b0_in1k"])
-    files = [tmp_path / "long.md", tmp_path / "short.md"]
-    for file in files:
-        file.write_text("before\n<!-- recipes -->\nold\n<!-- /recipes -->\nafter\n")
-    monkeypatch.setattr(table, "FILE", files[0])
-    monkeypatch.setattr(table, "SHORT_FILE", files[1])
-    table.main([])
-    printed = capsys.readouterr().out
-    table.main(["--write"])
-    monkeypatch.setattr(table, "rows_of_recipes", None)  # nothing is counted twice
-    table.main([])
-    assert capsys.readouterr().out == printed
-    assert files[0].read_text() == f"before\n<!-- recipes -->\n{printed}<!-- /recipes -->\nafter\n"
-    assert "| [davit](https://arxiv.org/abs/2204.03645) | `davit/tiny_in1k` | 1 | 1 |" in files[1].read_text()
-
-
-def test_the_short_table_is_current():
-    assert table.short_table() in (recipes.ROOT.parent / "README.md").read_text(), "run: python -m recipes --write"
-    assert "`agent/deit_{tiny,small,small_448,base}_in1k`" in table.short_table()
-    assert "`dit/{s_2,b_2,l_2,xl_2,xl_2_guided}_in1k`" in table.short_table()
-
-
-def test_a_wrong_option_of_the_table():
-    with pytest.raises(SystemExit, match=r"recipes: no such option, got --wirte; use python -m recipes \[--write\]"):
-        table.main(["--wirte"])
 
 
 # Running one

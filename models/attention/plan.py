@@ -20,7 +20,7 @@ def first_blocks(
         blocks: of each stage, how many blocks get `first`, counted from its beginning; "all" for the whole stage. A
             plain ViT has one stage.
         first, rest: factories of mixers.
-        backend: what both are configured with; see conf/attention/plan.
+        backend: what both are configured with; see conf/attention/plan and conf/families.py.
 
     Raises:
         Refused: there is no entry for the stage, or it is no number of blocks.

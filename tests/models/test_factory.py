@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from conf import families
 from models import create_model, list_attentions, list_models, tables
 
 
@@ -33,7 +34,7 @@ def test_settings_of_a_part_are_changed_one_by_one():
     assert first.core.agents == (5, 5) and first.core.dwc.kernel_size == (3, 3) and rest.window == (7, 7)
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_32px")])
+@pytest.mark.parametrize("name", families.small())
 def test_features_only_gives_the_maps_of_all_stages(name):
     model = create_model(name, features_only=True)
     maps = model(torch.randn(2, 3, 64, 96))

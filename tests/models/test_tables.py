@@ -1,14 +1,17 @@
-"""What every model costs: the tables of the README, and the published sizes of Agent Attention, FLatten, InLine,
-TransNeXt and MoH.
+"""What every model costs: conf/model records what is counted, what the authors count, and what the README says."""
 
-All of it is in one file because counting a model takes up to a second, and is done once in a process.
-"""
+import subprocess
+import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from models import create_model, list_models, tables
+from conf import families
+from models import create_model, list_attentions, tables
+from models.attention import Grid, Site
 from models.attention.focused_linear import FocusedLinearCore
+from models.factory import compose_model, factory
 
 # Parameters and multiply-adds (G, one image) of the authors' code, counted by its own modules and PyTorch's counter of
 # products and convolutions, and pixels of the image: LeapLabTHU/Agent-Attention at 207ce3e, FLatten-Transformer at
@@ -78,38 +81,85 @@ PUBLISHED = {
 }
 
 
+ROWS = families.models()
+# one of every kind of mixing and backbone is counted; the others are with the full matrix
+COUNTED = [*families.small(), "agent_pvt_tiny", "flatten_deit_tiny", "inline_pvt_tiny", "dit_s_2", "moh_dit_s_2"]
+
+
 def test_readme_tables_are_current() -> None:
     text = tables.README.read_text()
     assert "<!-- attentions -->" in text and "<!-- models -->" in text
     assert tables.update(text) == text, "run: python -m models.tables"
 
 
-def test_every_model_belongs_to_a_family() -> None:
-    assert all(tables.SIZE.search(name) for name in list_models())
+def test_tables_are_made_without_a_model() -> None:
+    """From fields alone: torch is not even imported."""
+    code = "import sys; from models import tables; tables.update(''); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tables.README.parent).returncode == 0
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in COUNTED else pytest.mark.full) for n in ROWS])
+def test_what_a_row_records_is_what_is_counted(name: str) -> None:
+    assert tables.cost_of(name)._asdict() == ROWS[name]["counted"], f"run: python -m models.tables --count {name}"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_flops(name: str) -> None:
+def test_a_row_records_what_the_authors_count(name: str) -> None:
     count, flops, pixels = PUBLISHED[name]
-    cost = tables.cost_of(name)
-    assert (cost.parameters, cost.image_size) == (count, pixels)
-    assert cost.multiply_adds / 1e9 == pytest.approx(flops, rel=0.01)
+    row = ROWS[name]
+    assert (row["counted"]["parameters"], row["image_size"]) == (count, pixels)
+    assert row["counted"]["multiply_adds"] / 1e9 == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["published"]])
+def test_what_papers_print_is_near(name: str) -> None:
+    """They round, and some count norms: within 5 %, or half of their last digit."""
+    published, counted = ROWS[name]["published"], ROWS[name]["counted"]
+    for key, unit in (("parameters", 1e6), ("multiply_adds", 1e9)):
+        if key in published:
+            assert counted[key] / unit == pytest.approx(published[key], rel=0.05, abs=0.06)
+    assert 60 < published.get("top1", 80) < 95 and 1 < published.get("fid", 10) < 100
 
 
 def test_every_model_of_these_papers_is_listed() -> None:
-    papers = ("agent_", "flatten_", "inline_", "transnext_", "moh_transnext_")
-    assert {name for name in list_models() if name.startswith(papers)} == {
-        *PUBLISHED,
-        "flatten_deit_tiny",
-        "transnext_32px",
-    }
+    papers = {"arXiv:2312.08874", "arXiv:2308.00442", "arXiv:2412.06590", "arXiv:2311.17132"}
+    named = {name for name, row in ROWS.items() if row["paper"] in papers or row["family"] == "moh_transnext"}
+    assert named == {*PUBLISHED, "flatten_deit_tiny", "transnext_32px"}
 
 
 def test_flatten_deit_is_composed() -> None:
     """Its authors released no code; the paper gives 6.1 M parameters and 1.1 G."""
-    cost = tables.cost_of("flatten_deit_tiny")
-    assert cost.parameters / 1e6 == pytest.approx(6.1, rel=0.03)
-    assert cost.multiply_adds / 1e9 == pytest.approx(1.1, rel=0.05)
+    counted = ROWS["flatten_deit_tiny"]["counted"]
+    assert counted["parameters"] / 1e6 == pytest.approx(6.1, rel=0.03)
+    assert counted["multiply_adds"] / 1e9 == pytest.approx(1.1, rel=0.05)
     with torch.device("meta"):
         model = create_model("flatten_deit_tiny")
     assert sum(isinstance(m, FocusedLinearCore) for m in model.modules()) == 12
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_the_table_of_mechanisms_says_what_they_are(name: str) -> None:
+    """Options and defaults are the composed ones; a class token is attended where the comment does not refuse it."""
+    cfg = compose_model("vit_32px", name)
+    row = next(line for line in tables.attention_table().splitlines() if line.startswith(f"| `{name}` |"))
+    settings = OmegaConf.to_container(cfg.attention)
+    options = [key for key in settings if not key.startswith("_") and key != "core"]
+    assert [f"`{key}={tables.plain(settings[key])}`" for key in options] == [
+        cell for cell in row.split(" | ")[-1].removesuffix(" |").replace("` `", "`\n`").splitlines() if "@" not in cell
+    ]
+    prefix = factory(cfg)(Site(64, 4, Grid(8, 8), 0, 0, 2, "vit")).accepts.prefix
+    comment = f"say `No class token.` behind `Cost:` in conf/attention/{name}.yaml, or take it out"
+    assert (" | yes | " in row) == (prefix == "attended"), comment
+
+
+def test_the_command(capsys, monkeypatch, tmp_path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
+    monkeypatch.setattr(tables, "README", readme)
+    tables.main([])
+    assert "written: README.md, in " in capsys.readouterr().out
+    assert readme.read_text() == f"before\n<!-- models -->\n{tables.model_table()}\n<!-- /models -->\nafter\n"
+    tables.main(["--count", "cswin_32px"])
+    assert capsys.readouterr().out == "cswin_32px: counted: {parameters: 662696, multiply_adds: 11551744}\n"
+    with pytest.raises(SystemExit, match=r"models.tables: no such option, got --coutn; use python -m models.tables"):
+        tables.main(["--coutn"])

@@ -1,4 +1,4 @@
-"""What every model of conf/model must do; a new file there is tested without a new line here.
+"""What every model of conf/model must do; a new row there is tested without a new line here.
 
 Models for 32 pixels run; the others are built, and run for their shapes, on the meta device.
 """
@@ -12,13 +12,15 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from conf import families
 from conf.cli import CONF
-from models import create_model, list_attentions, list_models
+from models import create_model, list_attentions
 from models.backbones.base import Backbone, pair
 from models.factory import compose_model, instantiate
 
-SMALL = [name for name in list_models() if name.endswith("_32px")]
-LARGE = [name for name in list_models() if name not in SMALL]
+ROWS = families.models()
+SMALL = families.small()
+LARGE = [name for name in ROWS if name not in SMALL]
 
 
 def build(name: str, attention=None, **settings) -> Backbone:
@@ -35,12 +37,13 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-# other mechanisms in backbones that are among the others; tests/models/test_tables.py runs them once for their costs
-PLANS = ("agent_", "flatten_", "inline_", "moh_transnext_")
-GENERATING = ("dit_", "moh_dit_")  # no classifiers: tests/models/backbones/test_dit.py
+# Families with a backbone of their own. The others are mechanisms in these, which tests/models/test_tables.py runs once
+# for their costs; of DiT, which generates: tests/models/backbones/test_dit.py.
+OWN = [name for name, row in ROWS.items() if "_target_" in families.tables()[row["family"]]["common"].get("model", {})]
+OWN = [name for name in OWN if ROWS[name]["family"] != "dit"]
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith(PLANS + GENERATING)])
+@pytest.mark.parametrize("name", OWN)
 def test_shapes(name):
     """Parameters, channels and strides, and logits, on the meta device at the model's own image size."""
     size = pair(compose_model(name).image_size)
@@ -56,7 +59,7 @@ def test_shapes(name):
         assert feature.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if name.startswith(("swin", "convnext", "coatnet"))])
+@pytest.mark.parametrize("name", [name for name in LARGE if ROWS[name]["family"] in ("swin", "convnext", "coatnet")])
 def test_pyramids_of_the_large_models_have_the_usual_strides(name):
     with torch.device("meta"):
         assert create_model(name).strides == [4, 8, 16, 32]
