@@ -5,16 +5,18 @@ $ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the
 $ python eval.py recipe=biformer/tiny_in1k data.root=/data/imagenet ckpt=biformer_tiny_best.pth
 """
 
-from conf import cli, evaluation  # isort: skip  (first: it refuses a Python that is too old)
+from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
 from omegaconf import DictConfig
+
+from models.runs import evaluated
 
 
 def main(cfg: DictConfig) -> float:
     """Returns top-1, for sweeps."""
-    from models.tasks.evaluating import evaluate
+    from models.runs.evaluation import evaluate
 
     return evaluate(cfg)
 
 
 if __name__ == "__main__":
-    cli.run("eval", main, before=evaluation.take_config)
+    cli.run("eval", main, before=evaluated.take_config)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 def main(cfg: DictConfig) -> float | None:
     """Returns the best monitored value, for sweeps."""
-    from models.tasks.running import train
+    from models.runs.training import train
 
     return train(cfg)
 

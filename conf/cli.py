@@ -3,59 +3,47 @@
 Torch is imported only inside a job, so `--help`, `--cfg job` and a mistyped name answer at once.
 """
 
-import difflib
-import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
-from importlib.metadata import version
 from pathlib import Path
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import recipes
-from conf import extras, families, resolvers
-
-CONF = Path(__file__).parent
-
-
-class UserError(Exception):
-    """Something that the user can mend: printed as it is, without a traceback; the process ends with `status`."""
-
-    status = 2
+from conf import extras, families, recipes, resolvers
+from conf.compose import compose, version_base
+from conf.errors import UserError, reason
+from conf.names import CONF, groups, nearest, options
 
 
-class RunFailed(UserError):
-    """A run that ended by itself and says why."""
-
-    status = 1
-
-
-def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[[], None] | None = None) -> None:
+def run(
+    config_name: str, job: Callable[[DictConfig], object], before: Callable[[list[str]], list[str]] | None = None
+) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, call `job(cfg)`, and end the process on an error.
 
-    `before` is called first; what it raises is reported in the same way.
+    `before` is called first with the arguments, and gives those that Hydra shall see; what it raises is reported in the
+    same way.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
+    arguments = sys.argv[1:]
     resolvers.register()
     families.register()
-    recipes.register(sys.argv[1:])
+    recipes.register(arguments)
     failed: list[int] = []
-    command = sys.argv[:]
 
     @wraps(job)
     def guarded(cfg: DictConfig) -> object:
         """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on."""
-        sys.argv[:] = command  # `before` may have taken something off, which further processes of this run need
         try:
             if missing := extras.missing(cfg):
                 raise UserError("\n".join(missing))
@@ -71,13 +59,13 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         return None
 
     try:
-        _refuse_lists_of_options()
-        _refuse_unknown_recipes()
+        _refuse_lists_of_options(arguments)
+        _refuse_unknown_recipes(arguments)
         if config_name == "train":
-            _let_sweeps_set_everything(config_name)
+            arguments = _let_sweeps_set_everything(arguments)
         if before is not None:
-            before()
-        hydra.main(config_path=str(CONF), config_name=config_name, **_main_options())(guarded)()
+            arguments = before(arguments)
+        _hydra(config_name, guarded, arguments)
     except UserError as error:
         _quit(str(error))
     except MissingConfigException as error:
@@ -85,7 +73,7 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
     except OverrideParseException as error:
         _quit(f"{error}\nquote lists for your shell, e.g. 'model.depths=[2,2,6,2]'")
     except (ConfigCompositionException, OmegaConfBaseException) as error:
-        _quit(_composition(error, config_name))
+        _quit(_composition(error, config_name, arguments))
     except HydraException as error:
         _quit(str(error))
     except KeyboardInterrupt:  # during training a checkpoint is saved first, and this is not reached
@@ -95,27 +83,32 @@ def run(config_name: str, job: Callable[[DictConfig], object], before: Callable[
         sys.exit(max(failed))
 
 
-def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
-    """What train.py would run with these arguments, outside of a run, and the option chosen in every group."""
-    resolvers.register()
-    families.register()
-    recipes.register(overrides)
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()  # Hydra refuses to compose while it runs a job
-    try:
-        with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
-            cfg = hydra.compose("train", overrides, return_hydra_config=True)
-    finally:
-        GlobalHydra.instance().hydra = running
-    choices = dict(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg, choices
+def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: list[str]) -> None:
+    """What `hydra.main` does, with arguments that are given: its decorator reads `sys.argv`, which stays as it was.
+
+    Further processes of a run are started from `sys.argv`. Hydra 1.4 asks which targets its own parts, our sweep
+    table, may build.
+    """
+    version.setbase(*version_base().values() or (version._UNSPECIFIED_,))
+    parser = get_args_parser()
+    allowed = nullcontext()
+    if not version_base():
+        from hydra._internal.execution_policy import execution_whitelist
+
+        allowed = execution_whitelist(["models.runs.*"])
+    with allowed:
+        _run_hydra(
+            args=parser.parse_args(arguments),
+            args_parser=parser,
+            task_function=job,
+            config_path=str(CONF),
+            config_name=config_name,
+        )
 
 
-def _refuse_lists_of_options() -> None:
+def _refuse_lists_of_options(arguments: list[str]) -> None:
     """`attention=[window,softmax]` would be merged by Hydra into one mixture of both."""
-    for argument in sys.argv[1:]:
+    for argument in arguments:
         group, given, value = argument.partition("=")
         if not given:  # an option of Hydra, or its value, as in --cfg job -p model
             continue
@@ -132,54 +125,14 @@ def _refuse_lists_of_options() -> None:
             )
 
 
-def _refuse_unknown_recipes() -> None:
+def _refuse_unknown_recipes(arguments: list[str]) -> None:
     """Hydra only says that there is no such file."""
     names = recipes.names()
-    for argument in sys.argv[1:]:
+    for argument in arguments:
         key, _, value = argument.partition("=")
         for name in value.split(",") if key == "recipe" and re.fullmatch(r"[\w/.,-]+", value) else []:
             if name not in (*names, "null"):
                 raise UserError(f"recipe: there is no {name!r}{nearest(name, names)}\navailable: {', '.join(names)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean 'agent'?" or "" when nothing is close."""
-    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, without what OmegaConf puts in front of the message of a resolver of ours."""
-    line = str(error).splitlines()[0]
-    return line.rpartition("raised while resolving interpolation: ")[2]
-
-
-def options(group: str) -> list[str]:
-    """The names that a group offers, sorted."""
-    if group == "model":
-        return list(families.models())
-    plans = [f"plan/{name}" for name in families.plans()] if group == "attention" else []
-    return sorted(
-        plans + [path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")]
-    )
-
-
-def groups() -> list[str]:
-    """The groups of conf/."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
-
-
-def _main_options() -> dict[str, object]:
-    """What `hydra.main` has to be told; Hydra 1.4 asks which targets its own parts, our sweep table, may build."""
-    options: dict[str, object] = dict(version_base())
-    if "execution_whitelist" in inspect.signature(hydra.main).parameters:
-        options["execution_whitelist"] = ["conf.*"]
-    return options
-
-
-def version_base() -> dict[str, str]:
-    """What Hydra has to be told: Hydra 1.4 deprecates the argument that 1.3 asks for."""
-    return {} if tuple(map(int, version("hydra-core").split(".")[:2])) >= (1, 4) else {"version_base": "1.3"}
 
 
 def _missing(error: MissingConfigException) -> str:
@@ -193,7 +146,7 @@ def _missing(error: MissingConfigException) -> str:
     return f"{group}: there is no {name!r}{nearest(name, choices)}\navailable: {', '.join(choices)}"
 
 
-def _composition(error: Exception, config_name: str) -> str:
+def _composition(error: Exception, config_name: str, arguments: list[str]) -> str:
     """One message from the chain of causes, with the nearest keys or groups for a name that does not exist."""
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -203,29 +156,28 @@ def _composition(error: Exception, config_name: str) -> str:
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):
             return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
-        return f"there is no setting {key!r}{_near_keys(key, config_name)}"
+        return f"there is no setting {key!r}{_near_keys(key, config_name, arguments)}"
     cause = chain[-1]
     if cause is not error and str(cause) not in text:
         text = f"{text}\n{str(cause).splitlines()[0]}"
     return text
 
 
-def _let_sweeps_set_everything(config_name: str) -> None:
+def _let_sweeps_set_everything(arguments: list[str]) -> list[str]:
     """In a sweep over options Hydra looks at the other settings before it chooses any: `++` keeps it from judging them.
 
     They are judged here, with the first option of each, so that a mistyped setting is found as everywhere else.
     """
-    arguments = sys.argv[1:]
     pairs = [argument.partition("=")[::2] for argument in arguments]
     swept = [key for key, value in pairs if key in (*groups(), "recipe") and "," in value]
     if not swept or not {"-m", "--multirun"} & set(arguments) or any("(" in value for _, value in pairs):
-        return
-    first = [f"{key}={_first(value)}" for key, value in pairs if value and not key.startswith(("-", "hydra."))]
-    with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
-        hydra.compose(config_name, overrides=first)
+        return arguments
+    compose(
+        "train", [f"{key}={_first(value)}" for key, value in pairs if value and not key.startswith(("-", "hydra."))]
+    )
     settings = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
     free = [key for key in settings if key not in (*groups(), "recipe") and not key.startswith(("hydra.", "run."))]
-    sys.argv[1:] = [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
+    return [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
 
 
 def _first(value: str) -> str:
@@ -238,15 +190,11 @@ def _first(value: str) -> str:
     return value
 
 
-def _near_keys(key: str, config_name: str) -> str:
+def _near_keys(key: str, config_name: str, arguments: list[str]) -> str:
     """Suggestions and the valid neighbours of a key that does not exist, from the composed configuration."""
-    known = [
-        argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(("-", key, f"+{key}"))
-    ]
-    GlobalHydra.instance().clear()
+    known = [a for a in arguments if "=" in a and "," not in a and not a.startswith(("-", key, f"+{key}"))]
     try:
-        with hydra.initialize_config_dir(config_dir=str(CONF), **version_base()):
-            cfg = hydra.compose(config_name, overrides=[a for a in known if "," not in a])
+        cfg = compose(config_name, known)
     except Exception:  # a second wrong override: its own message comes when this one is mended
         return ""
     parent, _, leaf = key.rpartition(".")

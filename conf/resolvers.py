@@ -7,7 +7,8 @@ from importlib.metadata import version
 
 from omegaconf import OmegaConf
 
-from data.folders import count_class_folders
+from conf.errors import UserError
+from conf.folders import count_class_folders
 
 
 def run_name() -> str:
@@ -16,7 +17,7 @@ def run_name() -> str:
         return f"slurm-{job}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if os.environ["TORCHELASTIC_RUN_ID"] == "none":
-            raise ValueError(
+            raise UserError(
                 "run.name: torchrun starts each process by itself, so they need one name; give run.name=..."
             )
         return f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}"

@@ -9,7 +9,7 @@
     device.py        uint8 -> normalised float, mixup, cutmix and random erasing, where the images are
     module.py        ``ImageData``, the Lightning data module that puts these together
 
-This file imports nothing heavy, so that ``data.folders`` can count classes while a configuration is being composed.
+This file imports nothing heavy, so that ``conf.folders`` can count classes while a configuration is being composed.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from conf.errors import UserError
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -92,7 +94,7 @@ def checked(kind: type, who: str, where: str, values: Mapping[str, Any]) -> Any:
     built = kind(**{key: value for key, value in values.items() if key in known})
     problems += built.problems()
     if problems:
-        raise ValueError(f"{who}: wrong configuration, got {'; '.join(problems)}; see {where}")
+        raise UserError(f"{who}: wrong configuration, got {'; '.join(problems)}; see {where}")
     return built
 
 

@@ -1,4 +1,4 @@
-"""The batch that data modules hand to tasks, the draw that asks for a sample, and how samples become a batch."""
+"""The batch that data modules hand to tasks, and how samples become a batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from conf.errors import UserError
+from data.order.sampler import Draw
 
 
 class TokenLabels(NamedTuple):
@@ -40,15 +43,6 @@ class Batch(NamedTuple):
     token_labels: TokenLabels | Tensor | None = None
 
 
-class Draw(NamedTuple):
-    """One sample to read: image ``index`` in ``epoch``, for the ``repeat``-th time, in batch ``number``."""
-
-    epoch: int
-    index: int
-    repeat: int = 0
-    number: int = 0
-
-
 class Sample(NamedTuple):
     """One sample that was read: a uint8 image (3, H, W), its label, the draw that asked for it, its label map."""
 
@@ -66,7 +60,7 @@ def collate(samples: Sequence[Sample | None]) -> Batch:
     """
     present = [sample for sample in samples if sample is not None]
     if not present:
-        raise ValueError(
+        raise UserError(
             f"ImageData: no image of this batch is readable, got {len(samples)} unreadable files; "
             "see the paths reported above and mend or remove the files"
         )

@@ -8,10 +8,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.batch import Draw, Sample
-from data.decode import UnreadableImage
-from data.randomness import AUGMENT, preserved, seed_all
+from data.batch import Sample
+from data.order.randomness import AUGMENT, preserved, seed_all
+from data.order.sampler import Draw
 from data.sources import Split
+from data.sources.decode import UnreadableImage
 from data.token_labels import LabelMaps
 from data.transforms import TrainTransform
 

@@ -15,9 +15,10 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from conf.errors import UserError
 from data.augment import Augment
 from data.batch import Batch, TokenLabels
-from data.randomness import MIX, preserved, seed_all
+from data.order.randomness import MIX, preserved, seed_all
 from data.token_labels import MixToken, token_targets
 
 
@@ -68,7 +69,7 @@ class DeviceStage:
         """
         images = batch.images
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise UserError(
                 "DeviceStage: images must be uint8 (B, 3, H, W), "
                 f"got {images.dtype} {tuple(images.shape)}; leave scaling and normalisation to this stage"
             )
@@ -95,7 +96,7 @@ class DeviceStage:
 
     def _token_targets(self, labels: TokenLabels, grid: tuple[int, int] | None) -> Tensor:
         if grid is None:
-            raise ValueError(
+            raise UserError(
                 "DeviceStage: label maps need the grid of the model's tokens, got None; train with a task that sets "
                 "the data's token_grid, as task.token_weight does, or set data.token_labels=null"
             )

@@ -15,12 +15,13 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from conf.errors import UserError
 from data.augment import Augment
 from data.batch import Batch, collate
 from data.checks import data_problems, setting_problems, trainer_problems
 from data.dataset import Samples, Skips
 from data.device import DeviceStage
-from data.sampler import EpochBatchSampler, EvaluationBatchSampler
+from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
 from data.sources import Source
 from data.token_labels import LabelMaps
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
@@ -122,7 +123,7 @@ class ImageData(pl.LightningDataModule):
             *data_problems(self, self._place()[1], training),
         ]
         if problems:
-            raise ValueError("\n  - ".join([f"ImageData: {len(problems)} problem(s) with the data", *problems]))
+            raise UserError("\n  - ".join([f"ImageData: {len(problems)} problem(s) with the data", *problems]))
 
     # Loaders
 
@@ -220,7 +221,7 @@ class ImageData(pl.LightningDataModule):
             return
         for name, value in self._counted_with().items():
             if state[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"ImageData: the checkpoint is at batch {state['batch']} of epoch {state['epoch']}, counted with "
                     f"{name}={state[name]}, got {name}={value}; resume with the same data, seed and batch_size × "
                     "processes, or start a new run from the checkpoint's weights"

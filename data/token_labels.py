@@ -25,6 +25,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from conf.errors import UserError
 from data.batch import Batch, TokenLabels
 from data.sources.imagefolder import FolderSplit
 from data.transforms import View
@@ -32,7 +33,7 @@ from data.transforms import View
 CHECKED = 3  # files that are read before training
 
 
-class UnreadableTokenLabels(ValueError):
+class UnreadableTokenLabels(UserError):
     """A label map that is missing or not what the module describes; the message names its file."""
 
 

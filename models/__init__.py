@@ -30,13 +30,13 @@ def create_model(
 
 def list_models() -> list[str]:
     """The names that `create_model` and `model=` take."""
-    from conf.cli import options
+    from conf.names import options
 
     return options("model")
 
 
 def list_attentions() -> list[str]:
     """The mechanisms that `attention=` takes; it also takes plans, `plan/<name>`, that combine two of them."""
-    from conf.cli import options
+    from conf.names import options
 
     return [name for name in options("attention") if "/" not in name]

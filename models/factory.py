@@ -8,7 +8,9 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from conf import cli
+from conf import names
+from conf.compose import compose_run
+from conf.errors import UserError
 
 
 def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
@@ -20,7 +22,7 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
     for key, value in settings.items():
         part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
         if part is None:
-            raise ValueError(_unknown(name, key, cfg))
+            raise UserError(_unknown(name, key, cfg))
         part[key] = merged(f"create_model: {name}", key, part[key], value)
     model = build(cfg)
     if not features_only:
@@ -40,11 +42,11 @@ def merged(who: str, key: str, old: Any, new: Any) -> Any:
         return new
     known = sorted(_settings(old))
     if not isinstance(new, Mapping):
-        raise ValueError(f"{who}: {key} must be a dict with settings of {', '.join(known)}, got {new!r}")
+        raise UserError(f"{who}: {key} must be a dict with settings of {', '.join(known)}, got {new!r}")
     for name in new:
         if name not in old:
-            raise ValueError(
-                f"{who}: {key} has no setting {name!r}{cli.nearest(name, known)} It has {', '.join(known)}"
+            raise UserError(
+                f"{who}: {key} has no setting {name!r}{names.nearest(name, known)} It has {', '.join(known)}"
             )
     return OmegaConf.merge(old, dict(new))
 
@@ -56,7 +58,7 @@ def _settings(part: Any) -> set[str]:
 
 def _unknown(name: str, key: str, cfg: DictConfig) -> str:
     known, options = _settings(cfg.model), _settings(cfg.attention)
-    text = f"create_model: {name} has no setting {key!r}{cli.nearest(key, known | options)} "
+    text = f"create_model: {name} has no setting {key!r}{names.nearest(key, known | options)} "
     if within := [part for part in sorted(options) if key in _settings(cfg.attention[part])]:
         text += f"Give it as {' or '.join(f'{part}={{{key!r}: ...}}' for part in within)}. "
     return f"{text}It has {', '.join(sorted(known))}" + (
@@ -68,14 +70,14 @@ def compose_model(name: str, attention: str | None = None) -> DictConfig:
     """The part of the training configuration that makes a model: `model`, `attention`, `image_size`."""
     for kind, chosen in [("model", name), ("attention", attention)]:
         if not isinstance(chosen, str | None):
-            names = ", ".join(cli.options(kind))
-            raise ValueError(f"create_model: {kind} must be a name, got {chosen!r}; choose from {names}")
-        if chosen is not None and chosen not in cli.options(kind):
-            raise ValueError(
-                f"create_model: there is no {kind} {chosen!r}{cli.nearest(chosen, cli.options(kind))} "
-                f"available: {', '.join(cli.options(kind))}"
+            listed = ", ".join(names.options(kind))
+            raise UserError(f"create_model: {kind} must be a name, got {chosen!r}; choose from {listed}")
+        if chosen is not None and chosen not in names.options(kind):
+            raise UserError(
+                f"create_model: there is no {kind} {chosen!r}{names.nearest(chosen, names.options(kind))} "
+                f"available: {', '.join(names.options(kind))}"
             )
-    cfg, _ = cli.compose_run([f"model={name}", *([f"attention={attention}"] if attention else [])])
+    cfg, _ = compose_run([f"model={name}", *([f"attention={attention}"] if attention else [])])
     with open_dict(cfg):
         for key in set(cfg) - {"model", "attention", "image_size", "data"}:
             del cfg[key]

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-import recipes
-from conf import families
+from conf import families, recipes
 
 FILE, SHORT_FILE = recipes.ROOT / "README.md", recipes.ROOT.parent / "README.md"
 HEAD = ("`recipe=`", "model", "parameters", "FLOPs", "paper top-1 or FID", "status")
@@ -62,7 +61,7 @@ def counted(name: str) -> tuple[str, str]:
     """Parameters and multiply-adds of the model of a recipe, as the table has them."""
     import torch
 
-    from conf.cli import compose_run
+    from conf.compose import compose_run
     from models.backbones.base import pair
     from models.cost import multiply_adds, parameters
     from models.factory import build

@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line in this process, the same random numbers, and which tests run interpreted.
+"""Shared by all tests: the command line in this process, folders of images, the same random numbers, what is interpreted.
 
 Fused paths run on a GPU, or interpreted in a process that was started with TRITON_INTERPRET=1. Without a GPU such a
 process runs the tests of `tests/kernels` and those marked `fused`; any other process runs the rest. `make test` starts
@@ -7,6 +7,7 @@ both; `pytest tests/kernels` alone is interpreted by itself.
 
 import os
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -54,16 +55,11 @@ def command(tmp_path, monkeypatch, capsys):
     """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`."""
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:
-        from conf import cli, evaluation
-
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{program}.py"), *arguments])
         monkeypatch.delenv("VISION_ZOO_RUN_NAME", raising=False)
-        module = {}
-        exec(compile((ROOT / f"{program}.py").read_text(), f"{program}.py", "exec"), module)
-        before = evaluation.take_config if program == "eval" else None
         try:
-            cli.run(program, module["main"], before=before)
+            runpy.run_path(sys.argv[0], run_name="__main__")
             status = 0
         except SystemExit as exit:
             status = exit.code
@@ -71,3 +67,22 @@ def command(tmp_path, monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """A function that writes ``root/{train,val}/<class>/<i>.png`` of plain colours and returns ``root``."""
+
+    from PIL import Image
+
+    def make(classes=("bee", "ant"), train=3, val=2, size=(12, 10)) -> Path:
+        for split, count in (("train", train), ("val", val)):
+            for label, name in enumerate(classes):
+                folder = tmp_path / "images" / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(count):
+                    pixels = np.full((size[1], size[0], 3), 40 * label + i, np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        return tmp_path / "images"
+
+    return make

@@ -1,8 +1,13 @@
-"""Imports go down only: a file may import from the floors below its own, and every folder has a floor."""
+"""Imports go down only: the graph of folders has no cycle; and what a room may not know of the others.
+
+Imports inside functions and for types count. `python tests/test_floors.py` prints the floors.
+"""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -10,50 +15,34 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("conf", "data", "kernels", "models", "recipes")
-# what each floor may import of ours; a name covers the modules below it, `=name` only that module
-FLOORS = {
-    "kernels": [],
-    "models.layers": ["kernels"],
-    "models.attention": ["kernels", "models.layers", "models.attention.replacement"],
-    "models.attention.replacement": ["conf.cli", "models.attention", "models.factory"],
-    "models.backbones": ["=models.attention", "models.layers"],  # the contract, no mechanism by name
-    "models.checkpoints": ["=models", "conf.cli"],  # what models there are, to give weights their names
-    "models.probes": ["models.layers"],
-    "models.diffusion": [],
-    "models.tasks": [
-        *("models.attention.backend", "models.attention.dense_to_moh", "models.attention.head_router"),
-        *(
-            "models.attention.moh",
-            "models.diffusion",
-            "models.checkpoints",
-            "models.cost",
-            "models.factory",
-            "models.layers",
-        ),
-        *("conf.cli", "recipes"),
-    ],
-    "models.factory": ["conf", "=models.backbones.base"],
-    "models.tables": ["conf", "=models", "=models.backbones.base", "models.cost"],
-    "models.recipe_tables": ["recipes", "conf", "models.backbones.base", "models.cost", "models.factory"],
-    "models.cost": [],
-    "models.benchmark": ["=models", "models.cost", "models.factory"],
-    "recipes.__main__": ["models.recipe_tables"],
-    "models": ["conf", "models.factory"],
-    "data": [],
-    "recipes": [],
-    "conf": ["recipes", "data.folders", "models.checkpoints", "models.tasks.report", "models.tasks.sweep"],
-    "train": ["conf", "models.tasks"],
-    "eval": ["conf", "models.tasks"],
+# what a folder, and those below it, may import of ours besides itself; where nothing is said: anything below it
+ONLY = {
+    "kernels": (),
+    "conf": (),
+    "data": ("conf",),
+    "recipes": ("conf", "models"),
+    "models.layers": ("conf", "kernels"),
+    "models.attention": ("conf", "kernels", "models.layers"),
+    "models.backbones": ("conf", "models.attention", "models.layers"),
+    "models.diffusion": ("conf", "models.loggers"),
+    "models.loggers": ("conf",),
+    "models.callbacks": ("conf", "models.attention", "models.checkpoints", "models.loggers"),
+    "models.checkpoints.format": ("conf",),
+    "models.checkpoints.names": ("conf",),
 }
-FILES = [*(path for name in OURS for path in (ROOT / name).rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
 
 
-def floor_of(module: str) -> str:
-    return next(f for f in sorted(FLOORS, key=len, reverse=True) if module == f or module.startswith(f + "."))
+def files() -> list[Path]:
+    return [*(path for name in OURS for path in (ROOT / name).rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
 
 
 def module_of(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The folder of a module: `models.layers` of models.layers.window."""
+    return module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0] or module
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -69,49 +58,113 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield name if path_of_name.with_suffix(".py").exists() or path_of_name.is_dir() else node.module
 
 
-def wrong_imports(path: Path) -> list[str]:
-    here = floor_of(module_of(path))
-    others = [name for name in imports_of(path) if name.split(".")[0] in OURS and floor_of(name) != here]
-    return [
-        f"{path.relative_to(ROOT)} imports {name}: {here} may import only {FLOORS[here]}"
-        for name in others
-        if not any(_allows(rule, name) for rule in FLOORS[here])
-    ]
+def edges() -> list[tuple[str, str, str]]:
+    """(room, room that it imports from, the two modules), of every import of ours that leaves its room."""
+    found = []
+    for path in files():
+        here = module_of(path)
+        for name in imports_of(path):
+            if name.split(".")[0] in OURS and room_of(name) != room_of(here):
+                found.append((room_of(here), room_of(name), f"{here} imports {name}"))
+    return found
 
 
-def _allows(rule: str, name: str) -> bool:
-    return name == rule[1:] if rule.startswith("=") else name == rule or name.startswith(rule + ".")
+def floors() -> list[str]:
+    """Every room, lower ones first.
+
+    Raises:
+        AssertionError: there is a cycle; the message has the imports that close it.
+    """
+    graph: dict[str, set[str]] = {}
+    for here, there, _ in edges():
+        graph.setdefault(here, set()).add(there)
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        cycle = error.args[1]
+        text = [why for here, there, why in edges() if {here, there} <= set(cycle)]
+        raise AssertionError("the folders import each other: " + "; ".join(sorted(set(text)))) from None
 
 
-def test_imports_go_down():
-    assert len(FILES) > 20
-    wrong = [line for path in FILES for line in wrong_imports(path)]
+def forbidden() -> list[str]:
+    """Every import that `ONLY` does not allow."""
+    wrong = []
+    for here, there, why in edges():
+        rule = next((name for name in sorted(ONLY, key=len, reverse=True) if _within(here, name)), None)
+        if rule is not None and not any(_within(there, name) for name in (rule, *ONLY[rule])):
+            wrong.append(f"{why}: {rule} may import only {', '.join(ONLY[rule]) or 'itself'}")
+    return wrong
+
+
+def _within(room: str, name: str) -> bool:
+    return room == name or room.startswith(f"{name}.")
+
+
+def test_the_graph_of_folders_has_no_cycle():
+    assert len(files()) > 100
+    assert floors().index("models.attention") < floors().index("models.backbones")
+
+
+def test_rooms_import_only_what_they_may():
+    wrong = forbidden()
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_wrong_import_is_found(tmp_path, monkeypatch):
+def test_a_wrong_import_and_a_cycle_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    file = tmp_path / "models" / "backbones" / "planted.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("from models.attention import Grid\nfrom models.attention.softmax import softmax_attention\n")
-    assert wrong_imports(file) == [
-        "models/backbones/planted.py imports models.attention.softmax: "
-        "models.backbones may import only ['=models.attention', 'models.layers']"
+    planted = {
+        "train.py": "",
+        "eval.py": "",
+        "models/layers/grid.py": "def late():\n    from models.attention.softmax import softmax_attention\n",
+        "models/attention/softmax.py": "from models.layers.grid import Grid\n",
+    }
+    for name, text in planted.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(AssertionError, match=r"models\.layers\.grid imports models\.attention\.softmax"):
+        floors()
+    assert forbidden() == [
+        "models.layers.grid imports models.attention.softmax: models.layers may import only conf, kernels"
     ]
+
+
+def test_a_backbone_knows_the_contract_and_no_mechanism():
+    modules = {why.rpartition(" ")[2] for here, _, why in edges() if here == "models.backbones"}
+    assert {name for name in modules if name.startswith("models.attention")} == {"models.attention"}
+
+
+def test_only_the_contract_has_a_name_of_a_higher_floor():
+    """`models.attention.replace` and `to_moh` are `models.surgery`'s, looked up when somebody asks for them."""
+    late = {module_of(path) for path in files() if "import_module(" in path.read_text()}
+    # the others: a file of names below, a target of a checked configuration, operations by name, models to be timed
+    assert late == {"models.attention", "models.checkpoints.fitting", "models.checkpoints.format.config"} | {
+        name for name in late if name.startswith("kernels")
+    }
 
 
 def test_importing_the_command_line_stays_light():
     """`--help` must be instant: nothing that it imports may import torch."""
-    heavy = {"torch", "timm", "pytorch_lightning", "torchvision", "sklearn", "datasets", "wandb", "matplotlib"}
-    light = ["train.py", "eval.py", "recipes/__init__.py", "data/folders.py", "data/__init__.py", "models/__init__.py"]
-    for path in [*(ROOT / "conf").glob("*.py"), *(ROOT / name for name in light)]:
-        top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in top_level if isinstance(node, ast.ImportFrom)}
-        assert not {name.split(".")[0] for name in names} & heavy, path
+    heavy = ("torch", "timm", "pytorch_lightning", "torchvision", "sklearn", "datasets", "wandb", "matplotlib")
+    light = "conf.cli, conf.compose, models, data, models.runs.evaluated, models.runs.compare, recipes"
+    code = f"import sys, {light}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_classifier_imports_no_diffusion():
+    code = (
+        "import sys, models.runs.training, models.runs.evaluation, models.tasks.classification; "
+        "print([name for name in sys.modules if 'diffus' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_no_installed_distribution_owns_our_names(name):
     owners = packages_distributions().get(name)
     assert not owners, f"the installed package {owners} also provides `{name}`: uninstall it, one hides the other"
+
+
+if __name__ == "__main__":
+    print("\n".join(reversed(floors())))

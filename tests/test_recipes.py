@@ -8,8 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-import recipes
-from conf.cli import compose_run
+from conf import recipes
+from conf.compose import compose_run
 from models.tasks.verdict import deviations, judge
 
 NAMES = recipes.names()

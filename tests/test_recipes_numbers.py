@@ -15,8 +15,8 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from torchvision.transforms import InterpolationMode, v2
 
-import recipes
-from conf.cli import compose_run
+from conf import recipes
+from conf.compose import compose_run
 from data.augment import Augment
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 from models.factory import build
@@ -302,7 +302,7 @@ def test_batch_and_epochs(name):
         assert cfg.callbacks.ema is None
     else:
         assert (cfg.callbacks.ema.decay, cfg.callbacks.ema.warmup) == (row.ema, False)
-        assert cfg.callbacks.ema._target_ == "models.tasks.ema.EMA"
+        assert cfg.callbacks.ema._target_ == "models.callbacks.ema.EMA"
 
 
 @EVERY

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from models.loggers.metrics_csv import read_metrics
 from models.tasks.classification import Classification
-from models.tasks.loggers import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

@@ -5,7 +5,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from data.randomness import NOISE, generator
+from data.order.randomness import NOISE, generator
 
 
 class FakeSplit:

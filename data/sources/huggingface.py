@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.decode import read_image
+from conf.errors import UserError
+from data.sources.decode import read_image
 
 
 class HuggingFaceSplit:
@@ -63,7 +64,7 @@ class HuggingFace:
         cache_dir: str | None = None,
     ) -> None:
         if path not in self.FORMATS and "/" not in path and not os.path.isdir(os.path.expanduser(path)):
-            raise ValueError(
+            raise UserError(
                 f"HuggingFace: path must be owner/name on the hub, a folder, or one of {', '.join(self.FORMATS)}, "
                 f"got {path!r}; set data.source.path"
             )
@@ -93,7 +94,7 @@ class HuggingFace:
         from datasets import load_dataset
 
         if self.path in self.FORMATS and self.data_dir is None and self.data_files is None:
-            raise ValueError(
+            raise UserError(
                 f"HuggingFace: no files, got path={self.path} alone; set data.source.data_dir or data.source.data_files"
             )
         options = {"data_dir": self.data_dir, "data_files": self.data_files, "revision": self.revision}
@@ -108,7 +109,7 @@ class HuggingFace:
             if "split" not in str(error).lower():
                 raise
             known = ", ".join(load(path, self.name, **options))
-            raise ValueError(
+            raise UserError(
                 f"HuggingFace: no such split in {self.path}, got {split}, there are {known}; "
                 "set data.source.train and data.source.val"
             ) from error
@@ -126,7 +127,7 @@ class HuggingFace:
         image = self._pick("image", self.image, images, features)
         label = self._pick("label", self.label, labels, features)
         if "int" not in getattr(features[label], "dtype", ""):
-            raise ValueError(
+            raise UserError(
                 f"HuggingFace: labels must be classes or whole numbers, got column {label} of {features[label]}; "
                 "set data.source.label to another column, or encode it with datasets' class_encode_column"
             )
@@ -137,7 +138,7 @@ class HuggingFace:
             return wanted
         if wanted is None and len(candidates) == 1:
             return candidates[0]
-        raise ValueError(
+        raise UserError(
             f"HuggingFace: the {kind} column is not clear, got data.source.{kind}={wanted}, the columns are "
             f"{', '.join(f'{name} ({type(feature).__name__})' for name, feature in features.items())}; "
             f"set data.source.{kind} to one of them"

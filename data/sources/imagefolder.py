@@ -10,8 +10,9 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from data.decode import read_image
-from data.folders import class_folders, class_split, image_files
+from conf.errors import UserError
+from conf.folders import class_folders, class_split, image_files
+from data.sources.decode import read_image
 
 
 class FolderSplit:
@@ -72,7 +73,7 @@ class ImageFolder:
     def val(self) -> FolderSplit:
         unknown = sorted(set(class_folders(self.root, "val")) - set(self.classes))
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"ImageFolder: classes in val that train lacks, got {', '.join(unknown[:5])} "
                 f"({len(unknown)} in {self._folder('val')}); give train and val the same class folders"
             )

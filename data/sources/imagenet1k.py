@@ -8,7 +8,8 @@ with one class missing, would evaluate to noise: it is refused.
 import re
 from functools import cached_property
 
-from data.folders import class_split
+from conf.errors import UserError
+from conf.folders import class_split
 from data.sources.imagefolder import ImageFolder
 
 CLASSES = 1000
@@ -24,12 +25,12 @@ class ImageNet1k(ImageFolder):
         names, folder = super().classes, self._folder(class_split(self.root))
         wrong = [name for name in names if not WORDNET_ID.fullmatch(name)]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"ImageNet1k: folders that are no WordNet id (n and 8 digits), got {', '.join(wrong[:5])} in "
                 f"{folder}; remove them, or use data=imagefolder for other images"
             )
         if len(names) != CLASSES:
-            raise ValueError(
+            raise UserError(
                 f"ImageNet1k: {CLASSES} class folders expected, got {len(names)} in {folder}; "
                 "add the missing ones, or use data=imagefolder for a subset"
             )

@@ -8,34 +8,17 @@ Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from models.attention.replacement import Replacement
+from conf.errors import UserError
+from models.layers.grid import Grid as Grid
 
 BACKENDS = ("auto", "triton", "torch")
 KINDS = frozenset({"vit", "hierarchical", "convnet", "hybrid"})
-
-
-class Grid(NamedTuple):
-    """Size of a token map, and the number of class or register tokens in front of it."""
-
-    height: int
-    width: int
-    prefix: int = 0
-
-    @property
-    def cells(self) -> int:
-        """Tokens of the map, prefix excluded."""
-        return self.height * self.width
-
-    @property
-    def tokens(self) -> int:
-        """All tokens: N = prefix + H·W."""
-        return self.prefix + self.cells
 
 
 class Site(NamedTuple):
@@ -86,7 +69,7 @@ class Runs(NamedTuple):
     reason: str = ""
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """Raised by a mechanism for a site that it cannot serve: the reason, and the setting that mends it."""
 
     def __init__(self, reason: str, fix: str) -> None:
@@ -132,67 +115,8 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
         except Refused as refusal:
             problems.append((site, refusal))
     if problems:
-        raise ValueError(_report(problems, len(sites)))
+        raise UserError(_report(problems, len(sites)))
     return mixers
-
-
-def replace(
-    model: nn.Module,
-    attention: str | AttentionFactory | Sequence[AttentionFactory],
-    *,
-    where: Callable[[Site], bool] | None = None,
-    **options: Any,
-) -> "Replacement":
-    """Puts a mechanism into a timm ViT, DeiT or Swin, in place: `replace(model, "agent", agent_tokens=49)`.
-
-    Weights that fit are kept, the same parameters under the same names; the rest starts anew. In a Swin the mechanism
-    gets the whole map of the stage; windows are then an option of the mechanism. Make the optimizer after this; timm's
-    leave position biases undecayed by their name, and ours have another, `core.bias.table`.
-
-    Args:
-        model: of timm, with or without pretrained weights; may have been given to `replace` before.
-        attention: a file of conf/attention, see `models.list_attentions()`; or a factory, or a list with one per stage.
-        where: which places, e.g. `lambda site: site.block < 4` or `lambda site: site.stage < 2`; None for all.
-        options: keys of conf/attention/<attention>.yaml with other values. Biases, width of the heads and norms of
-            queries and keys are as in the model unless given.
-
-    Returns:
-        A report to print: places, parameters kept, new and dropped, and whether the output is unchanged.
-
-    Raises:
-        ValueError: an unknown name or option, no place, a model of another kind, or a misfit; the model is as before.
-    """
-    from models.attention.replacement import replace as put
-
-    return put(model, attention, where, options)
-
-
-def to_moh(
-    model: nn.Module, shared: Any, routed: Any, *, where: Callable[[Site], bool] | None = None, **options: Any
-) -> list[str]:
-    """Puts a head gate on every attention of a trained model, in place, to train it on with fewer active heads.
-
-    All weights stay. The new routers begin undecided, every active head with weight 1: with shared + routed = all heads
-    the model computes exactly what it did; with fewer, the heads that a token does not choose are missing. Make the
-    optimizer after this. A run does the same when `init=` names the weights of a model without gates.
-
-    Args:
-        model: of `models.create_model`. For a model of timm use `replace(model, "moh", ...)`.
-        shared: heads that are always active: a number, a fraction, or a list, see `models.attention.moh.MoHAttention`.
-        routed: heads that each token chooses among the others, likewise.
-        where: which places, e.g. `lambda site: site.block < 4`; None for all.
-        options: `router`, `balance`, `all_reduce`, `backend` of `MoHAttention`. With balance="bias" a training loop of
-            your own calls `models.attention.moh.balance_heads(model)` after every optimizer step.
-
-    Returns:
-        The names of the gated modules.
-
-    Raises:
-        ValueError: no place, gates that are there already, or heads that do not fit; the model is as before.
-    """
-    from models.attention.dense_to_moh import gate
-
-    return gate(model, shared, routed, where, options)
 
 
 def check(mixer: nn.Module, site: Site) -> None:
@@ -229,7 +153,7 @@ def _per_stage(attention: AttentionFactory | Sequence[AttentionFactory], stages:
     if not isinstance(attention, Sequence):
         return [attention] * stages
     if len(attention) != stages:
-        raise ValueError(
+        raise UserError(
             f"attention: the list has {len(attention)} entries, the backbone has {stages} stages; give one per stage"
         )
     return list(attention)
@@ -247,3 +171,10 @@ def _report(problems: list[tuple[Site, Refused]], total: int) -> str:
             f"  stage {site.stage} {where} (dim {site.dim}, heads {site.num_heads}, grid {grid}, {site.kind}): {text}"
         )
     return "\n".join(lines)
+
+
+def __getattr__(name: str) -> Any:
+    """`replace` and `to_moh`: they change whole models, so they stand in `models.surgery`, and are known here too."""
+    if name in ("replace", "to_moh"):
+        return getattr(import_module("models.surgery"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

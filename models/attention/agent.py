@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.agent_attention import MOST_AGENTS
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
@@ -109,7 +110,7 @@ def agent_grid(agent_tokens: int | Sequence[int], name: str = "agent_tokens") ->
             return sides
         if len(sides) == 1 and math.isqrt(sides[0]) ** 2 == sides[0]:
             return (math.isqrt(sides[0]),) * 2
-    raise ValueError(
+    raise UserError(
         f"agent_attention: {name} must be a square number, [height, width] or auto, got {agent_tokens!r}; "
         "use e.g. 9, 16, 49 or [3, 5]"
     )

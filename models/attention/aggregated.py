@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.aggregated_attention import aggregated_attention as aggregated_heads
 from kernels.dispatch import WIDEST_HEAD
 from models.attention import Accepts, Grid, Mixed, Runs, Site
@@ -62,7 +63,7 @@ def aggregated_attention(
         options = {"pretrain_size": pretrain_size, "hidden": hidden, "qkv_bias": qkv_bias, "backend": backend}
         return cosine_attention(site, **options)
     if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % 2 == 0:
-        raise ValueError(f"aggregated: window must be odd and positive, got {side!r}; set attention.window")
+        raise UserError(f"aggregated: window must be odd and positive, got {side!r}; set attention.window")
     reduce = PooledFeatures(site.dim, ratio, fixed_pool_size)
     size = site.grid[:2] if pretrain_size is None else pair_of(pretrain_size)
     core = AggregatedCore(site.num_heads, head_channels(site), side, size, hidden)

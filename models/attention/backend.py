@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from conf.errors import UserError
 from kernels.dispatch import INTERPRETED
 from models.attention import Attention, Runs, runs_of
 
@@ -21,7 +22,7 @@ def describe(model: nn.Module, device: torch.device) -> str:
         return "no attention"
     if device.type != "cuda" and not INTERPRETED:
         if any(runs_of(mixer)[0] == "triton" for mixer in mixers):
-            raise ValueError(
+            raise UserError(
                 f"attention.backend=triton: Triton kernels run on CUDA devices, got {device.type}; "
                 "set attention.backend=auto, which computes the same in PyTorch there"
             )

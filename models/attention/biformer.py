@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
@@ -287,13 +288,13 @@ def gather(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Ten
 def _check_options(num_regions: int, topk: int, padding: str, routing: str) -> None:
     who = "BiLevelRoutingAttention"
     if not isinstance(topk, int) or isinstance(topk, bool) or topk < 1:
-        raise ValueError(f"{who}: topk must be a positive number or all, got {topk}; set attention.topk")
+        raise UserError(f"{who}: topk must be a positive number or all, got {topk}; set attention.topk")
     if not isinstance(num_regions, int) or num_regions < 1:
-        raise ValueError(f"{who}: num_regions must be at least 1, got {num_regions}; give the regions per side")
+        raise UserError(f"{who}: num_regions must be at least 1, got {num_regions}; give the regions per side")
     if padding not in PADDINGS:
-        raise ValueError(f"{who}: padding must be {' or '.join(PADDINGS)}, got {padding}; choose one of them")
+        raise UserError(f"{who}: padding must be {' or '.join(PADDINGS)}, got {padding}; choose one of them")
     if routing not in ROUTINGS:
-        raise ValueError(f"{who}: routing must be one of {', '.join(ROUTINGS)}, got {routing}; choose one of them")
+        raise UserError(f"{who}: routing must be one of {', '.join(ROUTINGS)}, got {routing}; choose one of them")
 
 
 def _extend(x_BNC: Tensor, grid: Grid, larger: Grid) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per he
 
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Runs, Site
 from models.attention.heads import gated_heads, head_channels
@@ -20,7 +21,7 @@ def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> "Depthwi
         backend: "auto", "triton" or "torch".
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"conv: kernel_size must be odd, got {kernel_size}; set attention.kernel_size to 3, 5 or 7")
+        raise UserError(f"conv: kernel_size must be odd, got {kernel_size}; set attention.kernel_size to 3, 5 or 7")
     return DepthwiseConv(site, kernel_size, backend)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import Accepts, Grid, Runs, Site
 from models.attention.heads import head_channels
 from models.attention.multihead import MultiHead
@@ -43,7 +44,7 @@ def cosine_attention(
         backend: "auto" or "torch", which are the same: PyTorch's scaled_dot_product_attention computes it.
     """
     if hidden < 1:
-        raise ValueError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
+        raise UserError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
     size = site.grid[:2] if pretrain_size is None else pair_of(pretrain_size)
     dim = head_dim or head_channels(site)
     core = CosineCore(site.num_heads, dim, size, hidden)
@@ -161,5 +162,5 @@ def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of a map, from one number or two."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise ValueError(f"cosine: pretrain_size must be at least 1, got {size}; give the height and width of a map")
+        raise UserError(f"cosine: pretrain_size must be at least 1, got {size}; give the height and width of a map")
     return height, width

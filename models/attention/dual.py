@@ -11,6 +11,7 @@ Shapes: B = batch, N = tokens, C = channels, M = heads or groups, D = channels p
 
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.channel_attention import channel_attention
 from models.attention import Accepts, Grid, Mixed, Runs, Site
 from models.attention.heads import head_channels
@@ -45,11 +46,11 @@ def dual_attention(
     """
     size = (window, window) if isinstance(window, int) else tuple(window)
     if min(size) < 1:
-        raise ValueError(f"dual: window must be at least 1, got {window}; give the side of the windows in tokens")
+        raise UserError(f"dual: window must be at least 1, got {window}; give the side of the windows in tokens")
     if cpe_kernel < 0 or (cpe_kernel and cpe_kernel % 2 == 0):
-        raise ValueError(f"dual: cpe_kernel must be odd, got {cpe_kernel}; give 3, or 0 for no position encoding")
+        raise UserError(f"dual: cpe_kernel must be odd, got {cpe_kernel}; give 3, or 0 for no position encoding")
     if scale not in SCALES:
-        raise ValueError(f"dual: scale must be {' or '.join(SCALES)}, got {scale}; choose one of them")
+        raise UserError(f"dual: scale must be {' or '.join(SCALES)}, got {scale}; choose one of them")
     dim = head_channels(site)
     if site.block % 2:
         mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias, backend=backend)

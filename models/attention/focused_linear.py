@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from models.attention import Grid, Runs, Site
@@ -60,7 +61,7 @@ def focused_linear_attention(
         ValueError: a power below 1, an even kernel, or both sr_ratio and kv_pool.
     """
     if isinstance(power, bool) or not isinstance(power, int | float) or not 1 <= power < math.inf:
-        raise ValueError(f"focused_linear_attention: power must be at least 1, got {power!r}; the paper uses 3")
+        raise UserError(f"focused_linear_attention: power must be at least 1, got {power!r}; the paper uses 3")
     check_whole("focused_linear_attention", kernel_size=kernel_size)
     dim = head_channels(site)
 

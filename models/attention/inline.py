@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.linear_attention import inline_attention as fused_inline_attention
 from models.attention import Grid, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
@@ -65,11 +66,11 @@ def inline_attention(
         ValueError: an unknown feature or residual_input.
     """
     if feature not in FEATURES:
-        raise ValueError(
+        raise UserError(
             f"inline_attention: feature must be one of {', '.join(FEATURES)}, got {feature!r}; set attention.feature"
         )
     if residual_input not in INPUTS:
-        raise ValueError(
+        raise UserError(
             f"inline_attention: residual_input must be normed or stream, got {residual_input!r}; "
             "set attention.residual_input"
         )

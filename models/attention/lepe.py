@@ -8,6 +8,7 @@ Shapes: B = batch, N = prefix + H·W tokens, C = channels, M = heads, D = channe
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Runs, Site
 from models.attention.heads import gated_heads, head_channels, split_heads
@@ -38,7 +39,7 @@ class LePEAttention(nn.Module):
         super().__init__()
         self.backend = backend
         if lepe_input not in ("x", "v"):
-            raise ValueError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
+            raise UserError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
         self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site, even=True) ** -0.5, lepe_input
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.lepe = depthwise(site.dim, lepe_kernel)
@@ -86,7 +87,7 @@ class ConvMixer(nn.Module):
 
 def check_kernel(kernel: int) -> None:
     if kernel < 0 or (kernel and kernel % 2 == 0):
-        raise ValueError(f"lepe_kernel: must be odd, got {kernel}; give 3 or 5, or 0 for none")
+        raise UserError(f"lepe_kernel: must be odd, got {kernel}; give 3 or 5, or 0 for none")
 
 
 def depthwise(dim: int, kernel: int) -> nn.Conv2d | None:

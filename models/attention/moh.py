@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
 from models.attention.head_router import ROUTERS
 from models.attention.multihead import MultiHead, for_stage
@@ -114,7 +115,7 @@ def active_heads(model: nn.Module) -> float | None:
 def balance_heads(model: nn.Module) -> None:
     """Moves the biases of balance="bias" by one step: after every optimizer step, in all processes.
 
-    A run of ours does so (`models.tasks.routing`); a training loop of your own has to.
+    A run of ours does so (`models.callbacks.routing`); a training loop of your own has to.
     """
     for module in model.modules():
         if isinstance(module, MoHAttention):
@@ -147,11 +148,11 @@ def for_layer(name: str, value: Any, site: Site) -> Any:
 def _check(router: str, balance: str, backend: str) -> None:
     for name, value, known in (("router", router, ROUTERS), ("balance", balance, BALANCES)):
         if value not in known:
-            raise ValueError(f"moh: {name} must be one of {', '.join(known)}, got {value!r}; set attention.{name}")
+            raise UserError(f"moh: {name} must be one of {', '.join(known)}, got {value!r}; set attention.{name}")
     if router == "relu" and balance == "loss":
-        raise ValueError("moh: router=relu is balanced by a bias, got balance=loss; set attention.balance=bias")
+        raise UserError("moh: router=relu is balanced by a bias, got balance=loss; set attention.balance=bias")
     if backend == "triton" and router != "softmax":
-        raise ValueError(f"moh: router={router} has no Triton kernel, got backend=triton; set attention.backend=auto")
+        raise UserError(f"moh: router={router} has no Triton kernel, got backend=triton; set attention.backend=auto")
 
 
 def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> tuple[int, int]:
@@ -164,7 +165,7 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
     for name, value in (("shared_heads", shared), ("routed_heads", routed)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not value >= 0 or (isinstance(value, float) and value > 1):
-            raise ValueError(
+            raise UserError(
                 f"moh: {name} must be a number of heads or a fraction between 0.0 and 1.0, got {value!r}; "
                 f"set attention.{name}"
             )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
@@ -223,7 +224,7 @@ def check_whole(who: str, **options: Any) -> None:
         odd = name.endswith("kernel_size")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (odd and value % 2 == 0):
             what = "odd and positive" if odd else "a whole number of at least 1"
-            raise ValueError(f"{who}: {name} must be {what}, got {value!r}; set attention.{name}")
+            raise UserError(f"{who}: {name} must be {what}, got {value!r}; set attention.{name}")
 
 
 def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None = None) -> nn.Module | None:
@@ -237,7 +238,7 @@ def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None
     if kv_pool is None:
         return None if ratio == 1 else SpatialReduction(site.dim, ratio)
     if ratio != 1:
-        raise ValueError(
+        raise UserError(
             f"attention: sr_ratio and kv_pool both shorten the keys, got {ratio} and {kv_pool}; "
             "set sr_ratio=1 or kv_pool=null"
         )
@@ -250,7 +251,7 @@ def window_of(window: int | tuple[int, int] | None, grid: Grid) -> tuple[int, in
         return None
     sides = tuple(window) if isinstance(window, Sequence) and not isinstance(window, str) else (window, window)
     if len(sides) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
-        raise ValueError(
+        raise UserError(
             f"window: sides must be at least 1, got {window!r}; give a number of tokens, two, or null for no windows"
         )
     return min(sides[0], grid.height), min(sides[1], grid.width)

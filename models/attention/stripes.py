@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
@@ -83,7 +84,7 @@ def lay_out(
 
 def _width(stripe: int | str) -> int:
     if not isinstance(stripe, int) or isinstance(stripe, bool) or stripe < 1:
-        raise ValueError(f"stripe: must be tokens, a whole number of at least 1, got {stripe!r}; use e.g. 7, or all")
+        raise UserError(f"stripe: must be tokens, a whole number of at least 1, got {stripe!r}; use e.g. 7, or all")
     return stripe
 
 

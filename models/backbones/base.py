@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import Grid
 from models.layers.tokens import to_map
 
@@ -127,7 +128,7 @@ class Pyramid(Trunk):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
-            raise ValueError(
+            raise UserError(
                 f"features_only: a backbone for images is needed, got {type(backbone).__name__}, which makes images; "
                 "choose another model"
             )
@@ -162,7 +163,7 @@ def pair(image_size: int | Sequence[int], name: str = "image_size") -> tuple[int
     """Height and width in pixels, from one number or two."""
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"{name}: must be pixels, one positive number or two, got {image_size!r}; e.g. {name}=224")
+        raise UserError(f"{name}: must be pixels, one positive number or two, got {image_size!r}; e.g. {name}=224")
     return sides
 
 
@@ -170,7 +171,7 @@ def check_counts(who: str, **values: int) -> None:
     """Refuses counts that are no whole numbers of at least 1."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{who}: {name} must be a whole number of at least 1, got {value!r}; set model.{name}")
+            raise UserError(f"{who}: {name} must be a whole number of at least 1, got {value!r}; set model.{name}")
 
 
 def init_weights(module: nn.Module) -> None:
@@ -184,5 +185,5 @@ def init_weights(module: nn.Module) -> None:
 def classifier(dim: int, num_classes: int) -> nn.Module:
     """The last layer: Linear, or Identity for 0 classes."""
     if num_classes < 0:
-        raise ValueError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
+        raise UserError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
     return nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid
 from models.backbones.base import Backbone, PatchStem, classifier, init_weights
 from models.backbones.stages import check_lists, sites_of, stages_of
@@ -58,7 +59,7 @@ class BiFormer(Backbone):
         super().__init__()
         check_lists("BiFormer", dims=dims, depths=depths, num_heads=num_heads)
         if layout not in LAYOUTS:
-            raise ValueError(f"BiFormer: layout must be {' or '.join(LAYOUTS)}, got {layout!r}; set model.layout")
+            raise UserError(f"BiFormer: layout must be {' or '.join(LAYOUTS)}, got {layout!r}; set model.layout")
         overlapping = layout == "biformer"
         self.channels, self.strides = list(dims), [4 << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}

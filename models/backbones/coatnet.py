@@ -13,6 +13,7 @@ from operator import mul
 
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, build
 from models.backbones.base import Backbone, check_counts, classifier, init_weights
 from models.backbones.stages import check_lists, heads_of, per_stage, sites_of
@@ -87,7 +88,7 @@ class CoAtNet(Backbone):
 def of_the_image(strides: Sequence[int]) -> list[int]:
     """The stride of each stage against the image, from those against the stage before; the stem has 2."""
     if not set(strides) <= {1, 2}:
-        raise ValueError(f"CoAtNet: strides must be 1 or 2, got {list(strides)}; set model.strides")
+        raise UserError(f"CoAtNet: strides must be 1 or 2, got {list(strides)}; set model.strides")
     return list(accumulate(strides, mul, initial=2))[1:]
 
 

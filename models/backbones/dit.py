@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Site, build
 from models.backbones.base import Trunk, check_counts, pair, stacked
 from models.layers.adaptive_block import AdaptiveBlock, AdaptiveHead
@@ -67,7 +68,7 @@ class DiT(Trunk):
         check_counts("DiT", num_classes=num_classes, dim=dim, depth=depth, **counts)
         check_dropout(class_dropout)
         if not mlp_ratio > 0:
-            raise ValueError(f"DiT: mlp_ratio must be a number above 0, got {mlp_ratio!r}; set model.mlp_ratio")
+            raise UserError(f"DiT: mlp_ratio must be a number above 0, got {mlp_ratio!r}; set model.mlp_ratio")
         self.num_classes, self.class_dropout, self.learn_sigma = num_classes, class_dropout, learn_sigma
         self.latent_stride, self.in_channels, self.patch_size = latent_stride, in_channels, patch_size
         self.latent_size = latent_size(image_size, latent_stride, patch_size)
@@ -113,7 +114,7 @@ class DiT(Trunk):
             ValueError: the model was made for no dropped labels, so that it knows no prediction without a class.
         """
         if self.class_dropout == 0:
-            raise ValueError(
+            raise UserError(
                 "DiT: guidance needs a prediction without a class, which class_dropout teaches, got class_dropout=0; "
                 "set model.class_dropout, or guidance 1"
             )
@@ -143,13 +144,13 @@ class DiT(Trunk):
             or latents.shape[1] != self.in_channels
             or any(s % self.patch_size for s in latents.shape[2:])
         ):
-            raise ValueError(
+            raise UserError(
                 f"DiT: latents must be (batch, {self.in_channels}, height, width) with sides that patches of "
                 f"{self.patch_size} divide, got {tuple(latents.shape)}; see model.in_channels and model.patch_size"
             )
         for name, value in (("timesteps", timesteps), ("labels", labels)):
             if value.shape != latents.shape[:1]:
-                raise ValueError(
+                raise UserError(
                     f"DiT: {name} must be one number for each of the {len(latents)} latents, got {tuple(value.shape)}; "
                     "give a tensor (batch,)"
                 )
@@ -196,7 +197,7 @@ def latent_size(image_size: int | Sequence[int], latent_stride: int, patch_size:
     """
     sides = pair(image_size)
     if any(side % (latent_stride * patch_size) for side in sides):
-        raise ValueError(
+        raise UserError(
             f"DiT: image_size must be a multiple of {latent_stride * patch_size} pixels (patches of {patch_size} "
             f"latents, each of {latent_stride} pixels), got {image_size}; change image_size or model.patch_size"
         )
@@ -211,7 +212,7 @@ def heads_of_blocks(num_heads: int | Sequence[int], depth: int) -> list[int]:
     """
     heads = [num_heads] * depth if isinstance(num_heads, int) else list(num_heads)
     if len(heads) != depth:
-        raise ValueError(
+        raise UserError(
             f"DiT: num_heads must be one number, or one for each of the {depth} blocks, got {len(heads)}; "
             "set model.num_heads"
         )
@@ -223,4 +224,4 @@ def heads_of_blocks(num_heads: int | Sequence[int], depth: int) -> list[int]:
 def check_dropout(value: float) -> None:
     """Refuses what is no share of the labels."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"DiT: class_dropout must be in [0, 1), got {value!r}; set model.class_dropout")
+        raise UserError(f"DiT: class_dropout must be in [0, 1), got {value!r}; set model.class_dropout")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid
 from models.backbones.base import Backbone, PatchStem, check_counts, classifier, init_weights
 from models.backbones.stages import check_lists, sites_of, stages_of
@@ -67,7 +68,7 @@ class PVT(Backbone):
         check_counts("PVT", patch_size=patch_size)
         check_lists("PVT", dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
         if norm not in NORMS:
-            raise ValueError(f"PVT: norm must be one of {', '.join(NORMS)}, got {norm!r}; set model.norm")
+            raise UserError(f"PVT: norm must be one of {', '.join(NORMS)}, got {norm!r}; set model.norm")
         self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
         shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}
         sites = sites_of("hierarchical", image_size, **shape, last_prefix=int(class_token))

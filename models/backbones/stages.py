@@ -5,6 +5,7 @@ from itertools import groupby
 
 from torch import nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Site, build
 from models.backbones.base import pair
 from models.layers.block import Stage, drop_path_rates
@@ -70,18 +71,18 @@ def check_lists(who: str, **options: Sequence[int]) -> None:
     """Refuses lists with one entry per stage that disagree about the number of stages or have entries below 1."""
     lengths = {name: len(values) for name, values in options.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(
+        raise UserError(
             f"{who}: options with one entry per stage differ in length, got {lengths}; give as many of each"
         )
     for name, values in options.items():
         if min(values) < 1:
-            raise ValueError(f"{who}: {name} must be at least 1 in every stage, got {list(values)}; set model.{name}")
+            raise UserError(f"{who}: {name} must be at least 1 in every stage, got {list(values)}; set model.{name}")
 
 
 def heads_of(who: str, dim: int, head_dim: int) -> int:
     """How many heads of `head_dim` channels make up `dim`."""
     if dim % head_dim:
-        raise ValueError(
+        raise UserError(
             f"{who}: {dim} channels are not a multiple of head_dim, got {head_dim}; change model.dims or model.head_dim"
         )
     return dim // head_dim
@@ -98,7 +99,7 @@ def per_stage(
         ValueError: no stage or one that does not exist, or a list that does not go with the chosen stages.
     """
     if not chosen or not set(chosen) <= set(range(stages)):
-        raise ValueError(
+        raise UserError(
             f"{who}: attention_stages must name at least one of the stages 0 to {stages - 1}, got {list(chosen)}; "
             "set model.attention_stages"
         )
@@ -106,7 +107,7 @@ def per_stage(
         return [attention if s in chosen else None for s in range(stages)]
     given = [s for s, factory in enumerate(attention) if factory is not None]
     if len(attention) != stages or set(given) != set(chosen):
-        raise ValueError(
+        raise UserError(
             f"{who}: a list of mechanisms has {stages} entries, null for stages not in attention_stages, "
             f"{list(chosen)}, got {len(attention)} entries with mechanisms for {given}; change either list"
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from conf.errors import UserError
 from models.attention import AttentionFactory, Site
 from models.backbones.base import Backbone, PatchStem, check_counts, classifier, init_weights, pair
 from models.backbones.pvt_v2 import EPS, PATCH_EPS, NormedStage
@@ -108,7 +109,7 @@ def measure_in(size: tuple[int, int], mixer: nn.Module) -> None:
     for module in mixer.modules():
         if hasattr(module, "pretrain_size"):
             if module.pretrain_size != tuple(mixer.site.grid[:2]):
-                raise ValueError(
+                raise UserError(
                     f"TransNeXt: distances are measured as model.pretrain_size says, got {module.pretrain_size} from "
                     "the attention; set attention.pretrain_size=null"
                 )

@@ -3,9 +3,9 @@
 `python -m models.checkpoints convert FILE --model biformer_tiny -o out.safetensors` renames an authors' file.
 """
 
-from models.checkpoints.config import check_config
 from models.checkpoints.conversion import convert, export, settings_of
-from models.checkpoints.directory import latest, read_config, read_manifest, resolve, verify
+from models.checkpoints.format.config import check_config
+from models.checkpoints.format.directory import latest, read_config, read_manifest, resolve, verify
 from models.checkpoints.weights import load_weights
 
 __all__ = [

@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import UserError
+
 if TYPE_CHECKING:  # `--help` and a wrong argument do not wait for torch
     from torch import Tensor
 
@@ -60,21 +62,21 @@ def _check(chosen: argparse.Namespace) -> None:
     Raises:
         ValueError: the model is unknown, or the output file exists or cannot be made.
     """
-    from conf.cli import nearest
+    from conf.names import nearest
     from models import list_models
 
     out, endings = chosen.output, _OUTPUTS[chosen.command]
     if chosen.model not in list_models():
-        raise ValueError(
+        raise UserError(
             f"--model: must be one of {', '.join(list_models())}, got {chosen.model!r}"
             f"{nearest(chosen.model, list_models())}"
         )
     if out.suffix not in endings:
-        raise ValueError(f"--output: must end in {' or '.join(endings)}, got {out}; rename it")
+        raise UserError(f"--output: must end in {' or '.join(endings)}, got {out}; rename it")
     if out.exists() or out.is_symlink():
-        raise ValueError(f"--output: must be a new file, got {out}, which exists; remove it first")
+        raise UserError(f"--output: must be a new file, got {out}, which exists; remove it first")
     if not out.parent.is_dir():
-        raise ValueError(f"--output: must lie in a folder that exists, got {out}; make {out.parent} first")
+        raise UserError(f"--output: must lie in a folder that exists, got {out}; make {out.parent} first")
 
 
 def _run(chosen: argparse.Namespace) -> list[str]:
@@ -103,7 +105,7 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
         ValueError: the run trained another model.
     """
     from models.checkpoints.conversion import settings_of
-    from models.checkpoints.directory import read_config
+    from models.checkpoints.format.directory import read_config
 
     if Path(chosen.file).is_file():
         return {}
@@ -111,7 +113,7 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
     if not {"run", "model", "attention"} <= config.keys():  # a directory that no run wrote
         return {}
     if (name := config["run"]["model"]) != chosen.model:
-        raise ValueError(f"--model: the run trained {name}, got {chosen.model}; give --model {name}")
+        raise UserError(f"--model: the run trained {name}, got {chosen.model}; give --model {name}")
     return settings_of(config)
 
 
@@ -125,8 +127,8 @@ def _write(state: dict[str, Tensor], chosen: argparse.Namespace) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from models.checkpoints.codec import plain_tensor
-    from models.checkpoints.write import sync
+    from models.checkpoints.format.codec import plain_tensor
+    from models.checkpoints.format.write import sync
 
     out = chosen.output
     temporary = out.with_name(f".writing-{out.name}-{os.getpid()}")

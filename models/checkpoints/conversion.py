@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from conf.cli import compose_run
+from conf.compose import compose_run
+from conf.errors import UserError
 from models import list_models
 from models.checkpoints.fitting import (
     MADE,
@@ -55,7 +56,7 @@ def convert(
     """
     table, state = _matched(state_dict, name, settings, "convert", resize=True)
     if problem := wrong_classes(table, state, num_classes):
-        raise ValueError(f"convert: {problem}")
+        raise UserError(f"convert: {problem}")
     for model, text in table.layout.warning:
         if model == name and "attention" not in settings:
             warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
@@ -80,7 +81,7 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     family = family_of(name)
     if family is None:
         exportable = ", ".join(sorted({f"{other.partition('_')[0]}_*" for other in list_models() if family_of(other)}))
-        raise ValueError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
+        raise UserError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
     ours = _ours(*_matched(state_dict, name, settings, "export", resize=False))
     layout = family.authors(name)
     parts = layout.names(ours)
@@ -119,7 +120,7 @@ def _matched(
     table = best(tables(name, settings), state)
     state = learned(table, state)
     if problem := problem_of(table, state, name, resize):
-        raise ValueError(f"{who}: {problem}; {advice(state, name)}")
+        raise UserError(f"{who}: {problem}; {advice(state, name)}")
     return table, state
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models import create_model, list_models
-from models.checkpoints.layout import OURS, Layout, Part
+from models.checkpoints.names.layout import OURS, Layout, Part
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
     import torch
@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 def family_of(name: str) -> ModuleType | None:
     """The module with the layouts of a model; None for a model that only we have, and for no model."""
-    module = f"models.checkpoints.{name.partition('_')[0]}"
+    module = f"models.checkpoints.names.{name.partition('_')[0]}"
     return importlib.import_module(module) if name in list_models() and importlib.util.find_spec(module) else None
 
 

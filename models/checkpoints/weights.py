@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from models.checkpoints.directory import EMA, MODEL, read_manifest, resolve, verify
+from conf.errors import UserError
+from models.checkpoints.format.directory import EMA, MODEL, read_manifest, resolve, verify
 from models.checkpoints.stand_ins import stand_ins
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
@@ -47,7 +48,7 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
 
 def _from_directory(path: Path, ema: bool) -> dict[str, Tensor]:
     if ema and EMA not in read_manifest(path)["files"]:
-        raise ValueError(f"load_weights: this checkpoint has no averaged weights, got {path}; use ema=False")
+        raise UserError(f"load_weights: this checkpoint has no averaged weights, got {path}; use ema=False")
     from safetensors.torch import load_file
 
     name = EMA if ema else MODEL
@@ -57,13 +58,13 @@ def _from_directory(path: Path, ema: bool) -> dict[str, Tensor]:
 
 def _from_safetensors(path: Path, ema: bool) -> dict[str, Tensor]:
     if ema and path.name != EMA:
-        raise ValueError(f"load_weights: a single file has no averaged weights beside it, got {path}; use ema=False")
+        raise UserError(f"load_weights: a single file has no averaged weights beside it, got {path}; use ema=False")
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"load_weights: not a valid safetensors file, got {path}: {error}; fetch it again") from error
+        raise UserError(f"load_weights: not a valid safetensors file, got {path}: {error}; fetch it again") from error
 
 
 def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
@@ -74,10 +75,10 @@ def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(list(stand_ins(path))):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(str(error), path)) from error
+        raise UserError(_refusal(str(error), path)) from error
     except Exception as error:  # broken bytes end the loader in many ways: IndexError, struct.error, TypeError …
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(error).split()))[0][:200] or type(error).__name__
-        raise ValueError(_unreadable(path, reason)) from error
+        raise UserError(_unreadable(path, reason)) from error
     return strip(unwrap(content, ema, str(path)), str(path))
 
 
@@ -106,7 +107,7 @@ def _refuse_compressed(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"the member {member.filename} is compressed, which torch never does")
+                raise UserError(f"the member {member.filename} is compressed, which torch never does")
 
 
 def unwrap(content: Any, ema: bool, where: str, who: str = "load_weights") -> dict[str, Any]:
@@ -118,9 +119,9 @@ def unwrap(content: Any, ema: bool, where: str, who: str = "load_weights") -> di
             break
         content, found, nests = content[key], key, _RAW_NESTS
     if ema and not found:
-        raise ValueError(f"{who}: this file has no averaged weights, got {where}; use ema=False")
+        raise UserError(f"{who}: this file has no averaged weights, got {where}; use ema=False")
     if not isinstance(content, dict):
-        raise ValueError(f"{who}: a mapping of weights was expected, got {type(content).__name__} in {where}")
+        raise UserError(f"{who}: a mapping of weights was expected, got {type(content).__name__} in {where}")
     return content
 
 
@@ -131,7 +132,7 @@ def strip(content: dict[str, Any], where: str, who: str = "load_weights") -> dic
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not weights:
         keys = ", ".join(map(str, list(content)[:8]))
-        raise ValueError(f"{who}: no weights were found, got {where} with the keys: {keys}")
+        raise UserError(f"{who}: no weights were found, got {where} with the keys: {keys}")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
 from models.diffusion.process import Diffusion, Step
 
 HALF_PIXEL = 1 / 255  # of 8-bit pixels in -1 … 1
@@ -31,7 +32,7 @@ def training_losses(
     """
     channels, *sides = x.shape[1:]
     if prediction.shape not in (x.shape, (len(x), 2 * channels, *sides)):
-        raise ValueError(
+        raise UserError(
             f"training_losses: the prediction must have {channels} or {2 * channels} channels and the size of the "
             f"input {tuple(x.shape)}, got {tuple(prediction.shape)}; see model.in_channels and model.learn_sigma"
         )

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
+
 
 class Step(NamedTuple):
     """What is known of the step before: its mean and log variance, and the data x0; each (B, Z, H, W)."""
@@ -44,9 +46,7 @@ class Diffusion(nn.Module):
         super().__init__()
         betas = betas_T.double()
         if betas.dim() != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(
-                f"Diffusion: betas must be a row of numbers in (0, 1), got {betas_T}; see linear_diffusion"
-            )
+            raise UserError(f"Diffusion: betas must be a row of numbers in (0, 1), got {betas_T}; see linear_diffusion")
         self.tables = _tables(betas)
         for name, table in self.tables.items():
             self.register_buffer(f"table_{name}", table.float(), persistent=False)
@@ -136,6 +136,6 @@ def linear_diffusion(steps: int = 1000) -> Diffusion:
         ValueError: too few steps for that noise.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps <= 20:
-        raise ValueError(f"diffusion: steps must be a whole number above 20, got {steps!r}; set task.diffusion_steps")
+        raise UserError(f"diffusion: steps must be a whole number above 20, got {steps!r}; set task.diffusion_steps")
     scale = 1000 / steps
     return Diffusion(torch.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=torch.float64))

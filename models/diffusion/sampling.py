@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
 from models.diffusion.process import Diffusion, Step
 
 METHODS = ("ddpm", "ddim")
@@ -67,11 +68,11 @@ def check_chain(method: str, eta: float) -> None:
         ValueError: no such method, or eta out of range.
     """
     if method not in METHODS:
-        raise ValueError(
+        raise UserError(
             f"sampling: method must be one of {', '.join(METHODS)}, got {method!r}; set task.sampling.method"
         )
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
-        raise ValueError(f"sampling: eta must be in [0, 1], got {eta!r}; set task.sampling.eta")
+        raise UserError(f"sampling: eta must be in [0, 1], got {eta!r}; set task.sampling.eta")
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ arXiv:2010.02502, for equal strides.
 import re
 from itertools import accumulate, repeat
 
+from conf.errors import UserError
+
 
 def spaced(spacing: str | int, steps: int) -> list[int]:
     """The timesteps to visit, ascending, of `steps` in all.
@@ -25,7 +27,7 @@ def spaced(spacing: str | int, steps: int) -> list[int]:
     if match := re.fullmatch(r"ddim(\d+)", text):
         return _strided(int(match[1]), steps)
     if not re.fullmatch(r"\d+(,\d+)*", text) or isinstance(spacing, bool):
-        raise ValueError(
+        raise UserError(
             f"spacing: must be empty, numbers of steps such as 250 or '10,20', or 'ddim50', got {spacing!r}; "
             "set task.sampling.steps"
         )
@@ -34,7 +36,7 @@ def spaced(spacing: str | int, steps: int) -> list[int]:
     lengths = [size + (section < longer) for section in range(len(counts))]
     for count, length in zip(counts, lengths, strict=True):
         if not 1 <= count <= length:
-            raise ValueError(
+            raise UserError(
                 f"spacing: from 1 to {length} steps fit into {'a section of ' if len(counts) > 1 else ''}the diffusion "
                 f"of {steps}, got {count}; set task.sampling.steps"
             )
@@ -55,7 +57,7 @@ def _strided(count: int, steps: int) -> list[int]:
     for stride in range(1, steps + 1):
         if len(range(0, steps, stride)) == count:
             return list(range(0, steps, stride))
-    raise ValueError(
+    raise UserError(
         f"spacing: no whole stride gives {count} of {steps} steps, got 'ddim{count}'; "
         f"set task.sampling.steps={count} for a spacing that is not whole"
     )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from kernels.depthwise_conv import depthwise_conv
 from kernels.layer_norm import WIDEST, conv_norm
 from models.layers.tokens import square_side, to_map, to_tokens
@@ -29,7 +30,7 @@ class LearnedPosition(nn.Module):
     def __init__(self, dim: int, grid: tuple, mode: str = "bicubic") -> None:
         super().__init__()
         if mode not in ("bicubic", "bilinear"):
-            raise ValueError(f"LearnedPosition: mode is unknown, got {mode!r}; use bicubic or bilinear")
+            raise UserError(f"LearnedPosition: mode is unknown, got {mode!r}; use bicubic or bilinear")
         self.mode = mode
         height, width, prefix = self.grid = tuple(grid)
         self.table = nn.Parameter(torch.empty(1, prefix + height * width, dim))

@@ -9,6 +9,7 @@ Shapes: B = batch, N = H·W tokens, S = tokens of the shortened map, C = channel
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.layers.tokens import to_map, to_tokens
 
 
@@ -30,7 +31,7 @@ class SpatialReduction(nn.Module):
     def __init__(self, dim: int, ratio: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         if ratio < 1:
-            raise ValueError(f"SpatialReduction: ratio must be at least 1, got {ratio}; 1 keeps every token")
+            raise UserError(f"SpatialReduction: ratio must be at least 1, got {ratio}; 1 keeps every token")
         self.ratio = ratio
         self.conv = nn.Conv2d(dim, dim, ratio, stride=ratio)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
@@ -61,7 +62,7 @@ class PooledReduction(nn.Module):
     def __init__(self, dim: int, size: int = 7, norm_eps: float = 1e-5) -> None:
         super().__init__()
         if size < 1:
-            raise ValueError(f"PooledReduction: size must be at least 1, got {size}; the paper uses 7")
+            raise UserError(f"PooledReduction: size must be at least 1, got {size}; the paper uses 7")
         self.size = size
         self.conv = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)

@@ -8,6 +8,8 @@ Shapes: B = batch, N = H·W tokens, C = channels.
 import torch
 from torch import Tensor, nn
 
+from conf.errors import UserError
+
 
 def frequencies(count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """(count,): from 1 down towards 1/10000, geometrically."""
@@ -27,7 +29,7 @@ def position_table(height: int, width: int, dim: int, device: torch.device | Non
         ValueError: C is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(
+        raise UserError(
             f"position_table: sines and cosines of rows and columns need a multiple of 4 channels, got {dim}; "
             "change model.dim"
         )

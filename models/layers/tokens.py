@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from conf.errors import UserError
+
 
 def to_map(x_BNC: Tensor, grid: tuple) -> Tensor:
     """The map tokens as a (B, C, H, W) view in channels_last memory; prefix tokens are left out. No copy."""
@@ -26,7 +28,7 @@ def square_side(count: int, what: str) -> int:
     """
     side = math.isqrt(count)
     if side * side != count:
-        raise ValueError(
+        raise UserError(
             f"a table for {count} {what} is resized only from a square, got no square number; resize it first"
         )
     return side

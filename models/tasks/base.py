@@ -11,6 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from conf.errors import UserError
 from models.tasks.effective_batch import images_per_step, scaled_rate
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
@@ -33,7 +34,10 @@ class Task(pl.LightningModule):
     Attributes:
         ema_model: set by the EMA callback, and then measured beside the raw weights under names ending in `_ema`.
         final_figures: what was measured after the last step, by name.
+        pictures: files that it leaves in the folder of the run.
     """
+
+    pictures: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Task(pl.LightningModule):
         _check_settings(model, optimizer, schedule)
         for name, how in (auxiliary or {}).items():
             if how["reduction"] not in REDUCTIONS:
-                raise ValueError(
+                raise UserError(
                     f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
                 )
         self.model = model
@@ -112,7 +116,7 @@ class Task(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         total = self.trainer.estimated_stepping_batches
         if total < 1 or not math.isfinite(total):
-            raise ValueError(
+            raise UserError(
                 f"task: the run has {total} optimizer steps; set trainer.max_epochs or trainer.max_steps to 1 or more"
             )
         settings = dict(self.optimizer)
@@ -139,7 +143,7 @@ class Task(pl.LightningModule):
 
     def _auxiliary(self, name: str, layers_L: Tensor) -> tuple[Tensor, float]:
         if name not in self.auxiliary:
-            raise ValueError(
+            raise UserError(
                 f"task: the model returns the auxiliary loss {name!r}, which has no weight; "
                 f"set +task.auxiliary.{name}='{{weight: 0.01, reduction: mean}}'"
             )
@@ -165,4 +169,4 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
         try:
             _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
         except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
+            raise UserError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from conf.errors import UserError
 from models.tasks.base import Task
 from models.tasks.schedule import check_number
 from models.tasks.token_labelling import TokenHead, prepare
@@ -47,14 +48,12 @@ class Classification(Task):
         compile: bool = False,
     ) -> None:
         if getattr(model, "generates", False):
-            raise ValueError(
+            raise UserError(
                 f"task: classification needs a model that names the class of an image, got {type(model).__name__}, "
                 "which generates images; set task=generation, or choose another model"
             )
         if not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing"
-            )
+            raise UserError(f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing")
         check_number("task", "token_weight", token_weight)
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)

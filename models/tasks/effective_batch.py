@@ -1,16 +1,16 @@
 """Images per optimizer step: as many as asked for, whatever the devices hold.
 
 A step sees batch x processes x accumulated images. `global_batch` fixes the product, and the number of accumulated
-batches follows. Batches are global (`data/sampler.py`), so that a step sees the same images on any devices; and an
-epoch has whole steps only: batches that are left at its end are not used, as an incomplete batch is not.
+batches follows. Batches are global (`data/order/sampler.py`), so that a step sees the same images on any devices; and
+an epoch has whole steps only: batches that are left at its end are not used, as an incomplete batch is not.
 """
 
 from typing import Any
 
 import pytorch_lightning as pl
 
-import recipes
-from conf.cli import UserError
+from conf import recipes
+from conf.errors import UserError
 
 
 def images_per_step(trainer: pl.Trainer, data: pl.LightningDataModule) -> int:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from conf.errors import UserError
 from models.diffusion import Noise, linear_diffusion, training_losses
+from models.diffusion.latents import latents_of
+from models.diffusion.samples import PICTURE, Sampling, Score, Studio
 from models.tasks.base import Task
-from models.tasks.latents import latents_of
-from models.tasks.samples import Sampling, Score, Studio
 
 MIDDLE = 0.6180339887498949  # multiples of it, without their whole part, fill 0 … 1 evenly however many there are
 
@@ -31,8 +32,8 @@ class Generation(Task):
         num_classes: of the data.
         autoencoder: None for pixels, or a folder in diffusers' format whose latents are learned.
         diffusion_steps: T.
-        sampling: how samples are made, see `models.tasks.samples.Sampling`.
-        score: how samples are judged, see `models.tasks.samples.Score`.
+        sampling: how samples are made, see `models.diffusion.samples.Sampling`.
+        score: how samples are judged, see `models.diffusion.samples.Score`.
         sample_every_n_epochs: make samples during training too, after the validation of such an epoch; None for the
             end only.
         seed: names the noise of validation.
@@ -43,6 +44,8 @@ class Generation(Task):
     Raises:
         ValueError: a setting out of range, or a model that does not generate.
     """
+
+    pictures = (PICTURE,)
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Generation(Task):
         settings = Sampling.build(sampling, diffusion, model)
         score = Score.build(score)
         if sample_every_n_epochs is not None and (type(sample_every_n_epochs) is not int or sample_every_n_epochs < 1):
-            raise ValueError(
+            raise UserError(
                 "task: sample_every_n_epochs must be a whole number of at least 1, or null for the end only, "
                 f"got {sample_every_n_epochs!r}; set task.sample_every_n_epochs"
             )
@@ -152,12 +155,12 @@ def check_generates(model: nn.Module, num_classes: int) -> None:
         ValueError: it is one.
     """
     if not getattr(model, "generates", False):
-        raise ValueError(
+        raise UserError(
             f"task: generation needs a model that predicts noise, got {type(model).__name__}; "
             "choose model=dit_s_2 or moh_dit_s_2, or task=classification"
         )
     if model.num_classes != num_classes:
-        raise ValueError(
+        raise UserError(
             f"task: the model must know the classes of the data, got {model.num_classes} for {num_classes}; "
             f"set model.num_classes={num_classes}"
         )
@@ -170,12 +173,12 @@ def check_images(data: Any) -> None:
         ValueError: naming the settings.
     """
     if set(data.mean) != {0.5} or set(data.std) != {0.5}:
-        raise ValueError(
+        raise UserError(
             f"task: generation works on images in -1 … 1, got data.mean={list(data.mean)} data.std={list(data.std)}; "
             "set data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5]"
         )
     if data.augment.mixes:
-        raise ValueError(
+        raise UserError(
             f"task: generation needs one class per image, got augment.mixup={data.augment.mixup} "
             f"augment.cutmix={data.augment.cutmix}; set both to 0"
         )

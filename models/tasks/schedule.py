@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
+from conf.errors import UserError
+
 SCHEDULES = ("cosine", "constant", "step", "poly")
 INTERVALS = ("step", "epoch")
 EPOCHS = ("warmup_epochs", "cooldown_epochs", "decay_epochs", "late_epochs")
@@ -70,15 +72,15 @@ def check_schedule(settings: dict[str, Any]) -> None:
         if settings.get(name) is not None:
             check_number("schedule", name, settings[name])
     if settings.get("sched", "cosine") not in SCHEDULES:
-        raise ValueError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {settings['sched']!r}")
+        raise UserError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {settings['sched']!r}")
     interval = settings.get("interval", "step")
     if interval not in INTERVALS:
-        raise ValueError(
+        raise UserError(
             f"schedule: interval must be one of {', '.join(INTERVALS)}, got {interval!r}; set schedule.interval"
         )
     for name in EPOCHS if interval == "epoch" else ():
         if (settings.get(name) or 0) % 1:
-            raise ValueError(
+            raise UserError(
                 f"schedule: {name} must be a whole number where the rate changes once per epoch, "
                 f"got {settings[name]!r}; set schedule.{name}, or schedule.interval=step"
             )
@@ -87,4 +89,4 @@ def check_schedule(settings: dict[str, Any]) -> None:
 def check_number(group: str, name: str, value: Any) -> None:
     """Refuses what is no number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")
+        raise UserError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")

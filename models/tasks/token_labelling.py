@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import UserError
+
 
 class TokenHead(nn.Linear):
     """(B, H, W, C) → (B, H, W, K), initialised as the heads of the models are."""
@@ -31,7 +33,7 @@ class TokenHead(nn.Linear):
             ValueError: the targets are not for these tokens.
         """
         if tokens_BHWC.shape[:3] != targets_BHWK.shape[:3]:
-            raise ValueError(
+            raise UserError(
                 f"task: the model has {tuple(tokens_BHWC.shape[1:3])} tokens, got targets for "
                 f"{tuple(targets_BHWK.shape[1:3])}; the last of the model's strides must be the stride of its tokens"
             )
@@ -52,7 +54,7 @@ def prepare(data: Any, token_weight: float, model: nn.Module) -> None:
     """
     folder = getattr(data, "token_labels", None)
     if (folder is not None) != (token_weight > 0):
-        raise ValueError(
+        raise UserError(
             "task: token labels and their weight go together, got "
             f"task.token_weight={token_weight} and data.token_labels={folder}; set both, or 0 and null"
         )
@@ -61,7 +63,7 @@ def prepare(data: Any, token_weight: float, model: nn.Module) -> None:
     stride = model.strides[-1]
     tokens, rest = divmod(data.image_size, stride)
     if rest:
-        raise ValueError(
+        raise UserError(
             f"task: token labels need images of whole tokens, which are {stride} pixels wide, "
             f"got image_size={data.image_size}; set image_size to a multiple of {stride}"
         )

@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf import families
-from conf.cli import compose_run, options
+from conf.compose import compose_run
+from conf.names import options
 from models import backbones, create_model, list_models, tables
 from models.backbones.base import Backbone
 

@@ -1,12 +1,10 @@
-"""What the data tests share: a model that records its batches, a trainer without ornaments, folders of images."""
+"""What the data tests share: a model that records its batches, a trainer without ornaments."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 
 
 class Recorder(pl.LightningModule):
@@ -50,22 +48,5 @@ def trainer():
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         plain = {"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
         return pl.Trainer(**{**silent, **plain, "max_epochs": 2, **options})
-
-    return make
-
-
-@pytest.fixture
-def image_tree(tmp_path):
-    """A function that writes ``root/{train,val}/<class>/<i>.png`` of plain colours and returns ``root``."""
-
-    def make(classes=("bee", "ant"), train=3, val=2, size=(12, 10)) -> Path:
-        for split, count in (("train", train), ("val", val)):
-            for label, name in enumerate(classes):
-                folder = tmp_path / "images" / split / name
-                folder.mkdir(parents=True, exist_ok=True)
-                for i in range(count):
-                    pixels = np.full((size[1], size[0], 3), 40 * label + i, np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{i}.png")
-        return tmp_path / "images"
 
     return make

@@ -11,11 +11,12 @@ from timm.data.mixup import cutmix_bbox_and_lam
 from torch.utils.data import default_collate
 
 from data.augment import Augment
-from data.batch import Batch, Draw, TokenLabels, collate
+from data.batch import Batch, TokenLabels, collate
 from data.dataset import Samples
 from data.device import DeviceStage
 from data.module import ImageData
-from data.randomness import MIX, preserved, seed_all
+from data.order.randomness import MIX, preserved, seed_all
+from data.order.sampler import Draw
 from data.sources.fake import Fake
 from data.sources.imagefolder import ImageFolder
 from data.token_labels import LabelMaps, UnreadableTokenLabels, token_targets

@@ -2,8 +2,7 @@
 
 import pytest
 
-import recipes
-from conf import families
+from conf import families, recipes
 from models import recipe_tables as tables
 
 NAMES = recipes.names()

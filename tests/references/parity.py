@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.checkpoints.layout import Layout
+from models.checkpoints.names.layout import Layout
 
 OUTPUT, GRADIENT = (
     1e-4,

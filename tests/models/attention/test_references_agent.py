@@ -13,7 +13,7 @@ from models.attention import Grid, Site
 from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid, attend
 from models.attention.heads import split_heads
 from models.attention.multihead import MultiHead
-from models.checkpoints.agent import authors
+from models.checkpoints.names.agent import authors
 from models.layers import window as windows
 from models.layers.block import Block
 

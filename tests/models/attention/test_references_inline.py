@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import Grid, Site
 from models.attention.heads import merge_heads, split_heads
 from models.attention.inline import InLineCore, inline_attention
-from models.checkpoints.inline import authors
+from models.checkpoints.names.inline import authors
 from models.layers.block import Block
 
 FEATURES = {"leakyrelu": "leaky_relu"}  # ours by theirs, where they differ

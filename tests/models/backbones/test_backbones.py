@@ -13,7 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from conf import families
-from conf.cli import CONF
+from conf.names import CONF
 from models import create_model, list_attentions
 from models.backbones.base import Backbone, pair
 from models.factory import compose_model, instantiate

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from models import create_model
 from models.checkpoints import load_weights
 from models.checkpoints.__main__ import main
-from models.checkpoints.directory import step_name
-from models.checkpoints.write import write_checkpoint
+from models.checkpoints.format.directory import step_name
+from models.checkpoints.format.write import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from models import create_model
 from models.checkpoints import convert, export, fitting
-from models.checkpoints.biformer import LAYOUTS
 from models.checkpoints.conversion import source_of
+from models.checkpoints.names.biformer import LAYOUTS
 
 SMALL = {"dims": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
 # of the authors' code: model, and whether it is the backbone of their detectors

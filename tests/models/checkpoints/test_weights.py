@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.checkpoints import load_weights
-from models.checkpoints.directory import step_name
-from models.checkpoints.write import point, write_checkpoint
+from models.checkpoints.format.directory import step_name
+from models.checkpoints.format.write import point, write_checkpoint
 
 WEIGHTS = {"norm.weight": torch.ones(3), "head.weight": torch.arange(6.0).view(2, 3)}
 AVERAGE = {name: value + 1 for name, value in WEIGHTS.items()}

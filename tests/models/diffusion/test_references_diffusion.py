@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models import create_model
-from models.checkpoints.dit import LAYOUTS
+from models.checkpoints.names.dit import LAYOUTS
 from models.diffusion import chain, linear_diffusion, spaced, training_losses
 
 TABLES = [name for name in reference.cases() if name.endswith("diffusion_schedules")]

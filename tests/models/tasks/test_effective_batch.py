@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-import recipes
-from conf.cli import UserError
+from conf import recipes
+from conf.errors import UserError
 from models.checkpoints import read_config, read_manifest
+from models.loggers.metrics_csv import read_metrics
 from models.tasks.classification import Classification
 from models.tasks.effective_batch import accumulate, check_resumed, describe
-from models.tasks.loggers import read_metrics
 from tests.models.tasks.test_classification import Batch, Data, Net, trainer
 
 ROOT = Path(__file__).parents[3]

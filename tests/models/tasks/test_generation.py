@@ -15,15 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conf.cli import compose_run
+from conf.compose import compose_run
 from data.sources.digits import Digits
 from models import create_model
-from models.diffusion import training_losses
-from models.tasks import recogniser
+from models.diffusion import recogniser, training_losses
+from models.diffusion.latents import latents_of
+from models.diffusion.recogniser import Recogniser
+from models.diffusion.samples import draw_grid, shown_classes
 from models.tasks.generation import Generation
-from models.tasks.latents import latents_of
-from models.tasks.recogniser import Recogniser
-from models.tasks.samples import draw_grid, shown_classes
 
 OPTIMIZER = {"opt": "adamw", "lr": 1e-3, "reference_batch": None, "weight_decay": 0.0, "layer_decay": None}
 SCHEDULE = {"sched": "constant", "warmup_epochs": 0, "warmup_lr": 1e-6, "min_lr": 0.0, "cooldown_epochs": 0}

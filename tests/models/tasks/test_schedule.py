@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from conf.cli import CONF
+from conf.names import CONF
 from models.tasks.classification import Classification
 from models.tasks.schedule import Schedule
 from tests.models.tasks.test_classification import OPTIMIZER, Data, Net, trainer

@@ -12,10 +12,10 @@ from torch import nn
 from data.module import ImageData
 from data.sources.imagefolder import ImageFolder
 from models import create_model
-from models.tasks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.ema import EMA
+from models.callbacks.randomness import StepRandomness
 from models.tasks.classification import Classification
-from models.tasks.ema import EMA
-from models.tasks.resume import StepRandomness
 from models.tasks.token_labelling import TokenHead, prepare
 
 OPTIMIZER = {"opt": "adamw", "lr": 1e-2, "reference_batch": None, "weight_decay": 0.05, "layer_decay": None}

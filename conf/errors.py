@@ -1,0 +1,19 @@
+"""What ends a command with a message instead of a traceback."""
+
+
+class UserError(ValueError):
+    """Something that the user can mend, raised where it is found: printed as it is; the process ends with `status`."""
+
+    status = 2
+
+
+class RunFailed(UserError):
+    """A run that ended by itself and says why."""
+
+    status = 1
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without what OmegaConf puts in front of the message of a resolver of ours."""
+    line = str(error).splitlines()[0]
+    return line.rpartition("raised while resolving interpolation: ")[2]

@@ -1,0 +1,1 @@
+"""Which images make which batch, and the counter-based randomness that says so."""

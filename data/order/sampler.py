@@ -1,0 +1,133 @@
+"""Which images make which batch: a pure function of the seed and the epoch, split over the processes.
+
+Training batches are global: batch ``b`` of an epoch holds the same images however many processes share it, and
+process ``r`` of ``W`` takes every ``W``-th of them. The order does not depend on workers or on earlier epochs, so a
+run resumes in the middle of an epoch by starting at a batch number, and nothing else has to be stored.
+
+Repeated augmentation (``repeats=3``) follows Hoffer et al., "Augment your batch", CVPR 2020 (arXiv 1901.09335), in
+the form that DeiT trains with (arXiv 2012.12877): each image appears ``repeats`` times in a row, so the copies fall
+on different processes, and the epoch ends after as many samples as there are images; an epoch sees about
+``1 / repeats`` of the images. As there, the number of samples is rounded down to a multiple of 256 (when there are
+that many). Copies here differ by their augmentation even when one process takes them all.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from data.order.randomness import ORDER, generator
+
+REPEAT_ROUND = 256  # DeiT's rounding of the epoch under repeated augmentation, in samples
+
+
+class Draw(NamedTuple):
+    """One sample to read: image ``index`` in ``epoch``, for the ``repeat``-th time, in batch ``number``."""
+
+    epoch: int
+    index: int
+    repeat: int = 0
+    number: int = 0
+
+
+class EpochBatchSampler(Sampler[list[Draw]]):
+    """Batches of an epoch for one process.
+
+    Args:
+        length: images in the source.
+        batch_size: images per process and batch.
+        seed: names the order together with the epoch.
+        rank, world: this process and the number of processes.
+        repeats: appearances of an image in a row; 1 is ordinary training.
+        accumulated: batches of an optimizer step. They are dealt like the batches of as many processes, so that with
+            repeated augmentation too a batch is the same on one device that accumulates as on many.
+        drop_last: leave out the last batch when it is not full. When kept, it is split as evenly as possible and
+            still left out when some process would get nothing.
+        shuffle: ``False`` keeps the source's order in every epoch (overfitting on the first batches).
+
+    ``start_batch`` (and ``start_epoch``, if set) apply to the next iteration only: batches before them are skipped
+    without being read. ``len()`` is always the full epoch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+        accumulated: int = 1,
+    ) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.repeats, self.accumulated = rank, world, repeats, accumulated
+        self.drop_last, self.shuffle = drop_last, shuffle
+        self.epoch = 0
+        self.start_epoch: int | None = None
+        self.start_batch = 0
+
+    @property
+    def sampler(self) -> "EpochBatchSampler":
+        """Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``, not on the batch sampler itself."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch before batching, all processes together."""
+        if self.repeats > 1 and self.length >= REPEAT_ROUND:
+            return self.length // REPEAT_ROUND * REPEAT_ROUND
+        return self.length
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.samples, self.batch_size * self.world)
+        return full + int(not self.drop_last and rest >= self.world)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        # A generator, so nothing is used up before the first batch is asked for: torch's loader makes two iterators
+        # when it starts its workers and drops the first.
+        epoch = self.epoch if self.start_epoch is None else self.start_epoch
+        start, self.start_epoch, self.start_batch = self.start_batch, None, 0
+        order = self._order(epoch)
+        for number in range(start, len(self)):
+            positions = self._positions(number)
+            yield [Draw(epoch, int(order[p // self.repeats]), p % self.repeats, number) for p in positions]
+
+    def _positions(self, number: int) -> range:
+        """Where the samples of a batch are in the epoch; batches that make no whole step are dealt one by one."""
+        size = self.batch_size * self.world
+        step, part = divmod(number, self.accumulated)
+        if (step + 1) * self.accumulated * size <= self.samples:
+            first, hands = step * self.accumulated * size, self.world * self.accumulated
+            return range(first + part * self.world + self.rank, first + self.accumulated * size, hands)
+        return range(number * size + self.rank, min((number + 1) * size, self.samples), self.world)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.length)
+        return generator(self.seed, ORDER, epoch).permutation(self.length)
+
+
+class EvaluationBatchSampler(Sampler[list[Draw]]):
+    """All images once, in order: process ``rank`` takes ``rank``, ``rank + world``, … without padding.
+
+    No image is seen twice, so figures do not depend on the number of processes; processes may differ by one image
+    and hence by one batch, so a task reduces its metrics once at the end, not per batch.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.indices = range(rank, length, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for number in range(len(self)):
+            part = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
+            yield [Draw(0, index, 0, number) for index in part]

@@ -1,0 +1,119 @@
+"""Mixture of heads during a run: balancing without a loss after every step, and what the routers do in validation.
+
+In validation it logs
+    routing/active    the share of all heads of all layers that a token uses
+    routing/entropy   of the scores of the routed heads, mean over layers: 1 for an undecided router, 0 for a sure one
+    routing/margin    between the last chosen logit and the next, mean over layers: where it is tiny, rounding chooses
+    routing/load_min, routing/load_max   the share of tokens that use the least and the most used routed head of all
+and writes the load of every head to `routing.csv` and `routing.png` in the run's folder. Without routers it does
+nothing.
+"""
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+from torch import nn
+
+from models.attention.head_router import HeadRouter
+from models.attention.moh import balance_heads
+from models.callbacks.after_step import AfterStep
+from models.loggers.weights_and_biases import log_picture
+
+
+class Layer(NamedTuple):
+    """What one layer did in the last validation."""
+
+    name: str
+    load: list[float]  # of every head, shared ones first: the share of tokens that used it
+    shared: int
+    entropy: float
+    margin: float
+
+
+class Routing(AfterStep):
+    """See the module's docstring. `layers` is the last measurement."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self._folder = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._routers = {n: m for n, m in pl_module.model.named_modules() if isinstance(m, HeadRouter)}
+        self._folder = Path(trainer.default_root_dir)
+
+    def update(self, model: nn.Module) -> None:
+        balance_heads(model)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for router in self._routers.values():
+            router.watch()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.layers = [_layer(name, router) for name, router in self._routers.items()]
+        routed = [layer for layer in self.layers if len(layer.load) > layer.shared]
+        if not self.layers:
+            return
+        heads = [load for layer in self.layers for load in layer.load]
+        figures = {"active": sum(heads) / len(heads)}
+        if routed:
+            figures |= {"entropy": _mean(routed, "entropy"), "margin": _mean(routed, "margin")}
+            figures["load_min"] = min(min(layer.load[layer.shared :]) for layer in routed)
+            figures["load_max"] = max(max(layer.load[layer.shared :]) for layer in routed)
+        pl_module.log_dict({f"routing/{name}": value for name, value in figures.items()}, rank_zero_only=True)
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            write(self._folder / "routing.csv", trainer.global_step, self.layers)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and any(len(layer.load) > layer.shared for layer in self.layers):
+            path = draw(self._folder / "routing.png", self.layers)
+            log_picture(trainer.loggers, "routing", path)
+
+
+def _layer(name: str, router: HeadRouter) -> Layer:
+    seen = router.seen()
+    load = [1.0] * router.shared + ([] if seen is None else seen.load)
+    entropy, margin = (math.nan, math.nan) if seen is None else (seen.entropy, seen.margin)
+    return Layer(name.removesuffix(".router"), load, router.shared, entropy, margin)
+
+
+def _mean(layers: list[Layer], name: str) -> float:
+    return sum(getattr(layer, name) for layer in layers) / len(layers)
+
+
+def write(path: Path, step: int, layers: list[Layer]) -> None:
+    """Adds one row per layer and head to a CSV file; rows of later steps, from before a resume, are dropped."""
+    columns = ["step", "layer", "head", "kind", "load", "entropy", "margin"]
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    for layer in layers:
+        for head, load in enumerate(layer.load):
+            kind = "shared" if head < layer.shared else "routed"
+            values = step, layer.name, head, kind, f"{load:.4f}", f"{layer.entropy:.4f}", f"{layer.margin:.4g}"
+            rows.append(dict(zip(columns, values, strict=True)))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, layers: list[Layer]) -> Path:
+    """A map of the load: one row per layer, one column per head, shared heads first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heads = max(len(layer.load) for layer in layers)
+    load = [layer.load + [math.nan] * (heads - len(layer.load)) for layer in layers]
+    figure = Figure(figsize=(2.5 + 0.3 * heads, 1.2 + 0.24 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(load, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    axis.set(title="tokens that use a head", xlabel="head, shared ones first", yticks=range(len(layers)))
+    axis.set_yticklabels([layer.name for layer in layers], fontsize=7)
+    figure.colorbar(image, ax=axis)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,1 @@
+"""Our directories on disk: written, verified, read. Nothing is unpickled."""

@@ -1,0 +1,183 @@
+"""Reads a checkpoint directory: finds it, verifies its checksums, reads its JSON files. Never unpickles anything.
+
+A checkpoint is `<run>/checkpoints/step-00000800/`:
+
+| file | content |
+|---|---|
+| `model.safetensors` | raw weights of the model, under the model's own names |
+| `ema.safetensors` | averaged weights, if the run kept an average |
+| `trainer.safetensors`, `trainer.json` | everything else a run needs to go on: optimizer, schedule, loops, position |
+| `config.json` | the resolved configuration of the run |
+| `manifest.json` | format, step, epoch, metrics, versions, size and SHA-256 of every other file; written last |
+
+`checkpoints/best` and `checkpoints/last` point to steps: a relative symbolic link, or a one-line text file where the
+file system has no links. A directory without a manifest was never finished and does not count.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+
+FORMAT = 1
+MODEL, EMA = "model.safetensors", "ema.safetensors"
+TENSORS, TRAINER = "trainer.safetensors", "trainer.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
+POINTERS = ("last", "best")
+# A trainer.json of a thousand-layer model has about 1 MB; the limit keeps a hostile file from filling the memory.
+MAX_JSON_BYTES = 64 * 2**20
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint directory that is unfinished or whose content is not what was written."""
+
+
+def step_name(step: int) -> str:
+    """The directory name of an optimizer step: `step-00000800`."""
+    return f"step-{step:08d}"
+
+
+def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
+    """All step directories below a `checkpoints` folder by step number, oldest first; {} where there is no folder."""
+    try:
+        entries = list(Path(directory).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    steps = {int(match[1]): entry for entry in entries if (match := _STEP.fullmatch(entry.name)) and entry.is_dir()}
+    return dict(sorted(steps.items()))
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """The step directory that a path means: the directory itself, or where a `best` or `last` pointer points.
+
+    Raises:
+        ValueError: there is nothing, or something else, at the path; the message lists the checkpoints near it.
+    """
+    path = Path(path)
+    target = path
+    if path.is_file() and path.name in POINTERS:
+        target = path.parent / _pointer_text(path)
+    if not target.exists():
+        raise UserError(f"checkpoint: there is nothing at this path, got {path}; {nearby(path)}")
+    if not target.is_dir():
+        raise UserError(f"checkpoint: this is a file and not a checkpoint directory, got {path}; {nearby(path)}")
+    if not (target / MANIFEST).is_file():
+        raise CorruptCheckpoint(f"checkpoint: this directory has no {MANIFEST}, got {path}; {nearby(path)}")
+    return target.resolve()
+
+
+def _pointer_text(path: Path) -> str:
+    """The step name in a text pointer; checked, so that a pointer never leads out of its folder."""
+    with path.open("rb") as file:
+        name = file.read(64).decode("ascii", "replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CorruptCheckpoint(f"checkpoint: the pointer {path} must name a step, got {name!r}; {nearby(path)}")
+    return name
+
+
+def nearby(path: str | os.PathLike) -> str:
+    """The second half of an error message: which checkpoints exist at, below or beside a path."""
+    path = Path(path)
+    for folder in (path, path / "checkpoints", path.parent, path.parent / "checkpoints", path.parent.parent):
+        names = [name for name in POINTERS if (folder / name).exists()]
+        names += [entry.name for entry in reversed(step_directories(folder).values())]
+        if names:
+            return f"choose one of {', '.join(names[:8])} in {folder}"
+    return f"no checkpoint was found in {path.parent} either"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint.
+
+    Raises:
+        CorruptCheckpoint: the file is missing, too large or not JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CorruptCheckpoint(f"checkpoint: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"checkpoint: {path} cannot be read, got {type(error).__name__}: {error}") from error
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of a checkpoint (a step directory or a pointer): `step`, `epoch`, `metrics`, `files`, `versions`."""
+    path = resolve(path)
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CorruptCheckpoint(f"checkpoint: {path} must have format {FORMAT}, got {found!r}; use another version")
+    files = manifest.get("files")
+    well_formed = isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys()
+        for name, entry in files.items()
+    )
+    if not well_formed or type(manifest.get("step")) is not int:
+        raise CorruptCheckpoint(f"checkpoint: the manifest in {path} must list files and a step, got {files!r}")
+    return manifest
+
+
+def verify(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Compares the files of a checkpoint with its manifest, and returns the manifest.
+
+    Args:
+        path: a step directory or a pointer.
+        names: the files to check; default all that the manifest lists.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, has another size or another content; the message names it.
+    """
+    path = resolve(path)
+    manifest = read_manifest(path)
+    for name in manifest["files"] if names is None else names:
+        entry = manifest["files"].get(name)
+        if entry is None:
+            raise CorruptCheckpoint(f"checkpoint: {path} was saved without {name}, got {sorted(manifest['files'])}")
+        if not (path / name).is_file():
+            raise CorruptCheckpoint(f"checkpoint: {path / name} is missing; use another checkpoint: {nearby(path)}")
+        found = file_entry(path / name)
+        if found != {"sha256": entry["sha256"], "bytes": entry["bytes"]}:
+            raise CorruptCheckpoint(
+                f"checkpoint: checksum mismatch in {path / name}: expected {entry['bytes']} bytes with SHA-256 "
+                f"{str(entry['sha256'])[:12]}, got {found['bytes']} with {found['sha256'][:12]}; {nearby(path)}"
+            )
+    return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as the manifest stores them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The configuration that a checkpoint was trained with. It is data from a file: `check_config` it before use."""
+    path = resolve(path)
+    verify(path, [CONFIG])
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise CorruptCheckpoint(f"checkpoint: {path / CONFIG} must hold a mapping, got {type(config).__name__}")
+    return config
+
+
+def latest(directory: str | os.PathLike, report: Callable[[str], None] | None = None) -> Path | None:
+    """The valid step directory with the highest step number in a `checkpoints` folder, or None.
+
+    Step numbers decide and never the clock. Each newer but damaged step is passed to `report` as one line.
+    """
+    for path in reversed(step_directories(directory).values()):
+        try:
+            verify(path)
+        except (ValueError, OSError) as error:
+            if report is not None:
+                report(f"skipping a damaged checkpoint: {error}")
+        else:
+            return path.resolve()
+    return None

@@ -1,0 +1,36 @@
+"""Loggers of a run: metrics.csv always; Weights & Biases or TensorBoard when chosen. None of them can stop a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from conf.errors import UserError
+from models.loggers.metrics_csv import MetricsCSV
+from models.loggers.weights_and_biases import open_wandb
+
+NAMES = ("wandb", "csv", "tensorboard", "none")
+
+
+def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any], resume_step: int) -> list[Logger]:
+    """The loggers of one run; metrics.csv first.
+
+    Args:
+        settings: the group `logger`: `name`, and the keywords of that logger.
+        run_dir: where everything is written.
+        config: the resolved configuration, shown by W&B.
+        resume_step: the optimizer step that the run continues from; later rows of an existing metrics.csv are dropped.
+    """
+    name = settings["name"]
+    if name not in NAMES:
+        raise UserError(f"logger: name must be one of {', '.join(NAMES)}, got {name!r}; set logger=csv, for instance")
+    loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step)]
+    if name == "wandb" and rank_zero_only.rank == 0:
+        loggers += open_wandb(settings, run_dir, config)
+    if name == "tensorboard":
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    return loggers

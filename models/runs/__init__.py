@@ -1,0 +1,1 @@
+"""Runs: training, evaluation, what is checked before them and what they leave."""

@@ -1,0 +1,136 @@
+"""What eval.py evaluates: the configuration of a checkpoint, of a recipe, or of a model and data that are named.
+
+Torch-free until a checkpoint is read, as the whole command line.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from conf import recipes
+from conf.compose import compose_run
+from conf.errors import UserError
+
+CHOICES = ("recipe", "model", "attention", "data")
+# what an evaluation of samples takes from the task that a model was trained with
+GENERATION = ("autoencoder", "diffusion_steps", "sampling", "score", "seed")
+
+
+def take_config(given: list[str]) -> list[str]:
+    """Offers model and data to be evaluated to Hydra, as the config `from_checkpoint`.
+
+    They come from the checkpoint of `ckpt=`. With `recipe=` the data, the preparation of images and the published
+    result come from the recipe; where `ckpt=` is a file of weights alone, the model does too, or `model=` and `data=`
+    name them. Of the arguments these choices are then left out: Hydra has no such groups in an evaluation.
+    """
+    arguments = dict(argument.split("=", 1) for argument in given if "=" in argument)
+    node: dict = {}
+    if "ckpt" in arguments:
+        node = _evaluated(arguments)
+    if "recipe" not in node.get("run", {}) and "data" in arguments:
+        node = {"defaults": [{"data": arguments["data"]}, "_self_"]} | node
+    else:
+        given = [a for a in given if a.partition("=")[0] not in (*CHOICES, "task")]
+    ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
+    return given
+
+
+def _evaluated(arguments: dict[str, str]) -> dict:
+    """Model and data of an evaluation, as plain data with interpolations."""
+    recipe, ckpt = arguments.get("recipe"), Path(arguments["ckpt"])
+    if ckpt.is_file() and ckpt.name not in ("best", "last"):
+        return _of_file(arguments)
+    saved = _of_checkpoint(arguments)
+    if recipe is None:
+        return saved
+    judged = _composed(arguments)
+    if saved["run"]["model"] != judged["run"]["model"]:
+        raise UserError(
+            f"eval: the recipe {recipe} is for {judged['run']['model']}, the checkpoint holds {saved['run']['model']}; "
+            "give the recipe that it was trained with"
+        )
+    return judged | {key: saved[key] for key in ("seed", "image_size", "attention", "model")}
+
+
+def _of_file(arguments: dict[str, str]) -> dict:
+    """A file of weights has no configuration: the command line must say what they are of, and the data."""
+    if "recipe" in arguments or {"model", "data"} <= arguments.keys():
+        return _composed(arguments)
+    raise UserError(
+        f"eval: {arguments['ckpt']} holds weights and no configuration; say of what: recipe=... or model=... data=..."
+        f"\nrecipes: {', '.join(recipes.names())}"
+    )
+
+
+def _composed(arguments: dict[str, str]) -> dict:
+    """What an evaluation takes from a recipe, or from a model and data that are named."""
+    cfg, choices = compose_run([f"{key}={arguments[key]}" for key in (*CHOICES, "task") if key in arguments])
+    kept = ("seed", "image_size", "attention", "model", "augment", "data")
+    node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
+    _without_token_labels(node["data"])
+    node["run"] = {key: choices.get(key) for key in CHOICES}
+    if "fit" in cfg.run:
+        node["run"]["fit"] = cfg.run.fit
+    node |= _of_generation(OmegaConf.to_container(cfg)["task"])
+    return _with_backend(node, "${backend}")
+
+
+def _of_generation(task: dict) -> dict:
+    """The settings of a task that generates, which has samples to evaluate; nothing of any other."""
+    return {"task": {key: task[key] for key in GENERATION}, "samples": None} if "sampling" in task else {}
+
+
+def _without_token_labels(data: dict) -> None:
+    """Label maps are for training: an evaluation does not ask for them."""
+    if "token_labels" in data:
+        data["token_labels"] = None
+
+
+def _with_backend(node: Any, backend: str) -> Any:
+    """The configuration with what computes the attention replaced: it is no property of the trained weights."""
+    if isinstance(node, list):
+        return [_with_backend(part, backend) for part in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: backend if key == "backend" else _with_backend(value, backend) for key, value in node.items()}
+
+
+def _of_checkpoint(arguments: dict[str, str]) -> dict:
+    """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
+    from models.checkpoints import check_config, read_config
+
+    try:
+        saved = read_config(arguments["ckpt"])
+        kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
+        kept |= _of_generation(saved["task"])
+        check_config(kept)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    except KeyError as error:
+        raise UserError(
+            f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
+        ) from error
+    run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
+    if fit := saved.get("run", {}).get("fit"):
+        run["fit"] = fit
+    for group in {"model", "attention"} & set(arguments):
+        raise UserError(
+            f"eval: the checkpoint holds {run['model']} with {run['attention']} attention, this command asks "
+            f"for {group}={arguments[group]}; leave {group}= out"
+        )
+    kept = _with_backend(kept, "${backend}") | {"run": run}
+    _without_token_labels(kept["data"])
+    if "data" in arguments:
+        del kept["data"]
+        return kept
+    data, size = kept["data"], kept["image_size"]
+    for part in (data, data.get("eval", {})):
+        for key in ("image_size", "size"):
+            if part.get(key) == size:
+                part[key] = "${image_size}"
+    source = data.get("source", {})
+    if data.get("root") is not None and source.get("root") == data["root"]:
+        source["root"] = "${data.root}"
+    return kept

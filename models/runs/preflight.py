@@ -1,0 +1,154 @@
+"""Before a run: every setting looked at, so that what is wrong is one clear error and nothing has been started."""
+
+import fcntl
+import logging
+import math
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytorch_lightning as pl
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
+
+from conf.errors import UserError, reason
+from conf.names import short
+from models.factory import cause_of, instantiate
+
+
+def quiet() -> None:
+    """Hide notes of libraries that no user can act on."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*number of training batches.*",
+        ".*lr_scheduler.step.*",
+        ".*dataloader is not resumable.*",
+        ".*sync_dist=True.*",  # torchmetrics reduces over processes itself
+        ".*Grad strides do not match bucket view strides.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, every interpolation replaced."""
+    written = dict(_leaves(OmegaConf.to_container(cfg)))
+    if missing := [key for key, value in written.items() if value == "???"]:
+        wanted = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"{', '.join(missing)}: no value; give one on the command line: {wanted}")
+    for key, value in written.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}: must be a finite number or text, got {value}; write {key}=\\'{value}\\' for text")
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = reason(error)
+        raise UserError(message if message != str(error).splitlines()[0] else f"{key}: {message}") from error
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that holds a value, with the value as it is written."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        yield path, node
+    else:
+        for name, value in items:
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """What no single part can judge, before anything is built."""
+    seed, precision = config["seed"], str(config["trainer"]["precision"])
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed: must be a whole number of at least 0, got {seed!r}; set seed=0, for instance")
+    if precision in ("16-true", "bf16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16"):
+        raise UserError(
+            "trainer: weights are kept in 32 bits (half precision loses small updates and averages), "
+            f"got precision={precision}; set trainer.precision=bf16-mixed, 16-mixed or 32-true"
+        )
+    check_trainer(config["trainer"])
+
+
+def check_trainer(settings: dict[str, Any]) -> None:
+    """Counts that Lightning would stumble over later."""
+    for name, least in [("max_epochs", 0), ("accumulate_grad_batches", 1), ("check_val_every_n_epoch", 1)]:
+        value = settings.get(name)
+        if value is not None and (type(value) is not int or (value < least and (name, value) != ("max_epochs", -1))):
+            raise UserError(
+                f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
+            )
+
+
+def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:
+    monitor = config["checkpoint"]["monitor"]
+    averaged = (config["callbacks"] or {}).get("ema") is not None
+    names = [name for name in task.figures if averaged or not name.endswith("_ema")]
+    mode = "min" if "loss" in str(monitor) else "max"
+    if monitor in names and config["checkpoint"]["mode"] != mode:
+        given = config["checkpoint"]["mode"]
+        raise UserError(
+            f"checkpoint: the best {monitor} is its {mode}imum, got mode={given}; set checkpoint.mode={mode}"
+        )
+    if monitor is not None and monitor not in names:
+        raise UserError(
+            f"checkpoint: monitor must be one of {', '.join(names)}, got {monitor!r}; set checkpoint.monitor"
+        )
+
+
+def check_data(data: pl.LightningDataModule, training: bool = True) -> None:
+    """Looks at the data before anything is started; without `training` only at what is evaluated.
+
+    Raises:
+        UserError: all that is wrong with it.
+    """
+    try:
+        data.check(training)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
+    """Instantiates one part of the configuration; what a user got wrong in it becomes a `UserError`."""
+    try:
+        return instantiate(cfg[key], **extra)
+    except (InstantiationException, ValueError, TypeError) as error:
+        cause = cause_of(error)
+        if isinstance(
+            cause, ValueError | TypeError | FileNotFoundError | pl.utilities.exceptions.MisconfigurationException
+        ):
+            raise UserError(_say(key, cause)) from error
+        raise
+
+
+def _say(key: str, cause: BaseException) -> str:
+    if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+        return f"{key}: {str(cause).removeprefix('__init__() ')}; remove that key"
+    return str(cause)
+
+
+def lock_folder(run_dir: Path) -> IO[str]:
+    """Holds the run folder until it is closed or the process ends, so that no second run writes into it."""
+    file = (run_dir / ".lock").open("a+")
+    if rank_zero_only.rank != 0:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"run: {short(run_dir)} is in use by {file.read().strip() or 'another process'}; give another run.name"
+        ) from None
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

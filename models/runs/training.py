@@ -1,0 +1,219 @@
+"""A training run from its composed configuration: check everything, build, fit, report."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from conf.errors import RunFailed, UserError
+from conf.names import short
+from models.attention.backend import describe
+from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.guard import NonFinite
+from models.callbacks.preemption import Stopped
+from models.callbacks.progress import RunProgress, Throughput, duration
+from models.checkpoints import read_config, read_manifest
+from models.loggers import build_loggers
+from models.loggers.weights_and_biases import SafeWandb, log_picture
+from models.runs.initial import check_given, start_from
+from models.runs.preflight import (
+    build,
+    check_data,
+    check_monitor,
+    check_settings,
+    lock_folder,
+    quiet,
+    resolved,
+)
+from models.runs.report import draw_curves, print_table, write_json
+from models.runs.resume import compare_configs, find_resume
+from models.tasks.effective_batch import accumulate, check_resumed
+from models.tasks.effective_batch import describe as describe_batch
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Runs `cfg`; returns the best monitored value.
+
+    Raises:
+        UserError: something in the configuration or the data is wrong; nothing has been started.
+    """
+    quiet()
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    config = resolved(cfg)
+    check_settings(config)
+    with lock_folder(run_dir):
+        return _run(cfg, config, run_dir)
+
+
+def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None:
+    checkpoint = _resume(cfg, run_dir, config)
+    if checkpoint is None:
+        check_given(config)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    task = build(cfg, "task")
+    origin = _origin(config, task, checkpoint)
+    data = build(cfg, "data")
+    check_data(data)
+    check_monitor(config, task)
+    task.prepare(data)
+    config["classes"] = data.class_names
+    steps = read_manifest(checkpoint)["step"] if checkpoint else 0
+    progress = RunProgress(Throughput())
+    trainer = _trainer(cfg, config, run_dir, progress)
+    accumulate(config, trainer, data)
+    if checkpoint is not None:
+        check_resumed(read_config(checkpoint), trainer)
+    attention = describe(task.model, trainer.strategy.root_device)
+    trainer.loggers = build_loggers(config["logger"], run_dir, config, steps)
+    if trainer.is_global_zero:
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(_headline(config, task, data, trainer, run_dir, [attention, *origin]))
+    _fit(trainer, task, data, checkpoint, run_dir)
+    if not trainer.is_global_zero:
+        return None
+    if trainer.global_step == steps and (run_dir / "metrics.json").exists():
+        print(f"the run has finished at step {steps}; raise trainer.max_epochs to go on, or give another run.name")
+        return None
+    return _report(trainer, config, task, run_dir, progress)
+
+
+def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
+    checkpoint = find_resume(None if cfg.resume is None else str(cfg.resume), run_dir)
+    if checkpoint is not None:
+        compare_configs(read_config(checkpoint), config)
+    return checkpoint
+
+
+def _origin(config: dict[str, Any], task: pl.LightningModule, checkpoint: Path | None) -> list[str]:
+    """Where the weights come from, in lines; those of `init` are loaded, unless the run continues."""
+    given = config["init"]
+    if checkpoint is not None:
+        return [f"continues from {short(checkpoint)}{'; init is not used' if given is not None else ''}"]
+    return [] if given is None else start_from(str(given), task.model, config)
+
+
+def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: RunProgress) -> pl.Trainer:
+    callbacks = [*filter(None, build(cfg, "callbacks").values()), progress.throughput, progress]
+    for callback in callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.describe_run(run_dir, config)
+    return build(
+        cfg,
+        "trainer",
+        callbacks=callbacks,
+        logger=False,
+        plugins=[DirectoryCheckpointIO()],
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+        enable_checkpointing=False,  # Lightning's own; `Checkpoints` takes its place
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None, run_dir: Path
+) -> None:
+    """Trains; a stop on request and a loss that is not finite end the process with their status and what to do next."""
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint)
+    except Stopped as stop:
+        raise SystemExit(stop.status) from None
+    except NonFinite as error:
+        raise RunFailed(str(error)) from None
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    finally:
+        curves = draw_curves(run_dir) if trainer.is_global_zero else None
+        if curves is not None:
+            log_picture(trainer.loggers, "curves", curves)
+        for logger in trainer.loggers:
+            if isinstance(logger, SafeWandb):
+                logger.close()
+
+
+def _headline(
+    config: dict[str, Any],
+    task: pl.LightningModule,
+    data: pl.LightningDataModule,
+    trainer: pl.Trainer,
+    run_dir: Path,
+    notes: list[str],
+) -> str:
+    parameters = sum(p.numel() for p in task.model.parameters())
+    device = (
+        torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device
+    )
+    lines = [
+        f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
+        f"images of {config['image_size']} px",
+        *reduced(config),
+        describe_batch(config, trainer, data),
+        f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
+        *notes,
+    ]
+    return "\n".join(lines)
+
+
+def _report(
+    trainer: pl.Trainer, config: dict[str, Any], task: pl.LightningModule, run_dir: Path, progress: RunProgress
+) -> float | None:
+    """Writes metrics.json, prints the table at the end; returns the best monitored value."""
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures
+    figures |= {
+        "images_per_second": progress.throughput.images_per_second or None,
+        "seconds": progress.seconds,
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+    }
+    checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    best = checkpoints.best_score if checkpoints is not None else None
+    if best is not None:
+        figures[f"best/{checkpoints.monitor}"] = best
+    write_json(run_dir / "metrics.json", figures)
+    names = (
+        "val/top1",
+        "val/top1_ema",
+        "val/top5",
+        "val/recognised",
+        "val/recognised_ema",
+        "val/recogniser_top1",
+        "val/loss",
+        "train/loss",
+        f"best/{config['checkpoint']['monitor']}",
+    )
+    rows = {name: figures[name] for name in names if name in figures}
+    rows |= {
+        "parameters": figures["parameters"],
+        "images/s": figures["images_per_second"],
+        "time": duration(figures["seconds"]),
+        "epochs, steps": f"{figures['epochs']}, {figures['steps']}",
+    }
+    for picture in ("curves.png", *task.pictures):
+        if (run_dir / picture).exists():
+            rows[picture.removesuffix(".png")] = short(run_dir / picture)
+    print_table(title(config), rows)
+    if (run_dir / "checkpoints" / "best").exists():
+        print(f"evaluate: python eval.py ckpt={short(run_dir / 'checkpoints' / 'best')}")
+    return best
+
+
+def title(config: dict[str, Any]) -> str:
+    """ "coatnet_32px with softmax attention on digits"."""
+    run = config["run"]
+    size = ", reduced," if run.get("fit") else ""
+    return f"{run['model']}{size} with {run['attention']} attention on {run['data']}"
+
+
+def reduced(config: dict[str, Any]) -> list[str]:
+    """What a configuration of conf/fit made of the model, in one line; none where there is no such configuration."""
+    fit, model = config["run"].get("fit"), config["model"]
+    shown = ("dim", "depth", "patch_size", "num_heads", "latent_stride", "in_channels")
+    sizes = ", ".join(f"{key} {model[key]}" for key in shown if key in model)
+    return [f"reduced by conf/fit/{fit}.yaml: {sizes}"] if fit else []

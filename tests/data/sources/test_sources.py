@@ -1,0 +1,204 @@
+"""The sources: fixed splits, names, and what they say when the data is not as expected."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.sources.decode import UnreadableImage
+from data.sources.digits import Digits
+from data.sources.fake import Fake
+from data.sources.huggingface import HuggingFace
+from data.sources.imagefolder import ImageFolder
+from data.sources.imagenet1k import ImageNet1k
+
+
+def test_digits_have_a_fixed_stratified_split():
+    train, val = Digits().train, Digits().val
+    assert (len(train), len(val)) == (1437, 360)
+    assert np.bincount(val.labels).min() == 35 and np.bincount(val.labels).max() == 37
+    assert train.labels[:8].tolist() == [3, 9, 1, 3, 1, 9, 4, 4]
+    image, label = train[0]
+    assert image.mode == "RGB" and image.size == (8, 8) and label == 3
+    assert np.asarray(image).max() == 255
+    assert Digits().classes == list("0123456789")
+
+
+def test_no_image_is_in_both_splits_of_the_digits():
+    from sklearn.datasets import load_digits
+
+    source = Digits()
+    both = np.concatenate([source.train.pixels, source.val.pixels]).reshape(1797, -1)
+    whole = np.rint(load_digits().data * (255 / 16)).astype(np.uint8)
+    assert np.array_equal(np.unique(both, axis=0), np.unique(whole, axis=0))
+
+
+@pytest.mark.parametrize(("module", "package"), [("digits", "sklearn"), ("huggingface", "datasets")])
+def test_packages_are_imported_when_used(module, package):
+    code = f"import sys, data.sources.{module}; print({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_fake_is_deterministic_noise():
+    left, right = Fake(num_classes=3, size=5), Fake(num_classes=3, size=5)
+    image, label = left.train[4]
+    assert image.size == (5, 5) and label == 1
+    assert np.array_equal(image, right.train[4][0])
+    assert not np.array_equal(image, left.train[5][0])
+    assert not np.array_equal(image, left.val[4][0])
+    assert not np.array_equal(image, Fake(num_classes=3, size=5, seed=1).train[4][0])
+    assert (len(left.train), len(left.val), left.classes) == (256, 64, ["class 0", "class 1", "class 2"])
+
+
+def test_imagefolder_sorts_classes_and_files(image_tree):
+    source = ImageFolder(image_tree(("bee", "ant"), train=3, val=2))
+    assert source.classes == ["ant", "bee"]
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [source.train[i][0].getpixel((0, 0))[0] for i in range(6)] == [40, 41, 42, 0, 1, 2]
+    assert source.train.path(5).endswith("train/bee/2.png")
+    assert len(source.val) == 4
+
+
+def test_imagefolder_equals_torchvisions(image_tree):
+    from torchvision.datasets import ImageFolder as Theirs
+
+    root = image_tree(("b", "a", "C"), train=2)
+    theirs, ours = Theirs(root / "train"), ImageFolder(root)
+    assert ours.classes == theirs.classes
+    assert [(ours.train.path(i), int(ours.train.labels[i])) for i in range(len(theirs))] == theirs.samples
+
+
+def test_imagefolder_takes_any_file_name(tmp_path):
+    for split in ("train", "val"):
+        folder = tmp_path / split / "æ ø"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (2, 2), "red").save(folder / "ž'1.png")
+    image, label = ImageFolder(tmp_path).train[0]
+    assert image.getpixel((0, 0)) == (255, 0, 0) and label == 0
+
+
+def test_imagefolder_reads_nothing_until_asked():
+    source = ImageFolder(None)
+    with pytest.raises(ValueError, match=r"data.root: no image folder, got None"):
+        source.classes  # noqa: B018
+
+
+def test_imagefolder_names_the_unreadable_file(image_tree):
+    root = image_tree()
+    (root / "val" / "ant" / "0.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match=r"got .*images/val/ant/0.png"):
+        ImageFolder(root).val[0]
+
+
+def test_validation_cannot_add_classes(image_tree):
+    root = image_tree()
+    (root / "val" / "cow").mkdir()
+    with pytest.raises(ValueError, match=r"ImageFolder: classes in val that train lacks, got cow \(1 in .*/val\)"):
+        ImageFolder(root).val  # noqa: B018
+
+
+def test_imagenet_needs_a_thousand_wordnet_ids(tmp_path):
+    for split in ("train", "val"):
+        for number in range(1000):
+            (tmp_path / split / f"n{number:08d}").mkdir(parents=True)
+    assert len(ImageNet1k(tmp_path).classes) == 1000
+    (tmp_path / "train" / "n00000999").rmdir()
+    with pytest.raises(ValueError, match=r"ImageNet1k: 1000 class folders expected, got 999 in .*/train"):
+        ImageNet1k(tmp_path).classes  # noqa: B018
+    (tmp_path / "train" / "tench").mkdir()
+    with pytest.raises(ValueError, match=r"ImageNet1k: folders that are no WordNet id .*, got tench in .*/train"):
+        ImageNet1k(tmp_path).classes  # noqa: B018
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """A function that writes a Parquet file of 12 plain images and returns the arguments that read it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def encoded(level):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (level, 0, 0)).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    def write(label=None, labels=None, columns=("picture", "label")):
+        label = label or datasets.ClassLabel(names=["ant", "bee", "cow"])
+        features = datasets.Features({columns[0]: datasets.Image(), columns[1]: label})
+        values = {columns[0]: [encoded(i) for i in range(12)], columns[1]: labels or [i % 3 for i in range(12)]}
+        datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "a.parquet")
+        files = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "a.parquet")}
+        return {"path": "parquet", "data_files": files, "cache_dir": str(tmp_path / "cache")}
+
+    return write
+
+
+def test_huggingface_reads_parquet(parquet):
+    source = HuggingFace(**parquet())
+    assert source.classes == ["ant", "bee", "cow"]
+    assert source.train.labels.tolist() == [0, 1, 2] * 4 and source.train.labels.dtype == np.int64
+    image, label = source.train[5]
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (5, 0, 0) and label == 2
+    assert len(source.val) == 12
+
+
+def test_huggingface_takes_plain_integers_and_slices(parquet):
+    import datasets
+
+    source = HuggingFace(**parquet(datasets.Value("int32")), train="train[:6]", val="train[6:]")
+    assert source.classes == ["0", "1", "2"]
+    assert (len(source.train), len(source.val)) == (6, 6)
+    assert source.val[0][0].getpixel((0, 0)) == (6, 0, 0)
+
+
+def test_huggingface_reads_a_folder(image_tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = image_tree(("ant", "bee"))
+    source = HuggingFace("imagefolder", data_dir=str(root), cache_dir=str(tmp_path / "cache"))
+    assert source.classes == ["ant", "bee"]
+    assert (len(source.train), len(source.val)) == (6, 4)
+    assert sorted(source.train[i][0].getpixel((0, 0))[0] for i in range(6)) == [0, 1, 2, 40, 41, 42]
+
+
+def test_huggingface_lists_the_splits(parquet):
+    source = HuggingFace(**parquet(), val="test")
+    with pytest.raises(ValueError, match="no such split in parquet, got test, there are train, validation"):
+        source.val  # noqa: B018
+
+
+def test_huggingface_lists_the_columns(parquet):
+    message = r"the label column is not clear, got data.source.label=None, .* picture \(Image\), kind \(Value\)"
+    import datasets
+
+    arguments = parquet(datasets.Value("int64"), columns=("picture", "kind"))
+    with pytest.raises(ValueError, match=message):
+        HuggingFace(**arguments).classes  # noqa: B018
+    with pytest.raises(ValueError, match=r"the image column is not clear, got data.source.image=photo"):
+        HuggingFace(**arguments, image="photo", label="kind").classes  # noqa: B018
+    assert HuggingFace(**arguments, label="kind").classes == ["0", "1", "2"]
+
+
+def test_huggingface_refuses_labels_that_are_text(parquet):
+    import datasets
+
+    arguments = parquet(datasets.Value("string"), labels=["ant"] * 12)
+    with pytest.raises(ValueError, match="labels must be classes or whole numbers, got column label of Value"):
+        HuggingFace(**arguments).train  # noqa: B018
+
+
+def test_huggingface_formats_need_files():
+    with pytest.raises(ValueError, match=r"HuggingFace: no files, got path=imagefolder alone; set data.source"):
+        HuggingFace("imagefolder").train  # noqa: B018
+
+
+def test_huggingface_names_the_unreadable_row(parquet):
+    source = HuggingFace(**parquet())
+    source.train.rows = [{"picture": {"bytes": b"x", "path": "a.png"}}, {"picture": None}]
+    with pytest.raises(UnreadableImage, match=r"got row 0 \(a.png\)"):
+        source.train[0]
+    with pytest.raises(UnreadableImage, match="got row 1"):
+        source.train[1]

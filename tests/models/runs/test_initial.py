@@ -1,0 +1,143 @@
+"""`init=`: a new run starts from the weights of another one, of another image size, or of the authors' file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conf.errors import UserError
+from models import create_model
+from models.callbacks.ema import EMA
+from models.checkpoints import export
+from models.runs.initial import start_from
+
+DEIT = ("model=agent_deit_tiny", "model.dim=32", "model.depth=2", "model.num_heads=2", "model.patch_size=8")
+SHAPE = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+ONE_STEP = ("trainer.max_steps=1", "logger=none", "data.workers=0", "trainer.accelerator=cpu", "data.batch_size=4")
+FAKE = ("data=fake", "data.source.train_images=10", "data.source.val_images=4", *ONE_STEP)
+STILL = ("optimizer.lr=0", "schedule.warmup_lr=0", "schedule.min_lr=0")  # a step that changes nothing
+
+
+def trained(command, tmp_path, *arguments: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights after a run of one step, and what it printed."""
+    status, out, err = command("train", *arguments)
+    assert status == 0, err
+    name = next(argument for argument in arguments if argument.startswith("run.name=")).removeprefix("run.name=")
+    return load_file(tmp_path / "outputs" / name / "checkpoints" / "last" / "model.safetensors"), out
+
+
+@pytest.fixture
+def first(command, tmp_path) -> dict[str, torch.Tensor]:
+    """A run of 32 pixels, named `first`."""
+    return trained(command, tmp_path, *DEIT, *FAKE, "image_size=32", "run.name=first")[0]
+
+
+def equal(left, right, but=()) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left if key not in but)
+
+
+def test_a_run_starts_from_another_one_of_smaller_images(first, command, tmp_path):
+    last = tmp_path / "outputs" / "first" / "checkpoints" / "last"
+    arguments = (*DEIT, *FAKE, *STILL, "image_size=48", f"init={last}", "run.name=second")
+    second, out = trained(command, tmp_path, *arguments)
+    resized = {key for key in first if first[key].shape != second[key].shape}
+    assert "stem.position.table" in resized and any("gather_bias.row" in key for key in resized)
+    assert equal(first, second, but=resized)
+    assert f"starts from {last}\nwarning: " in out and "the head" not in out
+    warning = out.partition("warning: ")[2].partition("\n")[0]
+    assert "resized" in warning and f"'stem.position.table' and {len(resized) - 1} more" in warning
+    status, out, err = command("train", *arguments)
+    assert status == 0, err
+    assert "continues from " in out and "step-00000001; init is not used" in out and "starts from" not in out
+
+
+def test_the_same_size_and_other_classes(first, command, tmp_path):
+    """Of averaged weights, which are a file of their own."""
+    average = tmp_path / "outputs" / "first" / "checkpoints" / "last" / "ema.safetensors"
+    arguments = (*DEIT, *FAKE, *STILL, "image_size=32", "data.num_classes=7", f"init={average}", "run.name=second")
+    second, out = trained(command, tmp_path, *arguments)
+    assert equal(load_file(average), second, but=("head.weight", "head.bias"))
+    assert len(second["head.weight"]) == 7 and second["head.weight"].abs().sum() > 0
+    assert "the head starts anew: 10 classes in the weights, 7 in the data" in out and "resized" not in out
+
+
+def test_settings_inside_of_settings(command, tmp_path):
+    """Weights that fit are taken as they are, whatever the model was made with."""
+    model = ("model=vit_32px", "model.depth=1", "model.dim=32", "attention=moh", "attention.core.qkv_bias=false")
+    before, _ = trained(command, tmp_path, *model, *FAKE, "run.name=first")
+    last = tmp_path / "outputs" / "first" / "checkpoints" / "last"
+    after, out = trained(command, tmp_path, *model, *FAKE, *STILL, f"init={last}", "run.name=second")
+    assert equal(before, after) and f"starts from {last}" in out and "warning" not in out
+
+
+def test_a_file_of_the_authors(command, tmp_path):
+    """Raw weights are taken from it, as the authors do."""
+    torch.manual_seed(1)
+    model = create_model("agent_deit_tiny", num_classes=10, image_size=32, **SHAPE)
+    raw = export(model.state_dict(), "agent_deit_tiny", image_size=32, **SHAPE)
+    torch.save(
+        {"model": raw, "state_dict_ema": {key: 0 * value for key, value in raw.items()}}, tmp_path / "theirs.pth"
+    )
+    arguments = (*DEIT, *FAKE, *STILL, "image_size=32", "init=theirs.pth", "run.name=from_theirs")
+    found, out = trained(command, tmp_path, *arguments)
+    assert equal(model.state_dict(), found) and "starts from theirs.pth" in out
+
+
+def test_the_average_starts_from_the_weights_that_were_loaded(first, command, tmp_path, monkeypatch):
+    """The average is copied from the model after the weights have arrived."""
+    seen = []
+    setup = EMA.setup
+
+    def watched(self, trainer, task, stage):
+        setup(self, trainer, task, stage)
+        seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(EMA, "setup", watched)
+    last = tmp_path / "outputs" / "first" / "checkpoints" / "last"
+    trained(command, tmp_path, *DEIT, *FAKE, "image_size=32", f"init={last}", "run.name=second")
+    assert equal(first, seen[0])
+
+
+def refused(command, *arguments: str) -> str:
+    """The error of a run, which must not have looked at its data: there are none."""
+    data = ("data=imagefolder", "data.root=/nowhere", "data.num_classes=10", *ONE_STEP)
+    status, out, err = command("train", *data, "run.name=wrong", *arguments)
+    assert status == 2 and "Traceback" not in err and out == ""
+    return err
+
+
+def test_what_is_no_checkpoint(command, tmp_path):
+    assert "init: there is nothing at this path, got none.pth" in refused(command, *DEIT, "init=none.pth")
+    (tmp_path / "empty").mkdir()
+    assert "init: " in (text := refused(command, *DEIT, "init=empty")) and "got empty" in text
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.pth", format="PNG")
+    assert "init: this file cannot be read, got image.pth" in refused(command, *DEIT, "init=image.pth")
+    assert not (tmp_path / "outputs" / "wrong" / "checkpoints").exists()
+
+
+def test_a_file_that_may_not_be_read(monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("models.runs.initial.load_weights", denied)
+    with pytest.raises(UserError, match=r"^init: secret.pth cannot be read: Permission denied; give a file that can$"):
+        start_from("secret.pth", torch.nn.Linear(2, 2), {})
+
+
+def test_weights_of_another_model(command, tmp_path):
+    torch.save({"model": {"stem.weight": torch.zeros(3), "head.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    text = refused(command, "model=vit_32px", "init=other.pth")
+    assert "train.py: init: the file lacks 'stem." in text and "of vit_32px" in text
+    save_file(create_model("vit_32px", num_classes=10).state_dict(), tmp_path / "vit.safetensors")
+    text = refused(command, "model=vit_32px", "model.depth=2", "init=vit.safetensors")
+    assert "train.py: init: the file has 'stages.0.blocks.0." in text and "which vit_32px has not" in text
+
+
+def test_a_backbone_without_its_head(command, tmp_path):
+    pyramid = create_model("swin_32px", features_only=True).state_dict()
+    save_file(pyramid, tmp_path / "detector.safetensors")
+    assert (
+        "init: the weights have no classifier, got the backbone of a detector or segmenter; "
+        "give a classification checkpoint"
+    ) in refused(command, "model=swin_32px", "init=detector.safetensors")
