@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line in this process, folders of images, the same random numbers, what is interpreted.
+"""Shared by all tests: the command line in this process, folders of images, random numbers, and what is interpreted.
 
 Fused paths run on a GPU, or interpreted in a process that was started with TRITON_INTERPRET=1. Without a GPU such a
 process runs the tests of `tests/kernels` and those marked `fused`; any other process runs the rest. `make test` starts
