@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
+from string import Template
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, families, recipes, resolvers
+from conf import extras, recipes, resolvers, source
 from conf.compose import compose, version_base
 from conf.errors import UserError, reason
 from conf.names import CONF, groups, nearest, options
@@ -37,8 +38,7 @@ def run(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     arguments = sys.argv[1:]
     resolvers.register()
-    families.register()
-    recipes.register(arguments)
+    source.register()
     failed: list[int] = []
 
     @wraps(job)
@@ -91,6 +91,9 @@ def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: lis
     """
     version.setbase(*version_base().values() or (version._UNSPECIFIED_,))
     parser = get_args_parser()
+    args = parser.parse_args(arguments)
+    if args.help:
+        return print(_help(config_name))
     allowed = nullcontext()
     if not version_base():
         from hydra._internal.execution_policy import execution_whitelist
@@ -98,12 +101,19 @@ def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: lis
         allowed = execution_whitelist(["models.runs.*"])
     with allowed:
         _run_hydra(
-            args=parser.parse_args(arguments),
+            args=args,
             args_parser=parser,
             task_function=job,
             config_path=str(CONF),
             config_name=config_name,
         )
+
+
+def _help(config_name: str) -> str:
+    """What `--help` prints. Hydra, which copies all it knows for every group that it lists, would take seconds."""
+    template = OmegaConf.load(CONF / f"{config_name}.yaml").hydra.help.template
+    lines = [f"{group}: {', '.join(names)}\n" for group, names in source.offered().items()]
+    return Template(template).safe_substitute(APP_CONFIG_GROUPS="".join(lines))
 
 
 def _refuse_lists_of_options(arguments: list[str]) -> None:
