@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, recipes, resolvers, source
+from conf import extras, families, recipes, resolvers
 from conf.compose import compose, version_base
 from conf.errors import UserError, reason
 from conf.names import CONF, groups, nearest, options
@@ -38,7 +38,8 @@ def run(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     arguments = sys.argv[1:]
     resolvers.register()
-    source.register()
+    families.register()
+    recipes.register(arguments)
     failed: list[int] = []
 
     @wraps(job)
@@ -91,9 +92,10 @@ def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: lis
     """
     version.setbase(*version_base().values() or (version._UNSPECIFIED_,))
     parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.help:
-        return print(_help(config_name))
+    parsed = parser.parse_args(arguments)
+    if parsed.help:
+        print(_help(config_name))
+        return
     allowed = nullcontext()
     if not version_base():
         from hydra._internal.execution_policy import execution_whitelist
@@ -101,7 +103,7 @@ def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: lis
         allowed = execution_whitelist(["models.runs.*"])
     with allowed:
         _run_hydra(
-            args=args,
+            args=parsed,
             args_parser=parser,
             task_function=job,
             config_path=str(CONF),
@@ -110,10 +112,14 @@ def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: lis
 
 
 def _help(config_name: str) -> str:
-    """What `--help` prints. Hydra, which copies all it knows for every group that it lists, would take seconds."""
+    """The template in `conf/<config_name>.yaml`; Hydra itself copies all configurations for every group: seconds."""
+    listed: dict[str, list[str]] = {}
+    for name in [f"{g}/{o}" for g in groups() for o in options(g)] + [f"recipe/{name}" for name in recipes.names()]:
+        group, _, option = name.rpartition("/")
+        listed.setdefault(group, []).append(option)
+    lines = [f"{group}: {', '.join(names)}\n" for group, names in sorted(listed.items())]
     template = OmegaConf.load(CONF / f"{config_name}.yaml").hydra.help.template
-    lines = [f"{group}: {', '.join(names)}\n" for group, names in source.offered().items()]
-    return Template(template).safe_substitute(APP_CONFIG_GROUPS="".join(lines))
+    return Template(template).substitute(APP_CONFIG_GROUPS="".join(lines))
 
 
 def _refuse_lists_of_options(arguments: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Routers beside the published one, balancing without a loss, statistics, and balancing over processes."""
 
 import math
-import socket
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,8 +146,8 @@ def test_nothing_is_counted_in_evaluation() -> None:
     HeadRouter(64, 8, 2, 3).after_step()  # nothing to do
 
 
-def _worker(rank: int, port: int, results: mp.Queue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _worker(rank: int, meeting: Path, results: mp.Queue) -> None:
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=2)
     torch.manual_seed(0)
     router, biased = HeadRouter(16, 6, 2, 2, all_reduce=True), HeadRouter(16, 6, 2, 2, balance="bias")
     x = tokens(rank, 16)
@@ -161,16 +161,13 @@ def _worker(rank: int, port: int, results: mp.Queue) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_balance_as_one_with_all_tokens() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes_balance_as_one_with_all_tokens(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
+    workers = [context.Process(target=_worker, args=(rank, tmp_path / "meeting", results)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    of_ranks = [results.get(timeout=120) for _ in workers]
+    of_ranks = [results.get(timeout=600) for _ in workers]  # seconds: ends a test that hangs, and measures nothing
     for worker in workers:
         worker.join()
     torch.manual_seed(0)

@@ -133,9 +133,7 @@ def start(folder, **keywords):
     # bits depend on the number of threads: the same as here, where the uninterrupted run was made
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps(keywords)]
-    return subprocess.run(
-        command, env=environment, cwd=folder, timeout=240, capture_output=True, check=False
-    ).returncode
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, check=False).returncode
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """metrics.csv, and the loggers that may fail without failing a run."""
 
 import csv
+import socket
 
 import pytest
 
@@ -72,8 +73,10 @@ def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypa
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: False)
     build_loggers(WANDB, tmp_path, {}, 0)
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: True)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    build_loggers(WANDB, tmp_path, {}, 0)
+    with socket.socket() as silent:  # bound and not listening: it refuses
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        build_loggers(WANDB, tmp_path, {}, 0)
     assert modes == ["offline", "offline"]
     assert "127.0.0.1 cannot be reached" in capsys.readouterr().out
 

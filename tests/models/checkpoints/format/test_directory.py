@@ -203,7 +203,7 @@ def test_killed_writers_never_lose_a_finished_checkpoint(tmp_path):
                 os._exit(1)
         os.close(announce)
         newest = int.from_bytes(os.read(read, 4), "big")  # at least one was finished
-        time.sleep(0.003 * attempt)
+        time.sleep(0.003 * attempt)  # what follows holds whenever it is
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while finished := os.read(read, 4):
