@@ -6,17 +6,15 @@ $ python eval.py recipe=biformer/tiny_in1k data.root=/data/imagenet ckpt=biforme
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
-from omegaconf import DictConfig
-
 from models.runs import evaluated
 
 
-def main(cfg: DictConfig) -> float:
-    """Returns top-1, for sweeps."""
+def job():
+    """What is run, imported when it is: `--help` does not wait for torch."""
     from models.runs.evaluation import evaluate
 
-    return evaluate(cfg)
+    return evaluate
 
 
 if __name__ == "__main__":
-    cli.run("eval", main, before=evaluated.take_config)
+    cli.run("eval", job, before=evaluated.take_config)

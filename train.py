@@ -6,15 +6,14 @@ $ python train.py --help
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
-from omegaconf import DictConfig
 
 
-def main(cfg: DictConfig) -> float | None:
-    """Returns the best monitored value, for sweeps."""
+def job():
+    """What is run, imported when it is: `--help` does not wait for torch."""
     from models.runs.training import train
 
-    return train(cfg)
+    return train
 
 
 if __name__ == "__main__":
-    cli.run("train", main)
+    cli.run("train", job)

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from string import Template
@@ -21,25 +21,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, families, recipes, resolvers
+from conf import extras, recipes, resolvers, source
 from conf.compose import compose, version_base
 from conf.errors import UserError, reason
 from conf.names import CONF, groups, nearest, options
 
 
 def run(
-    config_name: str, job: Callable[[DictConfig], object], before: Callable[[list[str]], list[str]] | None = None
+    config_name: str,
+    job: Callable[[], Callable[[DictConfig], object]],
+    before: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line, call `job(cfg)`, and end the process on an error.
+    """Compose `conf/<config_name>.yaml` with the command line, call `job()(cfg)`, and end the process on an error.
 
-    `before` is called first with the arguments, and gives those that Hydra shall see; what it raises is reported in the
-    same way.
+    `job` imports what it gives, so that nothing heavy is loaded for a wrong name. `before` is called first with the
+    arguments, and gives those that Hydra shall see; what it raises is reported in the same way.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     arguments = sys.argv[1:]
     resolvers.register()
-    families.register()
-    recipes.register(arguments)
+    source.register()
     failed: list[int] = []
 
     @wraps(job)
@@ -48,7 +49,7 @@ def run(
         try:
             if missing := extras.missing(cfg):
                 raise UserError("\n".join(missing))
-            return job(cfg)
+            return job()(cfg)
         except UserError as error:
             failed.append(error.status)
             _print(str(error))
@@ -66,7 +67,19 @@ def run(
             arguments = _let_sweeps_set_everything(arguments)
         if before is not None:
             arguments = before(arguments)
-        _hydra(config_name, guarded, arguments)
+        with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it
+            parser = get_args_parser()
+            parsed = parser.parse_args(arguments)
+            if parsed.help:
+                print(_help(config_name))
+                return
+            _run_hydra(
+                args=parsed,
+                args_parser=parser,
+                task_function=guarded,
+                config_path=str(CONF),
+                config_name=config_name,
+            )
     except UserError as error:
         _quit(str(error))
     except MissingConfigException as error:
@@ -84,42 +97,21 @@ def run(
         sys.exit(max(failed))
 
 
-def _hydra(config_name: str, job: Callable[[DictConfig], object], arguments: list[str]) -> None:
-    """What `hydra.main` does, with arguments that are given: its decorator reads `sys.argv`, which stays as it was.
-
-    Further processes of a run are started from `sys.argv`. Hydra 1.4 asks which targets its own parts, our sweep
-    table, may build.
-    """
+def _hydra_of_this_version() -> AbstractContextManager:
+    """Hydra 1.3 is told which version we mean; 1.4 asks which targets its own parts, our sweep table, may build."""
     version.setbase(*version_base().values() or (version._UNSPECIFIED_,))
-    parser = get_args_parser()
-    parsed = parser.parse_args(arguments)
-    if parsed.help:
-        print(_help(config_name))
-        return
-    allowed = nullcontext()
-    if not version_base():
-        from hydra._internal.execution_policy import execution_whitelist
+    if version_base():
+        return nullcontext()
+    from hydra._internal.execution_policy import execution_whitelist
 
-        allowed = execution_whitelist(["models.runs.*"])
-    with allowed:
-        _run_hydra(
-            args=parsed,
-            args_parser=parser,
-            task_function=job,
-            config_path=str(CONF),
-            config_name=config_name,
-        )
+    return execution_whitelist(["models.runs.*"])
 
 
 def _help(config_name: str) -> str:
-    """The template in `conf/<config_name>.yaml`; Hydra itself copies all configurations for every group: seconds."""
-    listed: dict[str, list[str]] = {}
-    for name in [f"{g}/{o}" for g in groups() for o in options(g)] + [f"recipe/{name}" for name in recipes.names()]:
-        group, _, option = name.rpartition("/")
-        listed.setdefault(group, []).append(option)
-    lines = [f"{group}: {', '.join(names)}\n" for group, names in sorted(listed.items())]
+    """What `--help` prints. Hydra, which copies all it knows for every group that it lists, would take seconds."""
     template = OmegaConf.load(CONF / f"{config_name}.yaml").hydra.help.template
-    return Template(template).substitute(APP_CONFIG_GROUPS="".join(lines))
+    lines = [f"{group}: {', '.join(names)}\n" for group, names in source.offered().items()]
+    return Template(template).safe_substitute(APP_CONFIG_GROUPS="".join(lines))
 
 
 def _refuse_lists_of_options(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 
-from conf import families, recipes, resolvers
+from conf import resolvers, source
 from conf.names import CONF
 
 
@@ -24,8 +24,7 @@ def compose(config_name: str, overrides: list[str], **options: bool) -> DictConf
 def compose_run(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """What train.py would run with these arguments, outside of a run, and the option chosen in every group."""
     resolvers.register()
-    families.register()
-    recipes.register(overrides)
+    source.register()
     cfg = compose("train", overrides, return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from conf import recipes
 from conf.compose import compose_run
-from models.tasks.verdict import deviations, judge
+from models.runs.verdict import deviations, judge
 
 NAMES = recipes.names()
 TINY = ("model.dims=[16,32,32,64]", "model.depths=[1,1,1,1]", "image_size=64", "data.batch_size=4", "global_batch=8")
@@ -35,24 +35,17 @@ def test_a_recipe_has_what_its_bases_say_and_the_command_line_wins():
     assert cfg.model.drop_path == 0.7 and cfg.schedule.min_lr == 1e-9 and choices["augment"] == "light"
 
 
-def test_only_recipes_that_are_named_are_read(monkeypatch):
-    """And what they are based on; one that has been read keeps its content when a later command names another."""
-    monkeypatch.setattr(recipes, "_read", set())
-    read = []
-    monkeypatch.setattr(recipes, "load", lambda name: read.append(name) or OmegaConf.create({"seed": 1}))
-    stored = {}
-    monkeypatch.setattr(recipes, "_store", stored.__setitem__)
-    bases = sorted(f"_bases/{path.stem}" for path in (recipes.ROOT / "_bases").glob("*.yaml"))
-    recipes.register(["model=vit_tiny", "seed=3"])
-    assert read == [] and set(stored) == {*NAMES, *bases} and set(map(str, stored.values())) == {"{}"}
-    recipes.register(["model=vit_tiny", "recipe=davit/tiny_in1k", "seed=3"])
-    assert sorted(read) == sorted([*bases, "davit/tiny_in1k"]) and stored["davit/base_in1k"] == {}
-    recipes.register(["recipe=davit/base_in1k"])
-    assert stored["davit/tiny_in1k"] == stored["davit/base_in1k"] == stored["_bases/swin"] == {"seed": 1}
-    for arguments in (["recipe=glob(*)"], None):
-        del read[:]
-        recipes.register(arguments)
-        assert sorted(read) == sorted([*NAMES, *bases])
+def test_a_command_reads_its_own_recipe(monkeypatch):
+    """With what it is based on, and no other; one after another in a process."""
+    opened = []
+    load = OmegaConf.load
+    monkeypatch.setattr(OmegaConf, "load", lambda file: opened.append(Path(file.name)) or load(file))
+    for name, base in (("davit/tiny_in1k", None), ("agent/swin_tiny_in1k", "swin"), ("davit/base_in1k", None)):
+        del opened[:]
+        cfg, choices = compose_run([f"recipe={name}"])
+        read = {path.resolve() for path in opened if recipes.ROOT in path.resolve().parents}
+        assert read == {recipes.ROOT / f"{name}.yaml"} | ({recipes.ROOT / f"_bases/{base}.yaml"} if base else set())
+        assert choices["recipe"] == name and cfg.target.paper == recipes.load(name).target.paper
 
 
 # Running one

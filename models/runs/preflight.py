@@ -111,7 +111,7 @@ def check_data(data: pl.LightningDataModule, training: bool = True) -> None:
     """
     try:
         data.check(training)
-    except OSError as error:
+    except (ValueError, OSError) as error:  # of ours, or of a library that reads the data
         raise UserError(str(error)) from error
 
 

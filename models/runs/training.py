@@ -1,7 +1,9 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -31,8 +33,21 @@ from models.runs.preflight import (
 )
 from models.runs.report import draw_curves, print_table, write_json
 from models.runs.resume import compare_configs, find_resume
+from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
 from models.tasks.effective_batch import describe as describe_batch
+
+
+class Run(NamedTuple):
+    """A run before its first step; `step` is that of the checkpoint that it goes on from, `notes` end its headline."""
+
+    trainer: pl.Trainer
+    task: Task
+    data: pl.LightningDataModule
+    progress: RunProgress
+    checkpoint: Path | None
+    step: int
+    notes: list[str]
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -46,10 +61,25 @@ def train(cfg: DictConfig) -> float | None:
     config = resolved(cfg)
     check_settings(config)
     with lock_folder(run_dir):
-        return _run(cfg, config, run_dir)
+        run = _prepared(cfg, config, run_dir)
+        trainer = run.trainer
+        if trainer.is_global_zero:
+            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+            print(_headline(config, run, run_dir))
+        with _ending(trainer, run_dir):
+            trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
+        if not trainer.is_global_zero:
+            return None
+        if trainer.global_step == run.step and (run_dir / "metrics.json").exists():
+            print(
+                f"the run has finished at step {run.step}; raise trainer.max_epochs to go on, or give another run.name"
+            )
+            return None
+        return _report(trainer, config, run.task, run_dir, run.progress)
 
 
-def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None:
+def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
+    """Everything built and checked; `config` gets what only the parts know."""
     checkpoint = _resume(cfg, run_dir, config)
     if checkpoint is None:
         check_given(config)
@@ -61,24 +91,15 @@ def _run(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> float | None
     check_monitor(config, task)
     task.prepare(data)
     config["classes"] = data.class_names
-    steps = read_manifest(checkpoint)["step"] if checkpoint else 0
+    step = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
     trainer = _trainer(cfg, config, run_dir, progress)
     accumulate(config, trainer, data)
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe(task.model, trainer.strategy.root_device)
-    trainer.loggers = build_loggers(config["logger"], run_dir, config, steps)
-    if trainer.is_global_zero:
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(_headline(config, task, data, trainer, run_dir, [attention, *origin]))
-    _fit(trainer, task, data, checkpoint, run_dir)
-    if not trainer.is_global_zero:
-        return None
-    if trainer.global_step == steps and (run_dir / "metrics.json").exists():
-        print(f"the run has finished at step {steps}; raise trainer.max_epochs to go on, or give another run.name")
-        return None
-    return _report(trainer, config, task, run_dir, progress)
+    trainer.loggers = build_loggers(config["logger"], run_dir, config, step)
+    return Run(trainer, task, data, progress, checkpoint, step, [attention, *origin])
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
@@ -116,12 +137,11 @@ def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: R
     )
 
 
-def _fit(
-    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None, run_dir: Path
-) -> None:
-    """Trains; a stop on request and a loss that is not finite end the process with their status and what to do next."""
+@contextmanager
+def _ending(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
+    """A stop on request and a loss that is not finite end the process with their status and what to do next."""
     try:
-        trainer.fit(task, data, ckpt_path=checkpoint)
+        yield
     except Stopped as stop:
         raise SystemExit(stop.status) from None
     except NonFinite as error:
@@ -137,31 +157,24 @@ def _fit(
                 logger.close()
 
 
-def _headline(
-    config: dict[str, Any],
-    task: pl.LightningModule,
-    data: pl.LightningDataModule,
-    trainer: pl.Trainer,
-    run_dir: Path,
-    notes: list[str],
-) -> str:
-    parameters = sum(p.numel() for p in task.model.parameters())
-    device = (
-        torch.cuda.get_device_name() if trainer.strategy.root_device.type == "cuda" else trainer.strategy.root_device
-    )
+def _headline(config: dict[str, Any], run: Run, run_dir: Path) -> str:
+    """What runs, on what, and where everything goes."""
+    parameters = sum(p.numel() for p in run.task.model.parameters())
+    device = run.trainer.strategy.root_device
     lines = [
-        f"{title(config)}: {parameters / 1e6:.2f} M parameters, {data.num_classes} classes, "
+        f"{title(config)}: {parameters / 1e6:.2f} M parameters, {run.data.num_classes} classes, "
         f"images of {config['image_size']} px",
         *reduced(config),
-        describe_batch(config, trainer, data),
-        f"on {device}, {trainer.precision}; everything goes to {short(run_dir)}",
-        *notes,
+        describe_batch(config, run.trainer, run.data),
+        f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {run.trainer.precision}; "
+        f"everything goes to {short(run_dir)}",
+        *run.notes,
     ]
     return "\n".join(lines)
 
 
 def _report(
-    trainer: pl.Trainer, config: dict[str, Any], task: pl.LightningModule, run_dir: Path, progress: RunProgress
+    trainer: pl.Trainer, config: dict[str, Any], task: Task, run_dir: Path, progress: RunProgress
 ) -> float | None:
     """Writes metrics.json, prints the table at the end; returns the best monitored value."""
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures

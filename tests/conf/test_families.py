@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from conf import families
+from conf import families, recipes, source
 from conf.compose import compose_run
-from conf.names import options
+from conf.names import groups, options
 from models import backbones, create_model, list_models, tables
 from models.backbones.base import Backbone
 
@@ -55,6 +55,7 @@ def volo(**row: object) -> dict:
 def test_rows_are_the_models_and_tables_are_none():
     assert list_models() == options("model") == sorted(ROWS) and len(ROWS) >= 118
     assert {table["family"] for table in families.tables().values()} & set(ROWS) == set()
+    assert sum(len(table["models"]) for table in families.tables().values()) == len(ROWS), "a name stands in two tables"
     files = {path.stem for path in (families.CONF / "model").glob("*.yaml")}
     assert files == set(families.tables()), "a table is conf/model/<its family>.yaml"
 
@@ -84,6 +85,13 @@ def test_one_row_adds_a_model(tables_of_ours):
     )
     with pytest.raises(ValueError, match=r"there is no model 'volo_d2'; did you mean 'volo_d1'"):
         create_model("volo_d2")
+
+
+def test_a_base_that_is_none(tables_of_ours):
+    text = r"conf/model/volo.yaml: base of volo_d1 must be another model, got 'vit_tny'; `train.py --help` lists them"
+    tables_of_ours(volo(base="vit_tny"))
+    with pytest.raises(ValueError, match=text):
+        families.models()
 
 
 def test_a_plan_of_a_row_is_the_attention_of_its_model(tables_of_ours):
@@ -138,6 +146,18 @@ def test_plans_keep_their_names():
     assert {f"plan/{name}" for name in PLANS.split()} <= set(options("attention"))
     cfg, _ = compose_run(["model=transnext_micro", "attention=plan/aggregated_all", "attention.hidden=64"])
     assert cfg.attention.sr_ratio == [16, 8, 4, 2] and cfg.attention.hidden == 64
+
+
+def test_help_lists_what_can_be_chosen():
+    """Every group that Hydra knows of conf/, and its options, as Hydra would list them."""
+    listed = source.offered()
+    assert {"attention", "attention/plan", "fit", "model", "recipe/agent", "recipe/_bases"} <= set(listed)
+    assert listed["model"] == list_models() and listed["attention/plan"] == sorted(PLANS.split())
+    named = [f"{group}/{name}" for group, names in listed.items() for name in names]
+    assert [name for name in named if name.startswith("recipe/") and "/_" not in name] == [
+        f"recipe/{name}" for name in recipes.names()
+    ]
+    assert all(listed[group] for group in groups())
 
 
 def test_completion_offers_rows_and_no_tables():
