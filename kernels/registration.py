@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "vision_kernels"
@@ -48,3 +49,38 @@ def define(schema: str, launch: Callable, fake: Callable, flops: Callable) -> to
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     register_flop_formula(packet)(flops)
     return packet.default
+
+
+def differentiable(
+    forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload, keep: Callable[..., tuple], outputs: int = 1
+) -> Callable:
+    """`forward_op` with its derivative, to be called with the same arguments.
+
+    Args:
+        forward_op: an operator whose first arguments are those that have a gradient.
+        backward_op: gives their gradients, in their order, from those of the outputs and what was kept; what it gives
+            for an argument that needs none is dropped.
+        keep: `(arguments, results of forward_op) -> arguments of backward_op` after the gradients of the outputs.
+        outputs: how many of the results are returned; the others are there to be kept.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            results = forward_op(*arguments)
+            results = results if isinstance(results, tuple) else (results,)
+            kept = keep(arguments, results)
+            ctx.save_for_backward(*(k if isinstance(k, Tensor) else None for k in kept))
+            ctx.others = tuple(None if isinstance(k, Tensor) else k for k in kept)
+            return results[0] if outputs == 1 else results[:outputs]
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *gradients):
+            kept = (other if t is None else t for t, other in zip(ctx.saved_tensors, ctx.others, strict=True))
+            found = backward_op(*gradients, *kept)
+            found = found if isinstance(found, tuple) else (found,)
+            found = tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
+            return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+
+    return Differentiable.apply

@@ -19,7 +19,7 @@ output projection.
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.agent_attention.register import AgentAttention
+from kernels.agent_attention.register import attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 
 WHO = "agent_attention"
@@ -71,7 +71,7 @@ def agent_attention(
     _check_limits(agents, weight)
     scale = head_dim**-0.5 if scale is None else float(scale)
     sizes = grid[0], grid[1], prefix, num_heads, *agents, scale
-    return AgentAttention.apply(qkv_BNC, gather_bias_MAN, scatter_bias_MNA, weight, bias, *sizes)
+    return attend(qkv_BNC, gather_bias_MAN, scatter_bias_MNA, weight, bias, *sizes)
 
 
 def reference(

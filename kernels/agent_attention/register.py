@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 
 def _forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, down, across, scale):
@@ -69,17 +69,9 @@ backward_op = define(
 )
 
 
-class AgentAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, gather, scatter, weight, bias, *sizes):
-        out, *state = forward_op(qkv, gather, scatter, weight, bias, *sizes)
-        ctx.save_for_backward(qkv, *state, gather, scatter, weight)
-        ctx.sizes, ctx.given = sizes, [t is not None for t in (qkv, gather, scatter, weight, bias)]
-        return out
+def _kept(arguments: tuple, results: tuple) -> tuple:
+    qkv, gather, scatter, weight, _, *sizes = arguments
+    return qkv, *results[1:], gather, scatter, weight, *sizes
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gradients = backward_op(grad, *ctx.saved_tensors, *ctx.sizes)
-        gradients = (g if given else None for g, given in zip(gradients, ctx.given, strict=True))
-        return *gradients, *[None] * len(ctx.sizes)
+
+attend = differentiable(forward_op, backward_op, _kept)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.aggregated_attention.constants import EPSILON
-from kernels.aggregated_attention.register import PARAMETERS, AggregatedAttention
+from kernels.aggregated_attention.register import PARAMETERS, attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 
 WHO = "aggregated_attention"
@@ -72,7 +72,7 @@ def aggregated_attention(
         return reference(qkv_BNC, kv_pool_BPC, *parameters[:-1], grid, num_heads, window, gates_BNM)
     check_tensors(WHO, {"qkv": qkv_BNC, "kv_pool": kv_pool_BPC}, dict(zip(PARAMETERS, parameters, strict=True)))
     check_head_dim(WHO, qkv_BNC.shape[2] // (3 * num_heads))
-    return AggregatedAttention.apply(qkv_BNC, kv_pool_BPC, *parameters, *grid[:2], window)
+    return attend(qkv_BNC, kv_pool_BPC, *parameters, *grid[:2], window)
 
 
 def reference(

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 PARAMETERS = ("scale", "query_embedding", "local_bias", "pool_bias", "tokens", "token_bias", "gates")
 
@@ -58,18 +58,6 @@ backward_op = define(
     _fake_backward,
     _flops_backward,
 )
-
-
-class AggregatedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        out, lse = forward_op(*arguments)
-        ctx.save_for_backward(*arguments[:-3], lse)
-        ctx.sizes = arguments[-3:]
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        *gradients, dgates = backward_op(grad, *ctx.saved_tensors, *ctx.sizes)
-        return *gradients, dgates if ctx.needs_input_grad[len(gradients)] else None, None, None, None
+attend = differentiable(
+    forward_op, backward_op, lambda arguments, results: (*arguments[:-3], results[1], *arguments[-3:])
+)

@@ -5,11 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.channel_attention import (
-    FOLDED_WHO,
     WHO,
     channel_attention,
-    channel_attention_folded,
-    folded_reference,
     reference,
 )
 from kernels.operation import Cost, Operation
@@ -71,61 +68,6 @@ STAGES = {
 }
 
 
-def folded_inputs(
-    device: str | torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    batch: int,
-    tokens: int,
-    dim: int,
-    heads: int,
-    bias: bool = True,
-    projection: bool = True,
-    scale: float | None = None,
-) -> dict:
-    """Keyword arguments of `channel_attention_folded`; parameters are float32."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    return {
-        "x_BNC": random(batch, tokens, dim, dtype=dtype).requires_grad_(),
-        "qkv_weight": (random(3 * dim, dim) * dim**-0.5).requires_grad_(),
-        "qkv_bias": (random(3 * dim) * 0.1).requires_grad_() if bias else None,
-        "num_heads": heads,
-        "scale": scale,
-        "proj_weight": (random(dim, dim) * dim**-0.5).requires_grad_() if projection else None,
-        "proj_bias": random(dim).requires_grad_() if projection and bias else None,
-    }
-
-
-def folded_cost(itemsize: int, *, batch: int, tokens: int, dim: int, heads: int, projection: bool = True, **_) -> Cost:
-    """Forward reads x twice and writes y; backward reads x twice and the gradient twice and writes that of x."""
-    tensor, width = batch * tokens * dim, dim // heads
-    large = 2 * tensor * dim
-    small = batch * dim * (2 * dim * dim + 4 * dim * width + 4 * dim + 2 * width)
-    small += batch * dim * (2 * dim * dim + 2 * dim) if projection else 0
-    return Cost(3 * tensor * itemsize, 5 * tensor * itemsize, 2 * large + small, 3 * large + 2 * small)
-
-
-FOLDED_CHECKS = {
-    "63 tokens, width 24": {"batch": 2, "tokens": 63, "dim": 72, "heads": 3, "scale": 0.05},
-    "one token": {"batch": 1, "tokens": 1, "dim": 16, "heads": 1},
-    "100 tokens, no projection": {"batch": 1, "tokens": 100, "dim": 96, "heads": 3, "projection": False},
-    "300 tokens, no bias": {"batch": 1, "tokens": 300, "dim": 144, "heads": 3, "bias": False, "scale": 0.02},
-}
-FOLDED_STAGES = {
-    "224 px stage 1 (DaViT-B)": {"batch": 128, "tokens": 3136, "dim": 128, "heads": 4},
-    "224 px stage 2 (DaViT-B)": {"batch": 128, "tokens": 784, "dim": 256, "heads": 8},
-    "512 px stage 2": {"batch": 16, "tokens": 4096, "dim": 256, "heads": 8},
-    "1024 px stage 1": {"batch": 4, "tokens": 65536, "dim": 128, "heads": 4},
-    "1024 px stage 3": {"batch": 4, "tokens": 4096, "dim": 512, "heads": 16},
-    "1024 px stage 1, one image": {"batch": 1, "tokens": 65536, "dim": 128, "heads": 4},
-}
-
-
 def _split(qkv_BNC: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (B, M, N, D), copied as the authors' code does before its matrix products."""
     qkv = qkv_BNC.reshape(*qkv_BNC.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -163,14 +105,3 @@ OPERATION = Operation(
     cost=cost,
     baselines={"official": _as_authors, "pytorch": _batched, "sdpa": _dense},
 )
-FOLDED = Operation(
-    name=FOLDED_WHO,
-    run=channel_attention_folded,
-    reference=folded_reference,
-    inputs=folded_inputs,
-    checks=FOLDED_CHECKS,
-    stages=FOLDED_STAGES,
-    cost=folded_cost,
-    baselines={"pytorch": folded_reference},
-)
-OPERATIONS = (OPERATION, FOLDED)

@@ -3,15 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 # With up to this many tokens backward computes the weights again, which costs less memory than to keep them.
 KEPT_ABOVE = 64
-
-
-def full_precision(x: Tensor):
-    """Autocast off inside."""
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def _kept(qkv: Tensor, num_heads: int) -> tuple:
@@ -64,51 +59,4 @@ backward_op = define(
     _fake_backward,
     _flops_backward,
 )
-
-
-class ChannelAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, num_heads, scale):
-        o, state = forward_op(qkv, num_heads, scale)
-        ctx.save_for_backward(qkv, state)
-        ctx.options = num_heads, scale
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None
-
-
-def _gram(x):
-    from kernels.channel_attention import triton as fused
-
-    return fused.gram(x)
-
-
-def _fake_gram(x):
-    B, _, C = x.shape
-    return x.new_empty(B, C, C, dtype=torch.float32), x.new_empty(B, C, dtype=torch.float32)
-
-
-def _flops_gram(x, *_, out_shape=None, **__):
-    return 2 * x[0] * x[1] * x[2] ** 2
-
-
-gram_op = define("channel_gram(Tensor x) -> (Tensor, Tensor)", _gram, _fake_gram, _flops_gram)
-
-
-class Gram(torch.autograd.Function):
-    """xᵀ x and the sum over tokens, in float32."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return gram_op(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dgram, dtotal):
-        (x,) = ctx.saved_tensors
-        with full_precision(x):
-            return torch.baddbmm(dtotal.to(x.dtype).unsqueeze(1), x, (dgram + dgram.mT).to(x.dtype))
+attend = differentiable(forward_op, backward_op, lambda arguments, results: (arguments[0], results[1], *arguments[1:]))

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.channel_attention`: forward, the gradient of the projection, and the Gram matrix.
+"""Triton kernels of `kernels.channel_attention`: forward and the gradient of the projection.
 
 A program holds the D×D matrices of a few neighbouring heads as the diagonal blocks of one matrix, and drops what is
 outside the blocks: 64 channels of 16 bits are one line of memory, and fill the matrix unit. With enough images and
@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device.launch import launch, power_of_2, precision, rows
+from kernels.device.memory import load_tile, store_tile
+from kernels.device.softmax import LOG2E
 
 
 @triton.jit
@@ -31,20 +33,8 @@ def _cells(c, C, D: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, row, token, last, c, live):
-    mask = (token < last)[:, None] & live[None, :]
-    return tl.load(x + token[:, None] * row + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _keep(out, row, token, last, c, live, value):
-    mask = (token < last)[:, None] & live[None, :]
-    tl.store(out + token[:, None] * row + c[None, :], value.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _softmax(products, pairs, scale):
-    logits = tl.where(pairs, products * (scale * 1.4426950408889634), float("-inf"))
+    logits = tl.where(pairs, products * (scale * LOG2E), float("-inf"))
     top = tl.max(logits, 1)
     powers = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(powers, 1)
@@ -57,8 +47,8 @@ def _sum(x, y, row, first, last, c, live, BC: tl.constexpr, BT: tl.constexpr, PR
     total = tl.zeros([BC, BC], tl.float32)
     for start in range(first, last, BT):
         token = start + tl.arange(0, BT)
-        x_tile = _tile(x, row, token, last, c, live)
-        y_tile = _tile(y, row, token, last, c, live)
+        x_tile = load_tile(x, token, row, c, token < last, live)
+        y_tile = load_tile(y, token, row, c, token < last, live)
         total = tl.dot(tl.trans(x_tile), y_tile, total, input_precision=PRECISION)
     return total
 
@@ -68,8 +58,8 @@ def _times(x, out, matrix, row, out_row, first, last, c, live, BT: tl.constexpr,
     """x times a matrix, in the precision of that matrix, for the tokens from `first` to `last`."""
     for start in range(first, last, BT):
         token = start + tl.arange(0, BT)
-        x_tile = _tile(x, row, token, last, c, live).to(matrix.dtype)
-        _keep(out, out_row, token, last, c, live, tl.dot(x_tile, matrix, input_precision=PRECISION))
+        x_tile = load_tile(x, token, row, c, token < last, live).to(matrix.dtype)
+        store_tile(out, token, out_row, c, token < last, live, tl.dot(x_tile, matrix, input_precision=PRECISION))
 
 
 @triton.jit
@@ -80,10 +70,10 @@ def _sum_and_dq(q, grad, dq, weights, q_row, grad_row, dq_row, first, last, c, l
     total = tl.zeros([BC, BC], tl.float32)
     for start in range(first, last, BT):
         token = start + tl.arange(0, BT)
-        grad_tile = _tile(grad, grad_row, token, last, c, live)
-        q_tile = _tile(q, q_row, token, last, c, live)
+        grad_tile = load_tile(grad, token, grad_row, c, token < last, live)
+        q_tile = load_tile(q, token, q_row, c, token < last, live)
         total = tl.dot(tl.trans(grad_tile), q_tile, total, input_precision=PRECISION)
-        _keep(dq, dq_row, token, last, c, live, tl.dot(grad_tile, weights, input_precision=PRECISION))
+        store_tile(dq, token, dq_row, c, token < last, live, tl.dot(grad_tile, weights, input_precision=PRECISION))
     return total
 
 
@@ -103,10 +93,12 @@ def _dk_and_dv(qkv, dqkv, slope, row, out_row, C, first, last, c, live, BT: tl.c
     else:
         for start in range(first, last, BT):
             token = start + tl.arange(0, BT)
-            k = _tile(qkv + C, row, token, last, c, live).to(tl.float32)
-            v = _tile(qkv + 2 * C, row, token, last, c, live).to(tl.float32)
-            _keep(dqkv + C, out_row, token, last, c, live, tl.dot(v, tl.trans(slope), input_precision=PRECISION))
-            _keep(dqkv + 2 * C, out_row, token, last, c, live, tl.dot(k, slope, input_precision=PRECISION))
+            k = load_tile(qkv + C, token, row, c, token < last, live).to(tl.float32)
+            v = load_tile(qkv + 2 * C, token, row, c, token < last, live).to(tl.float32)
+            dk = tl.dot(v, tl.trans(slope), input_precision=PRECISION)
+            store_tile(dqkv + C, token, out_row, c, token < last, live, dk)
+            dv = tl.dot(k, slope, input_precision=PRECISION)
+            store_tile(dqkv + 2 * C, token, out_row, c, token < last, live, dv)
 
 
 @triton.jit
@@ -197,7 +189,7 @@ def _finish_sums(
         weights = tl.load(state + line * D + d, mask=d < D, other=0.0)
         value = weights * (value - tl.sum(value * weights, 0)) * scale
     else:
-        logits = tl.where(d < D, value * (scale * 1.4426950408889634), float("-inf"))
+        logits = tl.where(d < D, value * (scale * LOG2E), float("-inf"))
         powers = tl.exp2(logits - tl.max(logits, 0))
         value = powers / tl.sum(powers, 0)
     tl.store(out + line * D + d, value, mask=d < D)
@@ -309,63 +301,3 @@ def _finish(partial: Tensor, state: Tensor | None, out: Tensor, scale: float, *,
         _finish_sums, (B * C,), partial, state, out, scale, count,
         warps=max(1, width // 32), D=D, BD=width, BP=min(32, power_of_2(count, least=1)), BACKWARD=backward,
     )  # fmt: skip
-
-
-@triton.jit
-def _gram(
-    x, gram, total, N, C, batch, row, parts, part_tokens,
-    BC: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile on or right of the diagonal, over one part of the tokens; the one left of it is its transpose."""
-    blocks = tl.cdiv(C, BC)
-    tile = tl.program_id(0) % (blocks * (blocks + 1) // 2)
-    rest = tl.program_id(0) // (blocks * (blocks + 1) // 2)
-    # tiles are counted column by column: column j has the rows 0 .. j
-    j = 0
-    for column in range(1, blocks):
-        j += (tile >= column * (column + 1) // 2).to(tl.int32)
-    i = tile - j * (j + 1) // 2
-    a = i * BC + tl.arange(0, BC)
-    b = j * BC + tl.arange(0, BC)
-    image = (rest // parts).to(tl.int64)
-    first = rest % parts * part_tokens
-    last = tl.minimum(first + part_tokens, N)
-    x += image * batch
-    acc = tl.zeros([BC, BC], tl.float32)
-    column_sums = tl.zeros([BT, BC], tl.float32)
-    for start in range(first, last, BT):
-        token = start + tl.arange(0, BT)
-        x_a = _tile(x, row, token, last, a, a < C)
-        x_b = _tile(x, row, token, last, b, b < C)
-        acc = tl.dot(tl.trans(x_a), x_b, acc, input_precision=PRECISION)
-        column_sums += x_b.to(tl.float32)
-    # gram (B, parts, C, C), total (B, parts, C)
-    gram += rest.to(tl.int64) * C * C
-    mask = (a < C)[:, None] & (b < C)[None, :]
-    tl.store(gram + a[:, None] * C + b[None, :], acc, mask=mask)
-    if i == j:
-        tl.store(total + rest.to(tl.int64) * C + b, tl.sum(column_sums, 0), mask=b < C)
-    else:
-        tl.store(gram + b[:, None] * C + a[None, :], tl.trans(acc), mask=(b < C)[:, None] & (a < C)[None, :])
-
-
-def gram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """xᵀ x (B, C, C) and the sum over tokens (B, C), in float32."""
-    x = rows(x)
-    B, N, C = x.shape
-    side = 128 if C > 64 and x.dtype != torch.float32 else 64
-    blocks = triton.cdiv(C, side)
-    programs = max(1, B * blocks * (blocks + 1) // 2)
-    # as many parts as give each of 132 multiprocessors two programs, of at least 512 tokens
-    count = max(1, min(triton.cdiv(264, programs), N // 512))
-    size = triton.cdiv(triton.cdiv(N, count), 64) * 64
-    count = triton.cdiv(N, size)
-    partial = torch.empty(B, count, C, C, dtype=torch.float32, device=x.device)
-    total = torch.empty(B, count, C, dtype=torch.float32, device=x.device)
-    launch(
-        _gram, (B * count * blocks * (blocks + 1) // 2,),
-        x, partial, total, N, C, x.stride(0), x.stride(1), count, size,
-        warps=8, stages=2 if x.dtype == torch.float32 else 3,
-        BC=side, BT=min(64 if side == 128 else 32, power_of_2(N)), PRECISION=precision(x.dtype),
-    )  # fmt: skip
-    return (partial[:, 0], total[:, 0]) if count == 1 else (partial.sum(1), total.sum(1))

@@ -1,14 +1,13 @@
-"""Layer normalisation where it saves a pass over memory: behind a position encoding, and in front of a router.
+"""Layer normalisation where it saves a pass over memory: behind a position encoding.
 
-    conv_norm:    y = x + conv(x) + bias,  n = LayerNorm(y)
-    pooled_norm:  n = LayerNorm(x),  means = mean of n over each region of the map
+    y = x + conv(x) + bias,  n = LayerNorm(y)
 
 x is (B, N, C) with N = prefix + H·W tokens in row-major order and may be strided; conv is depth-wise with its own k×k
 weights per channel, zero padding, and passes by the prefix tokens, for which y = x. A program holds all channels of a
-token, so that x is read once. Statistics, sums and means are float32. LayerNorm(y) = (y - mean) / √(var + ε) · w + b.
+token, so that x is read once. Statistics and sums are float32. LayerNorm(y) = (y - mean) / √(var + ε) · w + b.
 
 Source: Ba et al., 2016, arXiv:1607.06450; conditional position encoding, Chu et al., arXiv:2102.10882, as in DaViT,
-Ding et al., arXiv:2204.03645; region means as BiFormer routes by, Zhu et al., CVPR 2023, arXiv:2303.08810, equation 3.
+Ding et al., arXiv:2204.03645.
 """
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from kernels import depthwise_conv
 from kernels.dispatch import check_tensors, is_fused
-from kernels.layer_norm.register import ConvNorm, PooledNorm
+from kernels.layer_norm.register import convolve_and_norm
 
-CONV_WHO = "conv_norm"
-POOLED_WHO = "pooled_norm"
+WHO = "conv_norm"
 WIDEST = 1024
 
 
@@ -51,25 +49,25 @@ def conv_norm(
         ValueError: shapes, dtypes or devices that do not fit together; more than 1024 channels or a kernel side above 7
             on the fused path.
     """
-    C, k = _check(CONV_WHO, x_BNC, grid, norm_weight, norm_bias), conv_weight.shape[-1]
+    C, k = _check(WHO, x_BNC, grid, norm_weight, norm_bias), conv_weight.shape[-1]
     if tuple(conv_weight.shape) != (C, 1, k, k) or k % 2 == 0:
         raise ValueError(
-            f"{CONV_WHO}: conv_weight must be ({C}, 1, k, k) with odd k, got {tuple(conv_weight.shape)}; see nn.Conv2d"
+            f"{WHO}: conv_weight must be ({C}, 1, k, k) with odd k, got {tuple(conv_weight.shape)}; see nn.Conv2d"
         )
     if conv_bias is not None and tuple(conv_bias.shape) != (C,):
-        raise ValueError(f"{CONV_WHO}: conv_bias must be ({C},), got {tuple(conv_bias.shape)}; see nn.Conv2d")
-    if not is_fused(CONV_WHO, backend, x_BNC):
+        raise ValueError(f"{WHO}: conv_bias must be ({C},), got {tuple(conv_bias.shape)}; see nn.Conv2d")
+    if not is_fused(WHO, backend, x_BNC):
         return conv_reference(x_BNC, grid, conv_weight, conv_bias, norm_weight, norm_bias, eps=eps)
     parameters = {"conv_weight": conv_weight, "conv_bias": conv_bias, "norm_weight": norm_weight}
-    check_tensors(CONV_WHO, {"x": x_BNC}, {**parameters, "norm_bias": norm_bias})
-    _check_width(CONV_WHO, C)
+    check_tensors(WHO, {"x": x_BNC}, {**parameters, "norm_bias": norm_bias})
+    _check_width(WHO, C)
     if k > depthwise_conv.LARGEST:
         raise ValueError(
-            f"{CONV_WHO}: the kernels go up to {depthwise_conv.LARGEST}x{depthwise_conv.LARGEST} weights, got {k}; use "
+            f"{WHO}: the kernels go up to {depthwise_conv.LARGEST}x{depthwise_conv.LARGEST} weights, got {k}; use "
             "backend=torch"
         )
     sizes = (grid[0], grid[1], sum(grid[2:]))
-    return ConvNorm.apply(x_BNC, conv_weight, conv_bias, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
+    return convolve_and_norm(x_BNC, conv_weight, conv_bias, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
 
 
 def conv_reference(
@@ -85,63 +83,6 @@ def conv_reference(
     """The definition in plain PyTorch."""
     y_BNC = depthwise_conv.reference(x_BNC, grid, conv_weight, conv_bias, residual=x_BNC)
     return y_BNC, normalised(y_BNC, norm_weight, norm_bias, eps)
-
-
-def pooled_norm(
-    x_BNC: Tensor,
-    grid: tuple[int, ...],
-    region: tuple[int, int],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    *,
-    eps: float = 1e-6,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`LayerNorm(x)` (B, N, C) in the dtype of x or autocast's, and its region means (B, R, C) in float32.
-
-    The means carry no gradient: they are there to choose by.
-
-    Args:
-        x_BNC: tokens, prefix first; prefix tokens belong to no region.
-        grid: (height, width) or (height, width, prefix).
-        region: height and width of a region in tokens. Regions are numbered row by row; those at the bottom and at the
-            right may lie partly outside the map, and have the mean of the cells inside.
-        norm_weight: (C,).
-        norm_bias: (C,).
-        eps: added to the variance.
-        backend: "auto", "triton" or "torch".
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or more than 1024 channels on the fused path.
-    """
-    C = _check(POOLED_WHO, x_BNC, grid, norm_weight, norm_bias)
-    if len(region) != 2 or min(region) < 1:
-        raise ValueError(
-            f"{POOLED_WHO}: region must be a height and a width of at least 1, got {region}; give the tokens on a side"
-        )
-    if not is_fused(POOLED_WHO, backend, x_BNC):
-        return pooled_reference(x_BNC, grid, region, norm_weight, norm_bias, eps=eps)
-    check_tensors(POOLED_WHO, {"x": x_BNC}, {"norm_weight": norm_weight, "norm_bias": norm_bias})
-    _check_width(POOLED_WHO, C)
-    sizes = (grid[0], grid[1], sum(grid[2:]), *region)
-    return PooledNorm.apply(x_BNC, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
-
-
-def pooled_reference(
-    x_BNC: Tensor,
-    grid: tuple[int, ...],
-    region: tuple[int, int],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    *,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch."""
-    n_BNC = normalised(x_BNC, norm_weight, norm_bias, eps)
-    map_BCHW = n_BNC.detach()[:, sum(grid[2:]) :].unflatten(1, grid[:2]).permute(0, 3, 1, 2)
-    map_BCHW = map_BCHW if map_BCHW.dtype == torch.float64 else map_BCHW.float()
-    means_BCHW = F.avg_pool2d(map_BCHW, region, ceil_mode=True, count_include_pad=False)
-    return n_BNC, means_BCHW.flatten(2).transpose(1, 2).contiguous()
 
 
 def normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -5,13 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layer_norm import (
-    CONV_WHO,
-    POOLED_WHO,
+    WHO,
     conv_norm,
     conv_reference,
     normalised,
-    pooled_norm,
-    pooled_reference,
 )
 from kernels.operation import Cost, Operation
 
@@ -43,31 +40,11 @@ def conv_inputs(
     }
 
 
-def pooled_inputs(
-    device: str | torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    region: tuple[int, int],
-    **shape,
-) -> dict:
-    """Keyword arguments of `pooled_norm`; parameters are float32."""
-    given = conv_inputs(device, dtype, seed, **shape)
-    return {name: given[name] for name in ("x_BNC", "grid", "norm_weight", "norm_bias")} | {"region": region}
-
-
 def conv_cost(itemsize: int, *, batch: int, grid: tuple[int, ...], dim: int, kernel: int = 3, **_) -> Cost:
     """Forward reads x and writes y and n; backward reads x, y and their gradients and writes that of x."""
     tensor = batch * (sum(grid[2:]) + grid[0] * grid[1]) * dim
     flops = 2 * batch * grid[0] * grid[1] * dim * kernel**2
     return Cost(3 * tensor * itemsize, 5 * tensor * itemsize, flops, 2 * flops)
-
-
-def pooled_cost(itemsize: int, *, batch: int, grid: tuple[int, ...], dim: int, region: tuple[int, int], **_) -> Cost:
-    """Forward reads x and writes n and the means; backward reads x and the gradient and writes that of x."""
-    tensor = batch * (sum(grid[2:]) + grid[0] * grid[1]) * dim
-    means = batch * -(-grid[0] // region[0]) * -(-grid[1] // region[1]) * dim
-    return Cost(2 * tensor * itemsize + 4 * means, 3 * tensor * itemsize, 0, 0)
 
 
 CONV_CHECKS = {
@@ -88,21 +65,6 @@ CONV_STAGES = {
     "1024 px stage 1": {"batch": 8, "grid": (256, 256), "dim": 128},
     "224 px stage 3, one image": {"batch": 1, "grid": (14, 14), "dim": 512},
 }
-POOLED_CHECKS = {
-    "7x7 in 4x4": {"batch": 2, "grid": (7, 7), "dim": 72, "region": (4, 4)},
-    "one token": {"batch": 1, "grid": (1, 1), "dim": 16, "region": (1, 1)},
-    "9x7 with prefix in 4x2": {"batch": 1, "grid": (9, 7, 2), "dim": 24, "region": (4, 2)},
-    "10x10 in one": {"batch": 1, "grid": (10, 10), "dim": 96, "region": (16, 16)},
-    "4x6, many channels": {"batch": 1, "grid": (4, 6), "dim": 600, "region": (2, 3)},
-}
-POOLED_STAGES = {
-    "224 px stage 1 (BiFormer-B)": {"batch": 128, "grid": (56, 56), "dim": 96, "region": (8, 8)},
-    "224 px stage 2 (BiFormer-B)": {"batch": 128, "grid": (28, 28), "dim": 192, "region": (4, 4)},
-    "224 px stage 3 (BiFormer-B)": {"batch": 128, "grid": (14, 14), "dim": 384, "region": (2, 2)},
-    "512 px stage 1": {"batch": 16, "grid": (128, 128), "dim": 96, "region": (16, 16)},
-    "1024 px stage 1": {"batch": 8, "grid": (256, 256), "dim": 96, "region": (32, 32)},
-    "224 px stage 3, one image": {"batch": 1, "grid": (14, 14), "dim": 384, "region": (2, 2)},
-}
 
 
 def _channels_first(x_BNC: Tensor, grid: tuple[int, ...], conv_weight, conv_bias, norm_weight, norm_bias, eps=1e-6):
@@ -116,15 +78,8 @@ def _channels_first(x_BNC: Tensor, grid: tuple[int, ...], conv_weight, conv_bias
     return y_BNC, normalised(y_BNC, norm_weight, norm_bias, eps)
 
 
-def _windowed(x_BNC: Tensor, grid: tuple[int, ...], region, norm_weight, norm_bias, eps=1e-6):
-    """As the authors' code does it: the norm, a copy in the order of regions, and its mean."""
-    n_BNC = normalised(x_BNC, norm_weight, norm_bias, eps)
-    split = n_BNC.detach().unflatten(1, (grid[0] // region[0], region[0], grid[1] // region[1], region[1]))
-    return n_BNC, split.transpose(2, 3).flatten(3, 4).flatten(1, 2).contiguous().mean(2, dtype=torch.float32)
-
-
 OPERATION = Operation(
-    name=CONV_WHO,
+    name=WHO,
     run=conv_norm,
     reference=conv_reference,
     inputs=conv_inputs,
@@ -133,14 +88,3 @@ OPERATION = Operation(
     cost=conv_cost,
     baselines={"official": _channels_first, "pytorch": conv_reference},
 )
-POOLED = Operation(
-    name=POOLED_WHO,
-    run=pooled_norm,
-    reference=pooled_reference,
-    inputs=pooled_inputs,
-    checks=POOLED_CHECKS,
-    stages=POOLED_STAGES,
-    cost=pooled_cost,
-    baselines={"official": _windowed, "pytorch": pooled_reference},
-)
-OPERATIONS = (OPERATION, POOLED)

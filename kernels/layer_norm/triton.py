@@ -1,7 +1,7 @@
-"""Triton kernels of `kernels.layer_norm`: the two forwards, and one backward of the norm, without atomics.
+"""Triton kernels of `kernels.layer_norm`: forward, and the backward of the norm, without atomics.
 
 A program holds all channels of its tokens. The convolution goes through the rows of the map as in
-`kernels.depthwise_conv.triton`: each row that is read is added to all of the four output rows that see it.
+`kernels.device.conv`: each row that is read is added to all of the four output rows that see it.
 """
 
 import torch
@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.depthwise_conv import triton as depthwise_conv
-from kernels.depthwise_conv.triton import _four_rows, _tile
-from kernels.device.launch import launch, power_of_2, rows
+from kernels.device.conv import four_rows, tile_of_map
+from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
 
-FULL = 528  # programs: four for each of 132 multiprocessors
+FULL = 4 * MULTIPROCESSORS  # programs
 
 
 @triton.jit
@@ -39,10 +39,10 @@ def _conv_norm(
     x, taps, bias, norm_weight, norm_bias, y, n, eps, H, W, C, tokens, x_batch, x_row,
     K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    image, first, col, c = _tile(H, W, C, BX, BC)
+    image, first, col, c = tile_of_map(H, W, C, BX, BC)
     x += image * x_batch
     live = c < C
-    acc0, acc1, acc2, acc3 = _four_rows(x, taps, bias, first, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, False)
+    acc0, acc1, acc2, acc3 = four_rows(x, taps, bias, first, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, False)
     w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
     b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
     real = col < W
@@ -58,53 +58,12 @@ def _conv_norm(
 
 
 @triton.jit
-def _pooled_norm(
-    x, norm_weight, norm_bias, n, means, eps, H, W, C, prefix, region_height, region_width, x_batch, x_row,
-    BT: tl.constexpr, BC: tl.constexpr, PREFIX: tl.constexpr,
-):  # fmt: skip
-    """One region, or after the last one the prefix tokens."""
-    across = tl.cdiv(W, region_width)
-    regions = tl.cdiv(H, region_height) * across
-    programs = regions + 1 if PREFIX else regions
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    region = tl.program_id(0) % programs
-    top = region // across * region_height
-    left = region % across * region_width
-    count = region_height * region_width
-    if PREFIX:
-        count = tl.where(region == regions, prefix, count)
-    c = tl.arange(0, BC)
-    live = c < C
-    w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
-    total = tl.zeros([BT, BC], tl.float32)
-    for start in range(0, count, BT):
-        i = start + tl.arange(0, BT)
-        row = top + i // region_width
-        col = left + i % region_width
-        real = (i < count) & (row < H) & (col < W)
-        token = prefix + row * W + col
-        if PREFIX:
-            real = tl.where(region == regions, i < count, real)
-            token = tl.where(region == regions, i, token)
-        keep = real[:, None] & live[None, :]
-        value = tl.load(x + image * x_batch + token[:, None] * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        value = _standardise(value, real, live, C, eps)[0] * w[None, :] + b[None, :]
-        place = n + image * (prefix + H * W) * C + token[:, None] * C + c[None, :]
-        tl.store(place, value.to(n.dtype.element_ty), mask=keep)
-        total += tl.where(keep, value, 0.0)
-    cells = (tl.minimum(top + region_height, H) - top) * (tl.minimum(left + region_width, W) - left)
-    mean = tl.sum(total, 0) / tl.maximum(cells, 1).to(tl.float32)
-    tl.store(means + (image * regions + region) * C + c, mean, mask=live & (region < regions))
-
-
-@triton.jit
 def _norm_backward(
     x, dn, dy, norm_weight, dx, partial, eps, rows_total, tokens, C, programs,
     x_batch, x_row, dn_batch, dn_row, dy_batch, dy_row,
-    BT: tl.constexpr, BC: tl.constexpr, ADD: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx, with ADD on top of dy, and the sums for the weights over every `programs`-th tile of tokens of all images."""
+    """dx on top of dy, and the sums for the weights over every `programs`-th tile of tokens of all images."""
     c = tl.arange(0, BC)
     live = c < C
     w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
@@ -118,16 +77,13 @@ def _norm_backward(
         keep = real[:, None] & live[None, :]
         value = tl.load(x + image * x_batch + token * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         slope = tl.load(dn + image * dn_batch + token * dn_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        if ADD:
-            more = tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        more = tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         value, factor = _standardise(value, real, live, C, eps)
         for_weight += slope * value
         for_bias += slope
         slope *= w[None, :]
         slope -= (tl.sum(slope, 1) / C)[:, None] + value * (tl.sum(slope * value, 1) / C)[:, None]
-        slope *= factor[:, None]
-        if ADD:
-            slope += more
+        slope = slope * factor[:, None] + more
         tl.store(dx + (image * tokens + token) * C + c[None, :], slope.to(dx.dtype.element_ty), mask=keep)
     # (2, programs, C)
     tl.store(partial + tl.program_id(0) * C + c, tl.sum(for_weight, 0), mask=live)
@@ -194,34 +150,9 @@ def conv_backward(
     return dx, weight_grad.to(dtype), bias_grad.to(dtype), norm_weight_grad, norm_bias_grad
 
 
-def pooled_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    grid: tuple[int, int, int],
-    region: tuple[int, int],
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The norm of x, and its means over regions."""
-    x, (B, _, C), (H, W, prefix) = rows(x), x.shape, grid
-    regions = triton.cdiv(H, region[0]) * triton.cdiv(W, region[1])
-    n = torch.empty(x.shape, dtype=dtype, device=x.device)
-    means = torch.empty(B, regions, C, dtype=torch.float32, device=x.device)
-    BT, BC, warps = tiles(region[0] * region[1], C, 8192 // x.element_size())
-    launch(
-        _pooled_norm, (B * (regions + (prefix > 0)),),
-        x, norm_weight.contiguous(), norm_bias.contiguous(), n, means, eps, H, W, C, prefix, *region,
-        x.stride(0), x.stride(1), warps=warps, BT=BT, BC=BC, PREFIX=prefix > 0,
-    )  # fmt: skip
-    return n, means
-
-
-def norm_backward(
-    dy: Tensor | None, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x through the norm, added to dy if there is one, and those of the weight and bias of the norm."""
-    x, dn, dy = rows(x), rows(dn), dn if dy is None else rows(dy)
+def norm_backward(dy: Tensor, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x through the norm, added to dy, and those of the weight and bias of the norm."""
+    x, dn, dy = rows(x), rows(dn), rows(dy)
     B, N, C = x.shape
     BT, BC, warps = tiles(B * N, C, 4096 // x.element_size())
     programs = min(FULL, triton.cdiv(B * N, BT))
@@ -231,6 +162,6 @@ def norm_backward(
         _norm_backward, (programs,),
         x, dn, dy, norm_weight.contiguous(), dx, partial, eps, B * N, N, C, programs,
         x.stride(0), x.stride(1), dn.stride(0), dn.stride(1), dy.stride(0), dy.stride(1),
-        warps=warps, BT=BT, BC=BC, ADD=dy is not dn,
+        warps=warps, BT=BT, BC=BC,
     )  # fmt: skip
     return dx, *(p.sum(0).to(norm_weight.dtype) for p in partial)

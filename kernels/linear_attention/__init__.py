@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.depthwise_conv import LARGEST
 from kernels.depthwise_conv import reference as convolve
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
-from kernels.linear_attention.register import LinearAttention
+from kernels.linear_attention.register import attend
 
 FOCUSED, INLINE_WHO, WHO = "focused_linear_attention", "inline_attention", "linear_attention"
 FEATURES = ("relu", "elu", "identity")
@@ -304,4 +304,4 @@ def _fused(
             f"{who}: the kernels go up to {LARGEST}x{LARGEST} weights, got {weight.shape[-1]}; use backend=torch"
         )
     sizes = (*grid, 0)[:3]
-    return LinearAttention.apply(qkv, *parameters.values(), *sizes, num_heads, feature, constant, normalise)
+    return attend(qkv, *parameters.values(), *sizes, num_heads, feature, constant, normalise)

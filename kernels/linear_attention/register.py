@@ -5,7 +5,7 @@ One pair of them; `constant` is the power of "focused" and the scale of "inline"
 
 import torch
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 
 def _forward(qkv, scale, position, weight, bias, lepe_weight, lepe_bias, height, width, prefix, *options):
@@ -74,20 +74,6 @@ backward_op = define(
     _fake_backward,
     _flops_backward,
 )
-
-
-class LinearAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, *others):
-        out, state, stats, taps = forward_op(qkv, *others)
-        ctx.save_for_backward(qkv, state, stats, taps, *others[:6])
-        ctx.options = others[6:]
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        dqkv, *gradients = backward_op(grad, *saved, *ctx.options)
-        parameters = (None if p is None else g for p, g in zip(saved[4:], gradients, strict=True))
-        return dqkv, *parameters, *[None] * len(ctx.options)
+attend = differentiable(
+    forward_op, backward_op, lambda arguments, results: (arguments[0], *results[1:], *arguments[1:])
+)

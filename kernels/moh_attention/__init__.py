@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
-from kernels.moh_attention.register import MoHAttention, RouteHeads, routed_heads
+from kernels.moh_attention.register import attend, route, routed_heads
 
 WHO, ROUTE = "moh_attention", "route_heads"
 # From so many tokens on "auto" leaves heads out: below, a tile of 128 queries would often stay dense or half empty,
@@ -60,7 +60,7 @@ def moh_attention(
     check_tensors(WHO, {"qkv": qkv_BNC}, {"gates": gates_BNM})
     check_head_dim(WHO, head_dim)
     skips = skip == "always" or (skip == "auto" and qkv_BNC.shape[1] >= SKIP_FROM)
-    return MoHAttention.apply(qkv_BNC, gates_BNM, head_dim**-0.5 if scale is None else float(scale), skips)
+    return attend(qkv_BNC, gates_BNM, head_dim**-0.5 if scale is None else float(scale), skips)
 
 
 def reference(
@@ -109,7 +109,7 @@ def route_heads(logits_BNL: Tensor, shared: int, routed: int, *, backend: str = 
     if not is_fused(ROUTE, backend, logits_BNL):
         return route_reference(logits_BNL, shared, routed)
     check_tensors(ROUTE, {"logits": logits_BNL})
-    gates, balance = RouteHeads.apply(logits_BNL, shared, routed)
+    gates, balance = route(logits_BNL, shared, routed)
     return gates, balance if routed else None
 
 

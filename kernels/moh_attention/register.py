@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 
 def routed_heads(logits: int, shared: int, routed: int) -> int:
@@ -23,13 +23,13 @@ def _backward(grad, qkv, gates, out, lse, index, count, scale):
 
 
 def _route(logits, shared, routed):
-    from kernels.moh_attention import triton as fused
+    from kernels.moh_attention import triton_router as fused
 
     return fused.route(logits, shared, routed)
 
 
 def _route_backward(grad, balance, logits, load, shared, routed):
-    from kernels.moh_attention import triton as fused
+    from kernels.moh_attention import triton_router as fused
 
     return fused.route_backward(grad, balance, logits, load, shared, routed)
 
@@ -100,31 +100,7 @@ route_backward_op = define(
     _fake_route_backward,
     _flops_route_backward,
 )
-
-
-class MoHAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, gates, scale, skip):
-        out, *rest = forward_op(qkv, gates, scale, skip)
-        ctx.save_for_backward(qkv, gates, out, *rest)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *backward_op(grad, *ctx.saved_tensors, ctx.scale), None, None
-
-
-class RouteHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, shared, routed):
-        gates, balance, load = route_op(logits, shared, routed)
-        ctx.save_for_backward(logits, load)
-        ctx.heads = shared, routed
-        return gates, balance
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, balance):
-        return route_backward_op(grad, balance, *ctx.saved_tensors, *ctx.heads), None, None
+attend = differentiable(forward_op, backward_op, lambda arguments, results: (*arguments[:2], *results, arguments[2]))
+route = differentiable(
+    route_op, route_backward_op, lambda arguments, results: (arguments[0], results[2], *arguments[1:]), outputs=2
+)

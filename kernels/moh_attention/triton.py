@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.moh_attention`: gated attention that can leave out heads, and the router's gates.
+"""Triton kernels of `kernels.moh_attention`: gated attention that can leave out heads.
 
 Attention is computed online, a tile of queries against all keys, with the gate in the epilogue. Where heads are left
 out, a first kernel lists the tokens of every head, those with a gate first; a tile takes its queries through that list.
@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device.launch import launch, power_of_2, precision, rows
+from kernels.device.softmax import LOG2E, row_products
 
-LOG2E = 1.4426950408889634
 SEPARATE_FROM = 512  # tokens: from here on queries have a backward launch of their own
-PROGRAMS = 512  # of the router, at most, so that their sums are few
 
 
 @triton.jit
@@ -142,12 +141,12 @@ def _backward(
         token, live = _tokens(own, index, pair, limit, N, SKIP)
         q0 = _load(q, token, qkv_row, live, 0, A, D)
         g0 = _load(grad, token, grad_row, live, 0, A, D)
-        d = tl.sum(g0.to(tl.float32) * _load(out, token, M * D, live, 0, A, D).to(tl.float32), 1)
+        d = row_products(g0, _load(out, token, M * D, live, 0, A, D))
         dq0 = tl.zeros([OWN, A], tl.float32)
         if R:
             q1 = _load(q, token, qkv_row, live, A, R, D)
             g1 = _load(grad, token, grad_row, live, A, R, D)
-            d += tl.sum(g1.to(tl.float32) * _load(out, token, M * D, live, A, R, D).to(tl.float32), 1)
+            d += row_products(g1, _load(out, token, M * D, live, A, R, D))
             dq1 = tl.zeros([OWN, R], tl.float32)
         gate = tl.load(gates + token * M, mask=live, other=0.0).to(tl.float32)
         height = tl.load(lse + own, mask=live, other=float("inf"))
@@ -198,9 +197,9 @@ def _backward(
                 qs1 = _load(q, at, qkv_row, there, A, R, D)
                 gs1 = _load(grad, at, grad_row, there, A, R, D)
             if QUERIES:
-                ds_row = tl.sum(gs0.to(tl.float32) * _load(out, at, M * D, there, 0, A, D).to(tl.float32), 1)
+                ds_row = row_products(gs0, _load(out, at, M * D, there, 0, A, D))
                 if R:
-                    ds_row += tl.sum(gs1.to(tl.float32) * _load(out, at, M * D, there, A, R, D).to(tl.float32), 1)
+                    ds_row += row_products(gs1, _load(out, at, M * D, there, A, R, D))
                 gate_row = tl.load(gates + at * M, mask=there, other=0.0).to(tl.float32)
             else:
                 ds_row = tl.load(delta + row, mask=there, other=0.0)
@@ -269,7 +268,7 @@ def forward(qkv: Tensor, gates: Tensor, scale: float, skip: bool) -> tuple[Tenso
     BM, BN, warps, stages = tiles(False, N, C // M, qkv.element_size())
     launch(
         _forward, (B * M * triton.cdiv(N, BM),), qkv, gates, index, count, out, lse, N, qkv.stride(0), qkv.stride(1),
-        scale * LOG2E, EVEN=N % BN == 0, BM=BM, BN=BN, warps=warps, stages=stages, **_constants(qkv, M, skip),
+        scale * LOG2E.value, EVEN=N % BN == 0, BM=BM, BN=BN, warps=warps, stages=stages, **_constants(qkv, M, skip),
     )  # fmt: skip
     return out, lse, index, count
 
@@ -289,7 +288,7 @@ def backward(
     for queries, keys in phases:
         launch(
             _backward, (B * M * triton.cdiv(N, OWN),), qkv, gates, index, count, out, grad, lse, dqkv, dgates, delta, N,
-            qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), scale * LOG2E, scale,
+            qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), scale * LOG2E.value, scale,
             OWN=OWN, STEP=STEP, QUERIES=queries, KEYS=keys, EVEN=N % STEP == 0, warps=warps, stages=stages,
             **_constants(qkv, M, skip),
         )  # fmt: skip
@@ -300,168 +299,3 @@ def _constants(qkv: Tensor, num_heads: int, skip: bool) -> dict:
     D = qkv.shape[2] // (3 * num_heads)
     A, R = split(D)
     return {"M": num_heads, "D": D, "A": A, "R": R, "SKIP": skip, "PRECISION": precision(qkv.dtype)}
-
-
-# The router
-
-
-@triton.jit
-def _softmax(base, row, stride, keep, WIDTH: tl.constexpr, PAD: tl.constexpr):
-    """Of WIDTH logits in every row, 0 in the columns after them."""
-    c = tl.arange(0, PAD)
-    x = tl.load(base + row[:, None] * stride + c[None, :], mask=keep[:, None] & (c < WIDTH)[None, :], other=0.0)
-    x = tl.where((c < WIDTH)[None, :], x, float("-inf"))
-    e = tl.exp(x - tl.max(x, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
-
-
-@triton.jit
-def _largest(scores, E: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr):
-    """1 at the K largest scores of a row; among equal ones, at the lowest index."""
-    c = tl.arange(0, PAD)[None, :]
-    ahead = tl.zeros(scores.shape, tl.int32)
-    for j in range(E):
-        other = tl.sum(tl.where(c == j, scores, 0.0), 1)[:, None]
-        ahead += ((other > scores) | ((other == scores) & (j < c))).to(tl.int32)
-    return tl.where((ahead < K) & (c < E), 1.0, 0.0)
-
-
-@triton.jit
-def _alphas(base, row, stride, keep):
-    """2 softmax of two logits."""
-    x = tl.load(base + row * stride, mask=keep, other=0.0) - tl.load(base + row * stride + 1, mask=keep, other=0.0)
-    return (2 * tl.sigmoid(x))[:, None], (2 * tl.sigmoid(-x))[:, None]
-
-
-@triton.jit
-def _route(
-    logits, gates, partial, T, stride,
-    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """Gates of a share of the tokens, and of that share the sums of scores and choices."""
-    s_c = tl.arange(0, PS)[None, :]
-    e_c = tl.arange(0, PE)[None, :]
-    score_sum = tl.zeros([BT, PE], tl.float32)
-    choice_sum = tl.zeros([BT, PE], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
-        row = (tile * BT + tl.arange(0, BT)).to(tl.int64)
-        keep = row < T
-        out = gates + row[:, None] * (S + E)
-        if S > 0:
-            shared = tl.full([BT, PS], 1.0, tl.float32)
-            if S > 1:
-                shared = S * _softmax(logits + E + (2 if K else 0), row, stride, keep, S, PS)
-        if K > 0:
-            r = _softmax(logits, row, stride, keep, E, PE)
-            mask = _largest(r, E, K, PE)
-            chosen = r * mask
-            routed = K * chosen / tl.sum(chosen, 1)[:, None]
-            score_sum += tl.where(keep[:, None], r, 0.0)
-            choice_sum += tl.where(keep[:, None], mask, 0.0)
-            if S > 0:
-                a1, a2 = _alphas(logits + E, row, stride, keep)
-                shared = a1 * shared
-                routed = a2 * routed
-            tl.store(out + S + e_c, routed, mask=keep[:, None] & (e_c < E))
-        if S > 0:
-            tl.store(out + s_c, shared, mask=keep[:, None] & (s_c < S))
-    if K > 0:
-        partial += tl.program_id(0) * (2 * PE) + tl.arange(0, PE)
-        tl.store(partial, tl.sum(score_sum, 0))
-        tl.store(partial + PE, tl.sum(choice_sum, 0))
-
-
-@triton.jit
-def _balance(partial, balance, load, programs, T, E: tl.constexpr, PE: tl.constexpr, BP: tl.constexpr):
-    """E Σ P f, and f."""
-    c = tl.arange(0, PE)
-    scores = tl.zeros([BP, PE], tl.float32)
-    choices = tl.zeros([BP, PE], tl.float32)
-    for start in range(0, programs, BP):
-        row = start + tl.arange(0, BP)
-        place = partial + row[:, None] * (2 * PE) + c[None, :]
-        scores += tl.load(place, mask=row[:, None] < programs, other=0.0)
-        choices += tl.load(place + PE, mask=row[:, None] < programs, other=0.0)
-    mean = tl.sum(choices, 0) / T
-    tl.store(balance, E * tl.sum(tl.sum(scores, 0) / T * mean, 0))
-    tl.store(load + c, mean, mask=c < E)
-
-
-@triton.jit
-def _route_backward(
-    grad, balance, logits, load, dlogits, T, stride,
-    S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    s_c = tl.arange(0, PS)[None, :]
-    e_c = tl.arange(0, PE)[None, :]
-    row = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    keep = row < T
-    own = grad + row[:, None] * (S + E)
-    BOTH: tl.constexpr = 2 if K * S > 0 else 0
-    out = dlogits + row[:, None] * (E + BOTH + (S if S > 1 else 0))
-    if S > 0:
-        ds = tl.load(own + s_c, mask=keep[:, None] & (s_c < S), other=0.0)
-        shared = tl.full([BT, PS], 1.0, tl.float32)
-        if S > 1:
-            shared = S * _softmax(logits + E + BOTH, row, stride, keep, S, PS)
-        along = tl.sum(ds * shared, 1)[:, None]
-    if K > 0:
-        dg = tl.load(own + S + e_c, mask=keep[:, None] & (e_c < E), other=0.0)
-        r = _softmax(logits, row, stride, keep, E, PE)
-        mask = _largest(r, E, K, PE)
-        chosen = r * mask
-        total = tl.sum(chosen, 1)[:, None]
-        routed = K * chosen / total
-        across = tl.sum(dg * routed, 1)[:, None]
-        if S > 0:
-            a1, a2 = _alphas(logits + E, row, stride, keep)
-            slope = 0.5 * a1 * a2 * (along - across)
-            tl.store(out + E + tl.arange(0, 2)[None, :], tl.where(tl.arange(0, 2)[None, :] == 0, slope, -slope),
-                     mask=keep[:, None])  # fmt: skip
-            ds = a1 * ds
-            along = a1 * along
-            dg = a2 * dg
-            across = a2 * across
-        # r = softmax, so d(wg) = r (dr - Σ r dr); of the gates' part Σ r dr is 0
-        share = tl.load(balance) * E / T * tl.load(load + e_c, mask=e_c < E, other=0.0)
-        dwg = mask * (routed * dg - chosen / total * across) + r * (share - tl.sum(r * share, 1)[:, None])
-        tl.store(out + e_c, dwg, mask=keep[:, None] & (e_c < E))
-    if S > 1:
-        tl.store(out + E + BOTH + s_c, shared * ds - shared / S * along, mask=keep[:, None] & (s_c < S))
-
-
-def route(logits: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates, load balance loss (0 without routed heads), and f (E)."""
-    B, N, L = logits.shape
-    T, constants = B * N, _router(L, shared, routed)
-    E, PE, BT = constants["E"], constants["PE"], constants["BT"]
-    flat = rows(logits).reshape(T, L)
-    gates = torch.empty(B, N, shared + E, dtype=torch.float32, device=logits.device)
-    programs = min(triton.cdiv(T, BT), PROGRAMS)
-    partial = torch.empty(programs, 2, PE, dtype=torch.float32, device=logits.device)
-    launch(_route, (programs,), flat, gates, partial, T, flat.stride(0), **constants)
-    if not routed:
-        return gates, torch.zeros((), device=logits.device), torch.empty(0, device=logits.device)
-    balance = torch.empty((), dtype=torch.float32, device=logits.device)
-    load = torch.empty(E, dtype=torch.float32, device=logits.device)
-    launch(_balance, (1,), partial, balance, load, programs, T, E=E, PE=PE, BP=BT)
-    return gates, balance, load
-
-
-def route_backward(grad: Tensor, balance: Tensor, logits: Tensor, load: Tensor, shared: int, routed: int) -> Tensor:
-    """Gradient of the logits from those of the gates and of the loss."""
-    B, N, L = logits.shape
-    constants = _router(L, shared, routed)
-    flat = rows(logits).reshape(B * N, L)
-    dlogits = torch.empty(B, N, L, dtype=torch.float32, device=logits.device)
-    launch(
-        _route_backward, (triton.cdiv(B * N, constants["BT"]),), grad.contiguous(), balance, flat, load, dlogits, B * N,
-        flat.stride(0), **constants,
-    )  # fmt: skip
-    return dlogits
-
-
-def _router(logits: int, shared: int, routed: int) -> dict:
-    E = logits - (shared if shared > 1 else 0) - (2 if shared else 0) if routed else 0
-    PS, PE = power_of_2(shared, least=2), power_of_2(E, least=2)
-    return {"S": shared, "E": E, "K": routed, "PS": PS, "PE": PE, "BT": max(16, min(128, 1024 // max(PS, PE)))}

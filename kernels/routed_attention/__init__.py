@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import depthwise_conv as conv
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
-from kernels.routed_attention.register import RoutedAttention, means_op, regions_of, selection_op
+from kernels.routed_attention.register import attend, means_op, regions_of, selection_op
 
 WHO = "routed_attention"
 MOST_REGIONS = 65535
@@ -68,9 +68,7 @@ def routed_attention(
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"routes": routes_BRK, "lepe_weight": lepe_weight, "lepe_bias": lepe_bias})
     _check_fused(qkv_BNC, routes_BRK, num_heads, qk_dim, lepe_weight)
-    return RoutedAttention.apply(
-        qkv_BNC, lepe_weight, lepe_bias, routes_BRK.long(), *grid[:2], *region, num_heads, qk_dim, scale
-    )[0]
+    return attend(qkv_BNC, lepe_weight, lepe_bias, routes_BRK.long(), *grid[:2], *region, num_heads, qk_dim, scale)
 
 
 def region_means(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int], *, backend: str = "auto") -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 
 def regions_of(grid: tuple[int, ...], region: tuple[int, int]) -> tuple[int, int]:
@@ -11,13 +11,13 @@ def regions_of(grid: tuple[int, ...], region: tuple[int, int]) -> tuple[int, int
 
 
 def _means(x, height, width, region_height, region_width):
-    from kernels.routed_attention import triton as fused
+    from kernels.routed_attention import triton_routing as fused
 
     return fused.region_means(x, (height, width), (region_height, region_width))
 
 
 def _selection(q, k, topk, scale):
-    from kernels.routed_attention import triton as fused
+    from kernels.routed_attention import triton_routing as fused
 
     return fused.select_regions(q, k, topk, scale)
 
@@ -35,7 +35,7 @@ def _forward(qkv, lepe_weight, lepe_bias, routes, height, width, region_height, 
 def _backward(
     grad, qkv, out, lse, lepe_weight, routes, height, width, region_height, region_width, heads, qk_dim, scale
 ):
-    from kernels.routed_attention import triton as fused
+    from kernels.routed_attention import triton_backward as fused
 
     grid, region = (height, width), (region_height, region_width)
     d_qkv = fused.backward(grad, qkv, out, lse, routes, grid, region, heads, qk_dim, scale)
@@ -111,25 +111,11 @@ backward_op = define(
 )
 
 
-class RoutedAttention(torch.autograd.Function):
-    """Its second and third result are the attention without LePE (empty where that is the first) and the statistics."""
+def _kept(arguments: tuple, results: tuple) -> tuple:
+    """The output without LePE, which is the whole output where there is none."""
+    qkv, lepe_weight, _, *sizes = arguments
+    total, alone, lse = results
+    return qkv, total if lepe_weight is None else alone, lse, lepe_weight, *sizes
 
-    @staticmethod
-    def forward(ctx, qkv, lepe_weight, lepe_bias, routes, *sizes):
-        total, alone, lse = forward_op(qkv, lepe_weight, lepe_bias, routes, *sizes)
-        ctx.save_for_backward(qkv, total if lepe_weight is None else alone, lse, lepe_weight, routes)
-        ctx.sizes, ctx.bias = sizes, lepe_bias is not None
-        ctx.mark_non_differentiable(alone, lse)
-        return total, alone, lse
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        qkv, out, lse, lepe_weight, routes = ctx.saved_tensors
-        d_qkv, dweight, dbias = backward_op(grad, qkv, out, lse, lepe_weight, routes, *ctx.sizes)
-        return (
-            d_qkv,
-            None if lepe_weight is None else dweight,
-            dbias if ctx.bias else None,
-            *[None] * (1 + len(ctx.sizes)),
-        )
+attend = differentiable(forward_op, backward_op, _kept)

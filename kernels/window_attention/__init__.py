@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
-from kernels.window_attention.register import WindowAttention
+from kernels.window_attention.register import attend
 
 WHO = "window_attention"
 
@@ -60,7 +60,7 @@ def window_attention(
     if grid[0] % window[0] == 0 and grid[1] % window[1] == 0:
         padding = None
     scale = head_dim**-0.5 if scale is None else scale
-    return WindowAttention.apply(qkv_BNC, padding, bias_MTT, *grid[:2], num_heads, *window, *shift, scale)
+    return attend(qkv_BNC, padding, bias_MTT, *grid[:2], num_heads, *window, *shift, scale)
 
 
 def reference(

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.registration import define
+from kernels.registration import define, differentiable
 
 ONE_TILE = 64
 
@@ -60,21 +60,10 @@ backward_op = define(
 )
 
 
-class WindowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, padding, bias, *sizes):
-        out, lse = forward_op(qkv, padding, bias, *sizes)
-        one_tile = sizes[3] * sizes[4] <= ONE_TILE
-        ctx.save_for_backward(qkv, padding, bias, *((None, None) if one_tile else (out, lse)))
-        ctx.sizes = sizes
-        return out
+def _kept(arguments: tuple, results: tuple) -> tuple:
+    """Windows of one tile are computed again, and need neither output nor statistics."""
+    _, _, _, _, _, _, h, w, *_ = arguments
+    return *arguments[:3], *((None, None) if h * w <= ONE_TILE else results), *arguments[3:]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        dqkv, dpadding, dbias = backward_op(grad, *saved, *ctx.sizes)
-        gradients = (
-            None if whole is None else share for share, whole in zip((dpadding, dbias), saved[1:3], strict=True)
-        )
-        return dqkv, *gradients, *[None] * len(ctx.sizes)
+
+attend = differentiable(forward_op, backward_op, _kept)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.channel_attention import channel_attention, channel_attention_folded, reference
+from kernels.channel_attention import channel_attention, reference
 from kernels.channel_attention import triton as fused
-from kernels.channel_attention.cases import folded_inputs, inputs
+from kernels.channel_attention.cases import inputs
 
 
 def heads_of(qkv, num_heads):
@@ -74,30 +74,6 @@ def test_scale_may_depend_on_the_number_of_tokens_in_one_graph():
         torch.testing.assert_close(compiled(qkv), reference(qkv, 2, scale=tokens**-0.5), rtol=1e-5, atol=1e-5)
 
 
-def test_folded_is_projection_attention_projection():
-    given = folded_inputs("cpu", torch.float32, batch=2, tokens=80, dim=64, heads=2, scale=0.03)
-    x, num_heads = given["x_BNC"], given["num_heads"]
-    qkv = F.linear(x, given["qkv_weight"], given["qkv_bias"])
-    wanted = F.linear(channel_attention(qkv, num_heads, scale=0.03), given["proj_weight"], given["proj_bias"])
-    torch.testing.assert_close(channel_attention_folded(**given), wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_gram(parts, poisoned):
-    """Tiles left of the diagonal are copies, and channels beyond the last tile's are no part of the result.
-
-    The tiles of 64 channels on the diagonal are products, which a processor need not round symmetrically; nor need it
-    add parts up in one order at every place.
-    """
-    x = torch.randn(2, parts * 512, 72)
-    gram, total = fused.gram(x)
-    torch.testing.assert_close(gram, x.mT @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(total, x.sum(1), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(gram, gram.mT, rtol=1e-4, atol=1e-3)
-    if parts == 1:
-        assert torch.equal(gram[:, 64:, :64], gram[:, :64, 64:].mT)
-
-
 @pytest.mark.parametrize(
     ("shape", "heads", "message"),
     [
@@ -118,24 +94,3 @@ def test_gram(parts, poisoned):
 def test_refuses(shape, heads, message):
     with pytest.raises(ValueError, match=message):
         channel_attention(torch.zeros(shape), heads)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"x_BNC": torch.zeros(1, 4, 30)},
-            r"channel_attention_folded: x must be \(B, N, 4 heads \* D\), got \(1, 4, 30\)",
-        ),
-        (
-            {"qkv_weight": torch.zeros(32, 32)},
-            r"qkv_weight must be \(96, 32\), got \(32, 32\); pass those of nn.Linear",
-        ),
-        ({"proj_bias": torch.zeros(8)}, r"proj_bias must be \(32,\), got \(8,\)"),
-        ({"proj_weight": None}, r"proj_bias needs proj_weight, got None; pass both or neither"),
-    ],
-)
-def test_folded_refuses(change, message):
-    given = folded_inputs("cpu", torch.float32, batch=1, tokens=4, dim=32, heads=4)
-    with pytest.raises(ValueError, match=message):
-        channel_attention_folded(**{**given, **change})

@@ -156,7 +156,7 @@ def test_without_routed_heads():
 
 
 def test_programs_of_the_router_share_the_tokens(monkeypatch, poisoned):
-    from kernels.moh_attention import triton as fused
+    from kernels.moh_attention import triton_router as fused
 
     monkeypatch.setattr(fused, "PROGRAMS", 2)
     given = route_inputs("cpu", torch.float32, batch=3, tokens=150, experts=5, shared=2, routed=2)
