@@ -17,8 +17,8 @@ new_venv = $(PYTHON) -B -c "import conf" && $(PYTHON) -m venv $(1)
 pip      = $(1)/bin/python -m pip install --quiet
 # what a machine without a GPU can run of the tests that match $(2), twice: Triton is interpreted by a whole process or
 # not at all. Status 5: none of them match, as while developing with ARGS="tests/some_file.py"
-pytest   = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile -m $(2) $(ARGS) || [ $$? -eq 5 ]
-kernels  = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n 2 -m $(2) $(ARGS) || [ $$? -eq 5 ]
+pytest   = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -m $(2) $(ARGS) || [ $$? -eq 5 ]
+kernels  = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -m $(2) $(ARGS) || [ $$? -eq 5 ]
 
 .PHONY: train test test-all test-lowest lint format constraints
 

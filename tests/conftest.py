@@ -1,4 +1,4 @@
-"""Shared by all tests: the command line in this process, folders of images, random numbers, and what is interpreted.
+"""Shared by all tests: the command line in this process, folders of images, random numbers, what is interpreted, when.
 
 Fused paths run on a GPU, or interpreted in a process that was started with TRITON_INTERPRET=1. Without a GPU such a
 process runs the tests of `tests/kernels` and those marked `fused`; any other process runs the rest. `make test` starts
@@ -6,6 +6,7 @@ both; `pytest tests/kernels` alone is interpreted by itself.
 """
 
 import os
+import pickle
 import random
 import runpy
 import sys
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ROOT / "tests" / "kernels"
+TESTS = ROOT / "tests"
+KERNELS = TESTS / "kernels"
+# quick tests with much to say, so that a mistake shows within seconds
+FIRST = ("test_floors.py", "conf", "models/attention/test_contract.py", "models/layers", "data/test_configs.py")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 
@@ -26,6 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not any(item.path.is_relative_to(TESTS / first) for first in FIRST))
     if _gpu():
         return
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +47,27 @@ def pytest_runtest_setup(item):
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compositions():
+    """What `create_model` composes is composed once in a process: a fifth of a second, asked for thousands of times."""
+    from conf import families
+    from models import factory
+
+    compose, tables, known = factory.compose_run, families.tables, {}
+
+    def remembered(overrides):
+        key = tuple(overrides)
+        if families.tables is not tables:  # those of a test
+            return compose(overrides)
+        if key not in known:
+            known[key] = pickle.dumps(compose(overrides))
+        return pickle.loads(known[key])
+
+    factory.compose_run = remembered
+    yield
+    factory.compose_run = compose
 
 
 def _gpu() -> bool:

@@ -1,6 +1,7 @@
 """Every attention in every kind of backbone, on square and wide images: it trains, or it is refused with the fix.
 
-`python tests/test_pairs.py` prints the matrix.
+`make test` has every attention in one backbone of each kind, and four attentions that differ in what a backbone notices
+in every backbone; `make test-all` has the other pairs. `python tests/test_pairs.py` prints the matrix.
 """
 
 import sys
@@ -14,10 +15,29 @@ if __name__ == "__main__":
 
 from conf import families
 from models import create_model, list_attentions
+from models.attention import KINDS, Grid, Site, build
+from models.factory import compose_model, factory, instantiate
 
 MODELS = families.small()
 SHAPES = {"square": (32, 32), "wide": (32, 64)}
-PAIRS = [(model, attention) for model in MODELS for attention in list_attentions()]
+# the kinds that a mechanism can tell apart, the hierarchical one with pairs of blocks in four stages
+BY_KIND = {"vit": "vit_32px", "hierarchical": "swin_32px", "convnet": "convnext_32px", "hybrid": "coatnet_32px"}
+# what a backbone may handle wrongly: maps without class tokens, losses, windows with padding, and tokens in no order
+REPRESENTATIVES = {"refuses class tokens": "biformer", "losses": "moh", "windows": "window", "linear": "inline"}
+
+
+def pairs() -> list:
+    """A test case for every pair in every shape."""
+    return [
+        pytest.param(
+            (model, attention, shape),
+            id=f"{model}-{attention}-{shape}",
+            marks=[] if model in BY_KIND.values() or attention in REPRESENTATIVES.values() else pytest.mark.full,
+        )
+        for model in MODELS
+        for attention in list_attentions()
+        for shape in SHAPES
+    ]
 
 
 def make(model: str, attention: str, shape: str, **settings):
@@ -25,7 +45,7 @@ def make(model: str, attention: str, shape: str, **settings):
     return create_model(model, attention, image_size=SHAPES[shape], num_classes=5, **settings)
 
 
-@pytest.fixture(scope="module", params=[(*pair, shape) for pair in PAIRS for shape in SHAPES], ids="-".join)
+@pytest.fixture(scope="module", params=pairs())
 def net(request):
     model, attention, shape = request.param
     return make(model, attention, shape), SHAPES[shape]
@@ -53,6 +73,22 @@ def test_samples_of_a_batch_do_not_mix(net):
     model, shape = net
     images = torch.randn(3, 3, *shape)
     torch.testing.assert_close(model.eval()(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_backbone_of_every_kind_meets_every_mechanism(kind):
+    sites = []
+    with torch.device("meta"):
+        mixer = factory(compose_model("vit_32px"))
+        instantiate(compose_model(BY_KIND[kind]).model, attention=lambda site: sites.append(site) or mixer(site))
+    assert {site.kind for site in sites} == {kind}
+
+
+def test_every_backbone_meets_mechanisms_that_differ():
+    site = Site(dim=32, num_heads=4, grid=Grid(8, 8), stage=0, block=0, depth=2, kind="hierarchical")
+    made = {what: build(factory(compose_model("vit_32px", name)), [site])[0] for what, name in REPRESENTATIVES.items()}
+    assert made["refuses class tokens"].accepts.prefix == "refused" and made["linear"].accepts.prefix == "attended"
+    assert made["losses"](torch.randn(1, 64, 32), site.grid).losses and made["windows"].window
 
 
 @pytest.mark.parametrize("attention", list_attentions())

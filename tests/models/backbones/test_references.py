@@ -1,6 +1,6 @@
 """Whole models equal the authors' code: outputs, every gradient and the routing, on every recorded case.
 
-`ALL_REFERENCES=1 pytest tests/models/backbones/test_references.py` runs the large models too.
+`make test` runs the smallest of every backbone and paper, `make test-all` and ALL_REFERENCES=1 every one.
 """
 
 import ast
@@ -26,26 +26,35 @@ ALL = [  # DiT is no classifier: test_references_dit.py
     for name in reference.cases("model")
     if not name.startswith("moh/") or reference.info(name)["official_constructor"].startswith("transnext.")
 ]
-# The papers with one mechanism in five backbones: the smallest of each pair, unless every case is asked for; the others
-# differ from these in depth, width and image size alone, and take five minutes.
-ONE_MECHANISM = ("agent/", "flatten/", "inline/")
-# TransNeXt and MoH likewise: the smallest with all its attention aggregated, and the smallest with a mixture of heads
-CHOSEN = ("moh/transnext_micro_AAAA_256px", "moh/transnext_micro", "moh/moh_transnext_small_75")
-CASES = [
-    name
-    for name in ALL
-    if os.environ.get("ALL_REFERENCES")
-    or (name in CHOSEN if name.startswith("moh/") else not name.startswith(ONE_MECHANISM))
-    or (name.startswith(ONE_MECHANISM) and name.endswith(("_tiny", "_b0")))
-]
+# Every paper and every backbone. The others differ from these in depth, width, image size and filling, or join a
+# mechanism and a backbone that are both here.
+QUICK = {
+    "agent/agent_deit_tiny",
+    "agent/agent_pvt_tiny",
+    "biformer/biformer_mm_tiny__nwin8_autopad_200x264",
+    "biformer/biformer_stl_nchw",
+    "biformer/biformer_tiny__coarse",
+    "davit/davit_mm_tiny__200x264",
+    "davit/davit_tiny",
+    "flatten/flatten_cswin_tiny",
+    "flatten/flatten_pvt_v2_b0",
+    "inline/inline_deit_tiny",
+    "inline/inline_swin_tiny",
+    "moh/transnext_micro",
+}
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
 ROUTED = [
     name
-    for name in CASES
+    for name in ALL
     if any(key.startswith("routing_") and key.removeprefix("routing_").isdigit() for key in reference.arrays(name))
     and not reference.info(name).get("routing_exact_ties")
 ]
-MIXED = [name for name in CASES if "aux_layers" in reference.info(name)]
+MIXED = [name for name in ALL if "aux_layers" in reference.info(name)]
+
+
+def cases(names: list[str]) -> list:
+    wanted = set(names) if os.environ.get("ALL_REFERENCES") else QUICK
+    return [pytest.param(name, marks=[] if name in wanted else pytest.mark.full) for name in names]
 
 
 def ours(name: str) -> tuple[str, nn.Module]:
@@ -75,11 +84,11 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    assert {"biformer", "davit", "agent", "flatten", "inline", "moh"} <= {name.partition("/")[0] for name in CASES}
-    assert len(ALL) >= 34 and len(CASES) >= 21 and len(ROUTED) >= 5 and len(MIXED) >= 1
+    assert {"biformer", "davit", "agent", "flatten", "inline", "moh"} == {name.partition("/")[0] for name in QUICK}
+    assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in MIXED or os.environ.get("ALL_REFERENCES")])
+@pytest.mark.parametrize("name", cases(ALL))
 def test_model(name):
     model, module = ours(name)
     settings = settings_of(name)[1]
@@ -87,7 +96,7 @@ def test_model(name):
     parity.check(name, module, lambda theirs: convert(theirs, model, **settings), call)
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", cases(ROUTED))
 @torch.no_grad()
 def test_routes_are_the_authors(name):
     model, module = ours(name)
@@ -103,7 +112,7 @@ def test_routes_are_the_authors(name):
         np.testing.assert_array_equal(got, want, err_msg=f"routing of block {index}")
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", cases(MIXED))
 def test_heads_are_chosen_and_balanced_as_by_the_authors(name):
     """Logits, gates, the loss of every routed layer, and gradient norms of 0.01 times their mean."""
     module, recorded, gates = filled(name).train(), reference.arrays(name), {}

@@ -1,6 +1,6 @@
 """DiT and MoH-DiT equal the authors' code: predictions, guidance, every gradient, the routing and its loss.
 
-`ALL_REFERENCES=1 pytest tests/models/backbones/test_references_dit.py` runs the sizes above S too.
+`make test` runs each comparison once, `make test-all` and ALL_REFERENCES=1 with every model.
 """
 
 import os
@@ -21,9 +21,15 @@ from models.checkpoints import convert
 ALL = [
     name for name in reference.cases("model") if reference.info(name)["official_constructor"].startswith("DiT_models")
 ]
-CASES = [name for name in ALL if "_s_2" in name or os.environ.get("ALL_REFERENCES")]
-ROUTED = [name for name in CASES if "aux_loss" in reference.arrays(name)]
+PLAIN, MIXED = "moh/dit_s_2", "moh/moh_dit_s_2_90"
+ROUTED = [name for name in ALL if "aux_loss" in reference.arrays(name)]
 GUIDANCE, GUIDED = 1.5, 3  # of the recorded guided predictions
+
+
+def cases(names: list[str], quick: str) -> list:
+    """The mixture of heads shows what the plain one would, and its own; guidance is the same code in both."""
+    every = os.environ.get("ALL_REFERENCES")
+    return [pytest.param(name, marks=[] if every or name == quick else pytest.mark.full) for name in names]
 
 
 def made(name: str) -> nn.Module:
@@ -57,10 +63,10 @@ def mixers(module: nn.Module) -> dict[str, MoHAttention]:
 
 
 def test_the_cases_are_found():
-    assert len(ALL) >= 2 and len(ROUTED) >= 1
+    assert PLAIN in ALL and MIXED in ROUTED
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(ALL, MIXED))
 def test_prediction_and_gradients(name):
     module = made(name)
     assert sum(p.numel() for p in module.parameters()) == reference.info(name)["num_params"]
@@ -68,7 +74,7 @@ def test_prediction_and_gradients(name):
     parity.check(name, module, lambda theirs: converted(theirs, name), lambda m, x: m(x, t, y), fixed(module))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(ALL, PLAIN))
 @torch.no_grad()
 def test_guided_and_unconditional_predictions(name):
     module, (x, t, y) = filled(name), given(name)
@@ -79,7 +85,7 @@ def test_guided_and_unconditional_predictions(name):
     assert reference.compare(name, "cfg_output", theirs) <= parity.OUTPUT
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", cases(ROUTED, MIXED))
 @torch.no_grad()
 def test_gates_and_routing(name):
     module, gates = filled(name), {}
@@ -96,7 +102,7 @@ def test_gates_and_routing(name):
         assert reference.compare(name, key, gates[key.partition(".")[2]]) <= parity.OUTPUT
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", cases(ROUTED, MIXED))
 def test_load_balance_and_its_gradients(name):
     """As recorded: the mixers in training mode, so that no label is dropped."""
     module, recorded = made(name), reference.arrays(name)
