@@ -40,11 +40,13 @@ def test_a_command_reads_its_own_recipe(monkeypatch):
     opened = []
     load = OmegaConf.load
     monkeypatch.setattr(OmegaConf, "load", lambda file: opened.append(Path(file.name)) or load(file))
-    for name, base in (("davit/tiny_in1k", None), ("agent/swin_tiny_in1k", "swin"), ("davit/base_in1k", None)):
+    bases = {"agent/swin_tiny_in1k": {"_bases/swin.yaml", "_bases/linear.yaml"}}
+    for name in ("davit/tiny_in1k", "agent/swin_tiny_in1k", "davit/base_in1k"):
         del opened[:]
         cfg, choices = compose_run([f"recipe={name}"])
-        read = {path.resolve() for path in opened if recipes.ROOT in path.resolve().parents}
-        assert read == {recipes.ROOT / f"{name}.yaml"} | ({recipes.ROOT / f"_bases/{base}.yaml"} if base else set())
+        files = [path.resolve() for path in opened if recipes.ROOT in path.resolve().parents]
+        read = {path.relative_to(recipes.ROOT).as_posix() for path in files}
+        assert read == {f"{name}.yaml"} | bases.get(name, set())
         assert choices["recipe"] == name and cfg.target.paper == recipes.load(name).target.paper
 
 
@@ -74,7 +76,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     """An evaluation times the forward pass for a second, which says nothing here."""
-    monkeypatch.setattr("models.tasks.evaluating._throughput", lambda model, images: 1.0)
+    monkeypatch.setattr("models.runs.evaluation._throughput", lambda model, images: 1.0)
 
 
 # One recipe of every protocol and backbone, with the settings of a model that is small enough.
