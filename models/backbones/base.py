@@ -141,18 +141,6 @@ class Pyramid(Trunk):
         return [to_map(norm(x), grid) for norm, (x, grid) in zip(self.norms, maps, strict=True)]
 
 
-class PatchStem(nn.Module):
-    """A patch embedding as the whole stem: images → (x_BNC, grid) without prefix tokens."""
-
-    def __init__(self, patch_embed: nn.Module) -> None:
-        super().__init__()
-        self.patch_embed = patch_embed
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        x_BNC, (height, width) = self.patch_embed(images)
-        return x_BNC, Grid(height, width)
-
-
 def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The auxiliary losses of all layers by name, each (L,) over the layers that have it."""
     names = sorted({name for loss in losses for name in loss})

@@ -75,7 +75,7 @@ class DiT(Trunk):
         grid = Grid(*(side // patch_size for side in self.latent_size))
         heads = heads_of_blocks(num_heads, depth)
         sites = [Site(dim, heads[i], grid, 0, i, depth, "vit", head_dim=head_dim) for i in range(depth)]
-        self.stem = Stem(PatchEmbed(in_channels, dim, patch_size), dim, grid, num_classes)
+        self.stem = ConditionedStem(PatchEmbed(in_channels, dim, patch_size), dim, grid, num_classes)
         self.stages = nn.ModuleList(
             [Stage([AdaptiveBlock(dim, mixer, mlp_ratio) for mixer in build(attention, sites)])]
         )
@@ -172,7 +172,7 @@ class DiT(Trunk):
             nn.init.zeros_(layer.weight)
 
 
-class Stem(nn.Module):
+class ConditionedStem(nn.Module):
     """Latents → tokens with their positions; timestep and class → the condition (B, C), through its SiLU."""
 
     def __init__(self, patch_embed: PatchEmbed, dim: int, grid: Grid, num_classes: int) -> None:

@@ -8,92 +8,67 @@ Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.attention import AttentionFactory, Grid
-from models.backbones.base import Backbone, PatchStem, check_counts, classifier, init_weights
-from models.backbones.stages import check_lists, sites_of, stages_of
-from models.layers.block import Block
+from models.attention import Grid
+from models.backbones.hierarchical import Hierarchical
 from models.layers.downsample import ConvDownsample
 from models.layers.patch_embed import PatchEmbed
 from models.layers.position import LearnedPosition
+from models.layers.stem import PatchStem
 
 NORMS = ("used", "none", "unused")
-PATCH_EPS = 1e-5  # of the norms of patch embeddings; those of blocks have 1e-6
 
 
-class PVT(Backbone):
+class PVT(Hierarchical):
     """Patches, then stages that each halve the map; a position table in each; class token or mean, head.
 
     Position tables decay in the authors' training, here as in Agent Attention, FLatten and InLine with this backbone.
 
     Args:
-        attention: factory of the token mixers, or a list with one per stage; PVT's own is `spatial_reduction`.
-        image_size: pixels, one number or (height, width); a forward pass may bring any other size.
-        num_classes: outputs of the head; 0 for none.
-        patch_size: side of a patch in pixels; the later stages join 2×2 tokens.
-        dims, depths, num_heads, mlp_ratios: channels, blocks, heads, and hidden over outer channels of each stage.
+        mlp_ratios: hidden over outer channels of each stage.
         class_token: classify from a class token in the last stage (PVT) or from the mean over the map.
         norm: before pooling: "used" (PVT), "none" (Agent Attention, InLine), or "unused": frozen weights that are
             there for the sake of files and counts (FLatten).
-        drop_path, layer_scale: see `Block`; drop path grows linearly over the blocks.
+        args, options: see `Hierarchical`.
 
     Raises:
-        ValueError: lists of unequal length or with entries below 1, or an unknown norm.
+        ValueError: an unknown norm, and what `Hierarchical` refuses.
     """
 
+    norm_eps = 1e-6
+    order = ("stages", "stem")
     undecayed = ("bias.table", "class_token")
 
     def __init__(
-        self,
-        attention: AttentionFactory | Sequence[AttentionFactory],
-        image_size: int | Sequence[int],
-        num_classes: int,
-        *,
-        patch_size: int = 4,
-        dims: Sequence[int] = (64, 128, 320, 512),
-        depths: Sequence[int] = (2, 2, 2, 2),
-        num_heads: Sequence[int] = (1, 2, 5, 8),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        class_token: bool = True,
-        norm: str = "used",
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        in_channels: int = 3,
+        self, *args: Any, mlp_ratios: Sequence[float], class_token: bool = True, norm: str = "used", **options: Any
     ) -> None:
-        super().__init__()
-        check_counts("PVT", patch_size=patch_size)
-        check_lists("PVT", dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
         if norm not in NORMS:
             raise UserError(f"PVT: norm must be one of {', '.join(NORMS)}, got {norm!r}; set model.norm")
-        self.channels, self.strides = list(dims), [patch_size << s for s in range(len(dims))]
-        shape = {"strides": self.strides, "dims": dims, "depths": depths, "num_heads": num_heads}
-        sites = sites_of("hierarchical", image_size, **shape, last_prefix=int(class_token))
-        grids = {site.stage: site.grid for site in sites}
-        self.stages = stages_of(
-            attention,
-            sites,
-            drop_path,
-            block=lambda site, mixer, rate: Block(
-                site.dim, mixer, mlp_ratio=mlp_ratios[site.stage], drop_path=rate, layer_scale=layer_scale
-            ),
-            between=lambda s: Downsample(dims[s - 1], dims[s], grids[s]),
-        )
-        patches = PatchEmbed(in_channels, dims[0], patch_size, norm=nn.LayerNorm(dims[0], eps=PATCH_EPS))
-        self.stem = Stem(patches, dims[0], grids[0])
-        self.norm = last_norm(dims[-1], norm)
-        self.head = classifier(dims[-1], num_classes)
-        self.apply(init_weights)
+        self.last_prefix, self.use_of_norm = int(class_token), norm
+        super().__init__(*args, mlp_ratio=mlp_ratios, **options)
+
+    def between(self, s: int) -> "TableDownsample":
+        return TableDownsample(*self.channels[s - 1 : s + 1], self.grids[s], self.patch_eps)
+
+    def stem_of(self, in_channels: int) -> "TableStem":
+        return TableStem(self.patches(in_channels).patch_embed, self.channels[0], self.grids[0])
+
+    def last_norm(self, dim: int) -> nn.Module:
+        if self.use_of_norm == "none":
+            return nn.Identity()
+        return (nn.LayerNorm if self.use_of_norm == "used" else UnusedNorm)(dim, eps=self.norm_eps)
 
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """The class token, or the mean over the map without one."""
         return x_BNC[:, 0] if grid.prefix else x_BNC.mean(1)
 
 
-class Stem(PatchStem):
+class TableStem(PatchStem):
     """Patch embedding and position table: images → (x_BNC, grid)."""
 
     def __init__(self, patch_embed: PatchEmbed, dim: int, grid: Grid) -> None:
@@ -104,11 +79,11 @@ class Stem(PatchStem):
         return self.start(*super().forward(images))
 
 
-class Downsample(ConvDownsample):
+class TableDownsample(ConvDownsample):
     """2×2 tokens become one, then norm, class token and position table: (x_BNC, grid) → (x_BNC, grid)."""
 
-    def __init__(self, dim: int, out_dim: int, grid: Grid) -> None:
-        super().__init__(dim, out_dim, out_norm=nn.LayerNorm(out_dim, eps=PATCH_EPS))
+    def __init__(self, dim: int, out_dim: int, grid: Grid, norm_eps: float) -> None:
+        super().__init__(dim, out_dim, out_norm=nn.LayerNorm(out_dim, eps=norm_eps))
         self.start = Start(out_dim, grid)
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
@@ -141,10 +116,3 @@ class UnusedNorm(nn.LayerNorm):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         return x_BNC
-
-
-def last_norm(dim: int, norm: str) -> nn.Module:
-    """The module for each of `NORMS`."""
-    if norm == "none":
-        return nn.Identity()
-    return (nn.LayerNorm if norm == "used" else UnusedNorm)(dim, eps=1e-6)

@@ -58,7 +58,7 @@ class ViT(Backbone):
             Block(dim, mixer, mlp_ratio=mlp_ratio, drop_path=rate, layer_scale=layer_scale)
             for mixer, rate in zip(build(attention, sites), rates, strict=True)
         ]
-        self.stem = Stem(PatchEmbed(in_channels, dim, patch_size), dim, grid)
+        self.stem = TokenStem(PatchEmbed(in_channels, dim, patch_size), dim, grid)
         taps = [round(depth * i / 4) for i in range(5)]
         self.stages = nn.ModuleList(Stage(blocks[a:b]) for a, b in pairwise(taps))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -71,7 +71,7 @@ class ViT(Backbone):
         return x_BNC[:, 0] if grid.prefix else x_BNC.mean(1)
 
 
-class Stem(nn.Module):
+class TokenStem(nn.Module):
     """Patch embedding, the class token in front, and the position table."""
 
     def __init__(self, patch_embed: PatchEmbed, dim: int, grid: Grid) -> None:

@@ -66,6 +66,11 @@ class ConvDownsample(nn.Module):
         return self.out_norm(to_tokens(self.conv(x_BCHW))), reduced(grid)
 
 
+def overlapping(dim: int, out_dim: int) -> ConvDownsample:
+    """A 3×3 convolution and a LayerNorm behind it, as in PVT v2 (arXiv:2106.13797), CSWin and TransNeXt."""
+    return ConvDownsample(dim, out_dim, kernel_size=3, out_norm=nn.LayerNorm(out_dim, eps=1e-5))
+
+
 class PoolDownsample(nn.Module):
     """Max pooling over stride × stride cells, then Linear: the shortcut of CoAtNet's attention (arXiv:2106.04803)."""
 

@@ -1,6 +1,7 @@
 """Tables of models as Hydra sees them: every row is an option, and a row is all that a model needs."""
 
 import importlib
+import inspect
 import os
 import pkgutil
 import subprocess
@@ -125,6 +126,7 @@ def without_a_small_row(rows: dict[str, dict]) -> list[str]:
         and issubclass(value, Backbone)
         and value.__module__.endswith(f".{module.name}")
         and value is not Backbone
+        and not inspect.isabstract(value)
     ]
     return [
         f"{kind.__name__}: no model for 32 pixels; give conf/model/{module}.yaml a row with size: 32px and "

@@ -81,7 +81,7 @@ def test_the_size_of_the_first_training_is_given_once_and_in_pixels():
         r"set attention.pretrain_size=null"
     )
     with torch.device("meta"), pytest.raises(ValueError, match=text):
-        TransNeXt(attention, 224, 5, **SMALL)
+        TransNeXt(attention, 224, 5, dims=[8, 16], depths=[1, 1], num_heads=[2, 2], mlp_ratios=[2, 2])
 
 
 def test_a_fixed_pooled_map_costs_as_many_keys_at_any_size():
