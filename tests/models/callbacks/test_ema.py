@@ -50,7 +50,8 @@ def test_equals_the_formula_and_timm_over_five_steps(warmup):
             else:
                 expected[name] = value.clone()
         for name, value in ema.model.state_dict().items():
-            assert torch.equal(value, expected[name]) and torch.equal(value, theirs.module.state_dict()[name]), name
+            for other in (expected, theirs.module.state_dict()):  # a rounding per step
+                torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-7, msg=name)
     assert ema.updates == 5
 
 
