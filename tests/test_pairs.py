@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conf import families
+from conf.names import CONF
 from models import create_model, list_attentions
 from models.attention import KINDS, Grid, Site, build
 from models.factory import compose_model, factory, instantiate
@@ -26,18 +28,14 @@ BY_KIND = {"vit": "vit_32px", "hierarchical": "swin_32px", "convnet": "convnext_
 REPRESENTATIVES = {"refuses class tokens": "biformer", "losses": "moh", "windows": "window", "linear": "inline"}
 
 
-def pairs() -> list:
-    """A test case for every pair in every shape."""
-    return [
-        pytest.param(
-            (model, attention, shape),
-            id=f"{model}-{attention}-{shape}",
-            marks=[] if model in BY_KIND.values() or attention in REPRESENTATIVES.values() else pytest.mark.full,
-        )
-        for model in MODELS
-        for attention in list_attentions()
-        for shape in SHAPES
-    ]
+def chosen(model: str, attention: str) -> list:
+    return [] if model in BY_KIND.values() or attention in REPRESENTATIVES.values() else [pytest.mark.full]
+
+
+PAIRS = [pytest.param(m, a, id=f"{m}-{a}", marks=chosen(m, a)) for m in MODELS for a in list_attentions()]
+IN_SHAPES = [
+    pytest.param((*pair.values, shape), id=f"{pair.id}-{shape}", marks=pair.marks) for pair in PAIRS for shape in SHAPES
+]
 
 
 def make(model: str, attention: str, shape: str, **settings):
@@ -45,7 +43,7 @@ def make(model: str, attention: str, shape: str, **settings):
     return create_model(model, attention, image_size=SHAPES[shape], num_classes=5, **settings)
 
 
-@pytest.fixture(scope="module", params=pairs())
+@pytest.fixture(scope="module", params=IN_SHAPES)
 def net(request):
     model, attention, shape = request.param
     return make(model, attention, shape), SHAPES[shape]
@@ -73,6 +71,15 @@ def test_samples_of_a_batch_do_not_mix(net):
     model, shape = net
     images = torch.randn(3, 3, *shape)
     torch.testing.assert_close(model.eval()(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "attention"), PAIRS)
+def test_the_chosen_attention_wins_over_the_own(model, attention):
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "attention" / f"{attention}.yaml"))
+    composed = OmegaConf.to_container(compose_model(model, attention).attention)
+    assert {key: composed[key] for key in written if key not in ("defaults", "core")} == {
+        key: value for key, value in written.items() if key not in ("defaults", "core")
+    }
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

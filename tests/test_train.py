@@ -332,6 +332,7 @@ def _seconds(*arguments) -> tuple[float, subprocess.CompletedProcess]:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "attention"), [("biformer_tiny", ["attention.topk=[1,4,4,all]"]), ("davit_tiny", [])]
 )

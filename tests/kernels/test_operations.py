@@ -21,6 +21,11 @@ CASES = [
 ]
 # the first check of each operation is the one that is cheap and typical
 TYPICAL = [pytest.param(o, next(iter(o.checks.values())), id=o.name) for o in OPERATIONS.values()]
+# in half precision and by interpretation the others take a third of all the time: they are for `make test-all`
+IN_HALF = [
+    pytest.param(*case.values, id=case.id, marks=[] if case.values in [t.values for t in TYPICAL] else pytest.mark.full)
+    for case in CASES
+]
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -76,7 +81,7 @@ def test_equals_the_definition(operation, shape, poisoned):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("operation", "shape"), CASES)
+@pytest.mark.parametrize(("operation", "shape"), IN_HALF)
 def test_half_precision_is_no_worse_than_pytorch(operation, shape, dtype, poisoned):
     """Twice the error of the definition in the same dtype, or two roundings: both are measured against float64."""
     inputs = operation.inputs(DEVICE, dtype, **shape)
@@ -140,7 +145,9 @@ def test_passes_opcheck(operation, shape):
         torch.library.opcheck(function, detached, keywords)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static", marks=pytest.mark.full), pytest.param(True, id="dynamic")]
+)
 @pytest.mark.parametrize(("operation", "shape"), TYPICAL)
 def test_compiles_into_one_graph(operation, shape, dynamic):
     torch._dynamo.reset()

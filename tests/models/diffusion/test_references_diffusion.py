@@ -1,6 +1,5 @@
 """Schedules, losses and chains equal those of the authors' code, with their noise."""
 
-import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -84,12 +83,18 @@ def draws(name: str) -> Iterator[Tensor]:
         yield noise(shape, 5000 + number)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("method", "key"), [("ddpm", "sample_chain"), ("ddim", "ddim_sample")])
+@pytest.mark.parametrize(
+    ("method", "key", "count"),
+    [
+        ("ddpm", "sample_chain", 3),
+        pytest.param("ddpm", "sample_chain", 8, marks=pytest.mark.full),
+        pytest.param("ddim", "ddim_sample", 8, marks=pytest.mark.full),
+    ],
+)
 @torch.no_grad()
-def test_guided_chains_of_eight_steps(name, method, key):
-    """Of DDPM, which is recorded after every step, three of them, unless ALL_REFERENCES=1 asks for all."""
+def test_guided_chains_of_eight_steps(name, method, key, count):
+    """Of DDPM, which is recorded after every step, only the first three in `make test`."""
     model, theirs = build(name)
     model.load_state_dict(given(name, model, theirs))
     labels_B = torch.from_numpy(reference.arrays(name)["y"])
@@ -98,7 +103,6 @@ def test_guided_chains_of_eight_steps(name, method, key):
     def predict(x: Tensor, timesteps_B: Tensor) -> Tensor:
         return model.forward_guided(x, timesteps_B, labels_B, 1.5, channels=3)
 
-    count = 8 if method == "ddim" or os.environ.get("ALL_REFERENCES") else 3
     steps = list(islice(chain(predict, diffusion, lambda: next(noises), method=method), count))
     assert len(steps) == count
     if method == "ddim":
