@@ -24,9 +24,18 @@ def attention_table() -> str:
 
 
 def model_table() -> str:
-    """Markdown, one line per family: names, paper, image size, parameters with 1000 classes, multiply-adds, score."""
+    """Markdown, one line per family: names, paper, image size, parameters with 1000 classes, multiply-adds, score.
+
+    Raises:
+        ValueError: a row without `counted`.
+    """
     columns = ["`model=`", "paper", "pixels", "parameters (M)", "FLOPs (G)", "published top-1 (%) or FID"]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    if missing := " ".join(name for name, row in families.models().items() if not row["counted"]):
+        raise ValueError(
+            f"models.tables: there are no figures of {missing}; put what `python -m models.tables --count {missing}` "
+            "prints into the row"
+        )
     by_family: dict[str, dict[str, dict]] = {}
     for name, row in families.models().items():
         by_family.setdefault(row["family"], {})[name] = row
@@ -146,7 +155,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"models.tables: no such option, got {given}; use python -m models.tables [--count <model> ...]")
     else:
         start = time.perf_counter()
-        README.write_text(update(README.read_text()))
+        try:
+            text = update(README.read_text())
+        except ValueError as error:
+            sys.exit(str(error))
+        README.write_text(text)
         print(f"written: {README.name}, in {time.perf_counter() - start:.2f} s")
 
 

@@ -161,5 +161,9 @@ def test_the_command(capsys, monkeypatch, tmp_path) -> None:
     assert readme.read_text() == f"before\n<!-- models -->\n{tables.model_table()}\n<!-- /models -->\nafter\n"
     tables.main(["--count", "cswin_32px"])
     assert capsys.readouterr().out == "cswin_32px: counted: {parameters: 662696, multiply_adds: 11551744}\n"
+    row = families.models()["cswin_32px"] | {"counted": {}}
+    monkeypatch.setattr(families, "models", lambda: {"cswin_32px": row})
+    with pytest.raises(SystemExit, match=r"no figures of cswin_32px; put what `python -m models.tables --count cswin"):
+        tables.main([])
     with pytest.raises(SystemExit, match=r"models.tables: no such option, got --coutn; use python -m models.tables"):
         tables.main(["--coutn"])
