@@ -15,7 +15,7 @@ def _forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, d
 def _backward(
     grad, qkv, agents, gathered, lse, gather, scatter, weight, height, width, prefix, heads, down, across, scale
 ):
-    from kernels.agent_attention import triton as fused
+    from kernels.agent_attention import triton_backward as fused
 
     saved = agents, gathered, lse
     grid = (height, width, prefix)

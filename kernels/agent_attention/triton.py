@@ -1,16 +1,11 @@
-"""Triton kernels of `kernels.agent_attention`: forward and backward without atomics.
+"""Triton kernels of `kernels.agent_attention`: forward; backward is a file beside.
 
 Forward: one launch up to 256 tokens, two above, four where there are few images. A program per image and head pools the
 agents, gathers V_A with an online softmax over tiles of tokens and, on small maps, answers the tokens too. Larger maps
 are answered by a program per tile of tokens; where there are few images, the gathering is split over tokens as well and
 combined in a fixed order. Pooling and its transpose are products with a matrix of zeros and ones, made from positions.
 
-Backward: two launches, three where there are few images. First the gradients of V_A and of the agents, a program per
-image and head. Then those of the tokens: a program owns a tile of tokens and a head, goes through a group of images,
-and keeps the gradient of its piece of a bias table in registers: a partial table per group instead of one per image.
-
-With bias tables one launch more in front, which pads them, and one behind the backward pass, which adds up the groups;
-with a convolution the weights are transposed first, and their gradient is that of `kernels.depthwise_conv.triton`.
+With bias tables one launch more in front, which pads them; with a convolution the weights are transposed first.
 """
 
 import torch
@@ -18,16 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.depthwise_conv import triton as depthwise_conv
-from kernels.device.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, precision, rows
+from kernels.device.memory import load_tile
+from kernels.device.softmax import LOG2E, online_softmax
 
 WHOLE = 256  # tokens up to which one program does everything for an image and a head
-
-
-@triton.jit
-def _load(x, row, t, d, N, D):
-    """Tokens t and channels d of one head; zero outside."""
-    return tl.load(x + t[:, None] * row + d[None, :], mask=(t < N)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -46,40 +36,16 @@ def _tables(b1, b2, tables, M, N, b1_head, b1_agent, b1_token, b2_head, b2_agent
     place = t[:, None] * AP + a[None, :]
     if BIAS1:
         b = tl.load(b1 + head * b1_head + a[None, :] * b1_agent + t[:, None] * b1_token, mask=inside, other=0.0)
-        b = tl.where((t < N)[:, None], b.to(tl.float32) * 1.4426950408889634, float("-inf"))
+        b = tl.where((t < N)[:, None], b.to(tl.float32) * LOG2E, float("-inf"))
         tl.store(tables + head * size + place, b.to(tables.dtype.element_ty))
     if BIAS2:
         b = tl.load(b2 + head * b2_head + a[None, :] * b2_agent + t[:, None] * b2_token, mask=inside, other=0.0)
-        b = tl.where((a < A)[None, :], b.to(tl.float32) * 1.4426950408889634, float("-inf"))
+        b = tl.where((a < A)[None, :], b.to(tl.float32) * LOG2E, float("-inf"))
         tl.store(tables + (M + head) * size + place, b.to(tables.dtype.element_ty))
 
 
 @triton.jit
-def _fold(parts, db1, db2, groups, M, N, A: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, BT: tl.constexpr,
-          AP: tl.constexpr):  # fmt: skip
-    """The gradients (M, A, N) and (M, N, A) of the tables: sums over groups of images, in their order."""
-    head = tl.program_id(0) % M
-    t = tl.program_id(0) // M * BT + tl.arange(0, BT)
-    a = tl.arange(0, AP)
-    inside = (t < N)[:, None] & (a < A)[None, :]
-    size = tl.cdiv(N, BT) * BT * AP
-    parts += head.to(tl.int64) * size + t[:, None] * AP + a[None, :]
-    if BIAS1:
-        total = tl.zeros([BT, AP], tl.float32)
-        for group in range(groups):
-            total += tl.load(parts + (2 * group) * (M * size).to(tl.int64))
-        place = head * A * N + a[None, :] * N + t[:, None]
-        tl.store(db1 + place, total.to(db1.dtype.element_ty), mask=inside)
-    if BIAS2:
-        total = tl.zeros([BT, AP], tl.float32)
-        for group in range(groups):
-            total += tl.load(parts + (2 * group + 1) * (M * size).to(tl.int64))
-        place = head * N * A + t[:, None] * A + a[None, :]
-        tl.store(db2 + place, total.to(db2.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _table(tables, which, M, head, t, a, N, BT: tl.constexpr, AP: tl.constexpr):
+def table_of(tables, which, M, head, t, a, N, BT: tl.constexpr, AP: tl.constexpr):
     """A piece of a table; a and t are shaped to broadcast."""
     size = tl.cdiv(N, BT) * BT * AP
     return tl.load(tables + (which * M + head) * size + t * AP + a).to(tl.float32)
@@ -94,7 +60,7 @@ def _bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _within(a, t, H, W, P, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+def within_bin(a, t, H, W, P, DOWN: tl.constexpr, ACROSS: tl.constexpr):
     """Whether token t is in the bin of agent a; a and t are shaped to broadcast."""
     top, bottom, left, right = _bin(a, H, W, DOWN, ACROSS)
     y = (t - P) // W
@@ -103,13 +69,13 @@ def _within(a, t, H, W, P, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+def tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
     top, bottom, left, right = _bin(a, H, W, DOWN, ACROSS)
     return ((bottom - top) * (right - left)).to(tl.float32)
 
 
 @triton.jit
-def _convolve(x, row, taps, count, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
+def convolve(x, row, taps, count, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
     """The depth-wise convolution of the map x at tokens t, its transpose with FLIP; zero for prefix tokens."""
     y = (t - P) // W
     col = (t - P) % W
@@ -126,12 +92,12 @@ def _convolve(x, row, taps, count, t, d, first, H, W, P, N, C, D, K: tl.constexp
 
 
 @triton.jit
-def _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
+def choose(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
             IP: tl.constexpr):  # fmt: skip
     """softmax(Q Aᵀ · scale + B2) of a tile, (tokens, agents)."""
-    s = tl.dot(q, tl.trans(agents), input_precision=IP) * (scale * 1.4426950408889634)
+    s = tl.dot(q, tl.trans(agents), input_precision=IP) * (scale * LOG2E)
     if BIAS:
-        s += _table(tables, 1, M, head, t[:, None], a[None, :], N, BT, AP)
+        s += table_of(tables, 1, M, head, t[:, None], a[None, :], N, BT, AP)
     else:
         s = tl.where((a < A)[None, :], s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
@@ -145,11 +111,11 @@ def _answer(
     IP: tl.constexpr,
 ):  # fmt: skip
     """What a tile of tokens reads from the agents, and the convolution of the values there."""
-    q = _load(qkv, row, t, d, N, D)
-    p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS, BT, AP, IP)
+    q = load_tile(qkv, t, row, d, t < N, d < D)
+    p = choose(q, agents, tables, M, head, t, a, N, A, scale, BIAS, BT, AP, IP)
     o = tl.dot(p.to(gathered.dtype), gathered, input_precision=IP)
     if K > 0:
-        o += _convolve(qkv + 2 * M * D, row, taps, count, t, d, head * D, H, W, P, N, M * D, D, K, False)
+        o += convolve(qkv + 2 * M * D, row, taps, count, t, d, head * D, H, W, P, N, M * D, D, K, False)
         if CONV_BIAS:
             b = tl.load(conv_bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)
             o += tl.where((t >= P)[:, None], b[None, :], 0.0)
@@ -199,10 +165,10 @@ def _gather(
         total = tl.zeros([AP, DP], tl.float32)
         for start in range(0, N, BT):
             t = start + tl.arange(0, BT)
-            q = _load(qkv, row, t, d, N, D)
-            within = _within(a[:, None], t[None, :], H, W, P, DOWN, ACROSS)
+            q = load_tile(qkv, t, row, d, t < N, d < D)
+            within = within_bin(a[:, None], t[None, :], H, W, P, DOWN, ACROSS)
             total += tl.dot(within.to(q.dtype), q, input_precision=IP)
-        agents = (total / _tokens_in_bin(a, H, W, DOWN, ACROSS)[:, None]).to(pooled.dtype.element_ty)
+        agents = (total / tokens_in_bin(a, H, W, DOWN, ACROSS)[:, None]).to(pooled.dtype.element_ty)
         tl.store(pooled + place, agents, mask=inside)
     else:
         agents = tl.load(pooled + place, mask=inside, other=0.0)
@@ -212,20 +178,15 @@ def _gather(
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, N), BT):
         t = start + tl.arange(0, BT)
-        k = _load(qkv + C, row, t, d, N, D)
-        s = tl.dot(agents, tl.trans(k), input_precision=IP) * (scale * 1.4426950408889634)
+        k = load_tile(qkv + C, t, row, d, t < N, d < D)
+        s = tl.dot(agents, tl.trans(k), input_precision=IP) * (scale * LOG2E)
         if BIAS1:
-            s += _table(tables, 0, M, head, t[None, :], a[:, None], N, BT, AP)
+            s += table_of(tables, 0, M, head, t[None, :], a[:, None], N, BT, AP)
         else:
             s = tl.where((t < N)[None, :], s, float("-inf"))
-        higher = tl.maximum(highest, tl.max(s, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(highest - base)
-        weights = weights * shrink + tl.sum(p, 1)
-        v = _load(qkv + 2 * C, row, t, d, N, D)
+        p, shrink, highest, weights = online_softmax(s, highest, weights, True)
+        v = load_tile(qkv + 2 * C, t, row, d, t < N, d < D)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=IP)
-        highest = higher
     acc = acc * (1.0 / weights)[:, None]
     # one result per share of the tokens
     pair += tl.program_id(1).to(tl.int64) * pairs
@@ -293,148 +254,6 @@ def _scatter(
     )  # fmt: skip
 
 
-@triton.jit
-def _agent_gradients(
-    grad, qkv, tables, pooled, gathered, lse, dgathered, dpooled, delta, pairs, M, H, W, N, scale, share,
-    grad_batch, grad_row, batch, row,
-    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    BIAS1: tl.constexpr, BIAS2: tl.constexpr,
-    BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """Gradients of V_A, and of the agents for each token in their bins: from the queries, then from the keys."""
-    A: tl.constexpr = DOWN * ACROSS
-    pair = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(0) % M
-    part = pair + tl.program_id(1).to(tl.int64) * pairs
-    a = tl.arange(0, AP)
-    d = tl.arange(0, DP)
-    C = M * D
-    inside = (a < A)[:, None] & (d < D)[None, :]
-    place = a[:, None] * D + d[None, :]
-    grad += pair // M * grad_batch + head * D
-    qkv += pair // M * batch + head * D
-    agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
-    values = tl.load(gathered + pair * A * D + place, mask=inside, other=0.0)
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, N)
-    dagents = tl.zeros([AP, DP], tl.float32)
-    if QUERIES:
-        dvalues = tl.zeros([AP, DP], tl.float32)
-        for start in range(first, last, BT):
-            t = start + tl.arange(0, BT)
-            q = _load(qkv, row, t, d, N, D)
-            g = _load(grad, grad_row, t, d, N, D)
-            p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS2, BT, AP, IP)
-            dp = tl.dot(g, tl.trans(values), input_precision=IP)
-            dvalues += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=IP)
-            ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-            dagents += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=IP)
-        tl.store(dgathered + part * A * D + place, dvalues.to(dgathered.dtype.element_ty), mask=inside)
-    else:
-        dvalues = tl.load(dgathered + pair * A * D + place, mask=inside, other=0.0)
-    if KEYS:
-        dv = dvalues.to(agents.dtype)
-        # loaded again: from before the first loop they would take registers all the way
-        agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
-        values = tl.load(gathered + pair * A * D + place, mask=inside, other=0.0)
-        total = tl.sum(dv.to(tl.float32) * values.to(tl.float32), 1)
-        log = tl.load(lse + pair * A + a, mask=a < A, other=0.0)
-        tl.store(delta + part * A + a, total, mask=a < A)
-        for start in range(first, last, BT):
-            t = start + tl.arange(0, BT)
-            k = _load(qkv + C, row, t, d, N, D)
-            v = _load(qkv + 2 * C, row, t, d, N, D)
-            s = tl.dot(agents, tl.trans(k), input_precision=IP) * (scale * 1.4426950408889634)
-            if BIAS1:
-                s += _table(tables, 0, M, head, t[None, :], a[:, None], N, BT, AP)
-            else:
-                s = tl.where((t < N)[None, :], s, float("-inf"))
-            p = tl.exp2(s - log[:, None])
-            dp = tl.dot(dv, tl.trans(v), input_precision=IP)
-            dagents += tl.dot((p * (dp - total[:, None])).to(k.dtype), k, input_precision=IP)
-    dagents = dagents * (scale / _tokens_in_bin(a, H, W, DOWN, ACROSS))[:, None]
-    tl.store(dpooled + part * A * D + place, dagents.to(dpooled.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _token_gradients(
-    grad, qkv, tables, taps, count, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
-    B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
-    D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
-    BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
-    BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
-):  # fmt: skip
-    """Even programs: dQ and the gradient of B2 of a tile of tokens over a group of images. Odd ones: dK, dV, B1."""
-    A: tl.constexpr = DOWN * ACROSS
-    side = tl.program_id(0) % 2
-    head = tl.program_id(0) // 2 % M
-    tile = tl.program_id(0) // 2 // M
-    tiles = tl.cdiv(N, BT)
-    group = (tile // tiles).to(tl.int64)
-    first = group * images
-    last = tl.minimum(first + images, B)
-    t = tile % tiles * BT + tl.arange(0, BT)
-    a = tl.arange(0, AP)
-    d = tl.arange(0, DP)
-    C = M * D
-    inside = (a < A)[:, None] & (d < D)[None, :]
-    place = a[:, None] * D + d[None, :]
-    out = t[:, None] * (3 * C) + head * D + d[None, :]
-    kept = (t < N)[:, None] & (d < D)[None, :]
-    if side == 0:
-        dtable = tl.zeros([BT, AP], tl.float32)
-        within = _within(a[None, :], t[:, None], H, W, P, DOWN, ACROSS).to(qkv.dtype.element_ty)
-        for image in range(first, last):
-            pair = (image * M + head) * A * D
-            agents = tl.load(pooled + pair + place, mask=inside, other=0.0)
-            values = tl.load(gathered + pair + place, mask=inside, other=0.0)
-            dagents = tl.load(dpooled + pair + place, mask=inside, other=0.0)
-            q = _load(qkv + image * batch + head * D, row, t, d, N, D)
-            g = _load(grad + image * grad_batch + head * D, grad_row, t, d, N, D)
-            p = _choice(q, agents, tables, M, head, t, a, N, A, scale, BIAS2, BT, AP, IP)
-            dp = tl.dot(g, tl.trans(values), input_precision=IP)
-            ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-            if BIAS2:
-                dtable += ds
-            dq = tl.dot(ds.to(q.dtype), agents, input_precision=IP) * scale
-            dq += tl.dot(within, dagents.to(q.dtype), input_precision=IP)
-            tl.store(dqkv + image * N * 3 * C + out, dq.to(dqkv.dtype.element_ty), mask=kept)
-        if BIAS2:
-            table = ((2 * group + 1) * M + head) * (tl.cdiv(N, BT) * BT * AP)
-            tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
-    else:
-        dtable = tl.zeros([BT, AP], tl.float32)
-        for image in range(first, last):
-            pair = image * M + head
-            agents = tl.load(pooled + pair * A * D + place, mask=inside, other=0.0)
-            dvalues = tl.load(dgathered + pair * A * D + place, mask=inside, other=0.0).to(agents.dtype)
-            log = tl.load(lse + pair * A + a, mask=a < A, other=0.0)
-            total = tl.load(delta + pair * A + a, mask=a < A, other=0.0)
-            x = qkv + image * batch + head * D
-            k = _load(x + C, row, t, d, N, D)
-            v = _load(x + 2 * C, row, t, d, N, D)
-            s = tl.dot(k, tl.trans(agents), input_precision=IP) * (scale * 1.4426950408889634)
-            if BIAS1:
-                s += _table(tables, 0, M, head, t[:, None], a[None, :], N, BT, AP)
-            else:
-                s = tl.where((t < N)[:, None], s, float("-inf"))
-            p = tl.exp2(s - log[None, :])
-            dp = tl.dot(v, tl.trans(dvalues), input_precision=IP)
-            ds = p * (dp - total[None, :])
-            if BIAS1:
-                dtable += ds
-            dk = tl.dot(ds.to(k.dtype), agents, input_precision=IP) * scale
-            tl.store(dqkv + image * N * 3 * C + C + out, dk.to(dqkv.dtype.element_ty), mask=kept)
-            dv = tl.dot(p.to(k.dtype), dvalues, input_precision=IP)
-            if K > 0:
-                g = grad + image * grad_batch + head * D
-                dv += _convolve(g, grad_row, taps, count, t, d, head * D, H, W, P, N, C, D, K, True)
-            tl.store(dqkv + image * N * 3 * C + 2 * C + out, dv.to(dqkv.dtype.element_ty), mask=kept)
-        if BIAS1:
-            table = (2 * group * M + head) * (tl.cdiv(N, BT) * BT * AP)
-            tl.store(dtables + table + t[:, None] * AP + a[None, :], dtable)
-
-
 def tiles(tokens: int, agents: int, head_dim: int, itemsize: int, *, backward: bool = False) -> dict:
     """Tokens, agents and channels of a tile, and warps.
 
@@ -453,17 +272,11 @@ def splits(pairs: int, tokens: int, tile: int) -> tuple[int, int]:
     One where one program does everything, or where images and heads already fill a large GPU twice; else enough to
     fill it four times, each with at least two tiles.
     """
-    if tokens <= WHOLE or pairs >= 264:
+    if tokens <= WHOLE or pairs >= 2 * MULTIPROCESSORS:
         return 1, tokens
-    count = max(1, min(triton.cdiv(528, max(pairs, 1)), tokens // (2 * tile)))
+    count = max(1, min(triton.cdiv(4 * MULTIPROCESSORS, max(pairs, 1)), tokens // (2 * tile)))
     share = triton.cdiv(triton.cdiv(tokens, tile), count) * tile
     return triton.cdiv(tokens, share), share
-
-
-def image_groups(batch: int, heads: int, token_tiles: int, tables: bool) -> tuple[int, int]:
-    """Groups of images, and images in each: about 1056 programs; without tables nothing is kept between images."""
-    images = max(1, batch * 2 * heads * token_tiles // 1056) if tables else 1
-    return triton.cdiv(batch, images), images
 
 
 def forward(
@@ -493,12 +306,12 @@ def forward(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
             D=D, DOWN=down, ACROSS=across, BT=4096 // tile["DP"], DP=tile["DP"],
         )  # fmt: skip
-    local = *_taps(qkv, weight), (qkv if bias is None else bias.contiguous())
+    local = *taps_of(qkv, weight), (qkv if bias is None else bias.contiguous())
     answer = {
         "BIAS2": scatter is not None, "K": 0 if weight is None else weight.shape[-1], "CONV_BIAS": bias is not None,
         "D": D, "IP": precision(qkv.dtype), **tile,
     }  # fmt: skip
-    tables = _padded_tables(qkv, gather, scatter, A, tile)
+    tables = padded_tables(qkv, gather, scatter, A, tile)
     sizes = heads, H, W, P, N, scale
     launch(
         _gather, (pairs, count), qkv, tables, *local, pooled, parts, part_lse, out, pairs, *sizes, share,
@@ -515,70 +328,7 @@ def forward(
     return out, pooled, gathered, lse
 
 
-def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor],
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    weight: Tensor | None,
-    grid: tuple[int, int, int],
-    heads: int,
-    agents: tuple[int, int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, both tables, and weight and bias of the convolution; empty where there is none."""
-    grad, qkv, (down, across) = rows(grad), rows(qkv), agents
-    (B, N, C), A = grad.shape, down * across
-    tile = tiles(N, A, C // heads, qkv.element_size(), backward=True)
-    tables = _padded_tables(qkv, gather, scatter, A, tile)
-    strides = *grad.stride()[:2], *qkv.stride()[:2]
-    flags = {"BIAS1": gather is not None, "BIAS2": scatter is not None}
-    constants = {"D": C // heads, "DOWN": down, "ACROSS": across, **flags, **tile, "IP": precision(qkv.dtype)}
-    state = _gradients_of_agents(grad, qkv, (tables, *saved), heads, scale, strides, grid[:2], constants)
-    token_tiles = triton.cdiv(N, tile["BT"])
-    groups, images = image_groups(B, heads, token_tiles, any(flags.values()))
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    parts = saved[2].new_empty((groups, 2, heads, token_tiles * tile["BT"], tile["AP"]) if any(flags.values()) else 0)
-    launch(
-        _token_gradients, (groups * token_tiles * heads * 2,),
-        grad, qkv, tables, *_taps(qkv, weight), *saved, *state, dqkv, parts,
-        B, heads, *grid, N, scale, images, *strides,
-        K=0 if weight is None else weight.shape[-1], stages=1, **constants,
-    )  # fmt: skip
-    dgather, dscatter = _folded(qkv, parts, gather, scatter, N, tile)
-    if weight is None:
-        return dqkv, dgather, dscatter, qkv.new_empty(0), qkv.new_empty(0)
-    dweight, dbias = depthwise_conv.weight_gradient(grad, qkv[..., 2 * C :], weight, grid)
-    return dqkv, dgather, dscatter, dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _gradients_of_agents(grad, qkv, known, heads, scale, strides, grid, constants) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of V_A, and of the agents for each token in their bins, (B, M, A, D); sums (B, M, A) for softmax."""
-    (B, N, _), lse, shape = grad.shape, known[-1], known[1].shape
-    pairs = B * heads
-    count, share = splits(pairs, N, constants["BT"])
-    dtype = qkv.dtype if count == 1 else torch.float32
-    dgathered = torch.empty(count, *shape, dtype=dtype, device=qkv.device)
-    dpooled = torch.empty(2 * count if count > 1 else 1, *shape, dtype=dtype, device=qkv.device)
-    delta, sizes = lse.new_empty((count, *lse.shape)), (pairs, heads, *grid, N, scale, share)
-
-    def run(values: Tensor, agents: Tensor, **sides: bool) -> None:
-        launch(
-            _agent_gradients, (pairs, count), grad, qkv, *known, values, agents, delta, *sizes, *strides,
-            stages=1 if constants["warps"] == 8 else 2, **sides, **constants,
-        )  # fmt: skip
-
-    if count == 1:
-        run(dgathered, dpooled, QUERIES=True, KEYS=True)
-        return dgathered, dpooled, delta
-    run(dgathered, dpooled, QUERIES=True, KEYS=False)
-    dgathered = dgathered.sum(0).to(qkv.dtype)
-    run(dgathered, dpooled[count:], QUERIES=False, KEYS=True)
-    return dgathered, dpooled.sum(0).to(qkv.dtype), delta
-
-
-def _padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, agents: int, tile: dict) -> Tensor:
+def padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, agents: int, tile: dict) -> Tensor:
     """What `_tables` makes, in the dtype of qkv as the reference takes them; something harmless without tables."""
     if gather is None and scatter is None:
         return qkv
@@ -593,24 +343,6 @@ def _padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, a
     return tables
 
 
-def _folded(
-    qkv: Tensor, parts: Tensor, gather: Tensor | None, scatter: Tensor | None, tokens: int, tile: dict
-) -> tuple[Tensor, Tensor]:
-    """The gradients of both tables from those of groups of images; empty where there is none."""
-    dgather, dscatter = (
-        qkv.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (gather, scatter)
-    )
-    if gather is not None or scatter is not None:
-        groups, _, heads = parts.shape[:3]
-        launch(
-            _fold, (triton.cdiv(tokens, tile["BT"]) * heads,), parts, dgather, dscatter, groups, heads, tokens,
-            A=gather.shape[1] if scatter is None else scatter.shape[2], BT=tile["BT"], AP=tile["AP"],
-            BIAS1=gather is not None, BIAS2=scatter is not None, warps=8,
-        )  # fmt: skip
-    return dgather, dscatter
-
-
-def _taps(qkv: Tensor, weight: Tensor | None) -> tuple[Tensor, int]:
+def taps_of(qkv: Tensor, weight: Tensor | None) -> tuple[Tensor, int]:
     """The weights (k·k, C), and k·k; something harmless without."""
     return (qkv, 0) if weight is None else (weight.flatten(1).t().contiguous(), weight.shape[-1] ** 2)

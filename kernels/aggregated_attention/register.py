@@ -17,7 +17,7 @@ def _forward(qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, toke
 def _backward(
     grad, qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, token_bias, gates, lse, height, width, window
 ):
-    from kernels.aggregated_attention import triton as fused
+    from kernels.aggregated_attention import triton_backward as fused
 
     parameters = (scale, embedding, local_bias, pool_bias, tokens, token_bias, gates)
     return fused.backward(grad, qkv, kv_pool, parameters, lse, (height, width), window)

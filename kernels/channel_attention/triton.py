@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, precision, rows
 from kernels.device.memory import load_tile, store_tile
 from kernels.device.softmax import LOG2E
 
@@ -227,13 +227,13 @@ def tiles(tokens: int, num_heads: int, head_dim: int, itemsize: int) -> dict:
 def parts(batch: int, tokens: int, num_heads: int, heads: int) -> tuple[int, int]:
     """How many parts an image is cut into, and the tokens of a part.
 
-    Two programs for each of 132 multiprocessors are enough to keep the memory busy, and below 256 tokens there is
+    Two programs for each multiprocessor are enough to keep the memory busy, and below 256 tokens there is
     nothing to divide. With fewer programs there are parts of at least 128 tokens, four programs per multiprocessor.
     """
     programs = batch * triton.cdiv(num_heads, heads)
     if tokens <= 256 or programs >= 256:
         return 1, tokens
-    count = min(triton.cdiv(528, max(programs, 1)), tokens // 128)
+    count = min(triton.cdiv(4 * MULTIPROCESSORS, max(programs, 1)), tokens // 128)
     size = triton.cdiv(triton.cdiv(tokens, count), 64) * 64
     return triton.cdiv(tokens, size), size
 

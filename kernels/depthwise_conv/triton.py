@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device.conv import four_rows, tile_of_map
-from kernels.device.launch import launch, power_of_2, rows
+from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, in
     grad, x = rows(grad)[:, prefix:], rows(x)[:, prefix:]
     BX, BC = tiles(W, C)
     blocks = triton.cdiv(C, BC)
-    # about eight programs per multiprocessor of a large GPU, each with at least 8 tiles of work
-    splits = max(1, min(triton.cdiv(1056, blocks * K), triton.cdiv(B * H * triton.cdiv(W, BX), 8)))
+    # about eight programs per multiprocessor, each with at least 8 tiles of work
+    splits = max(1, min(triton.cdiv(8 * MULTIPROCESSORS, blocks * K), triton.cdiv(B * H * triton.cdiv(W, BX), 8)))
     partial = torch.empty(splits, K * K + 1, C, dtype=torch.float32, device=x.device)
     launch(
         _correlate, (splits * K, blocks), grad, x, partial, B, H, W, C, splits,

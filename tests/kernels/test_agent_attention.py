@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.agent_attention import agent_attention, reference
-from kernels.agent_attention import triton as fused
+from kernels.agent_attention import agent_attention, reference, triton, triton_backward
 from kernels.agent_attention.cases import inputs
 
 SMALL = {"batch": 3, "grid": (4, 5, 1), "dim": 16, "heads": 1, "agents": (2, 3)}
@@ -69,7 +68,7 @@ def test_the_convolution_skips_prefix_tokens(backend):
 
 def test_images_of_a_group_add_to_one_table(monkeypatch):
     """Groups of two images, the last one not full, as they are with large batches."""
-    monkeypatch.setattr(fused, "image_groups", lambda batch, heads, tiles, tables: (2, 2))
+    monkeypatch.setattr(triton_backward, "image_groups", lambda batch, heads, tiles, tables: (2, 2))
     assert_equals_reference(inputs("cpu", torch.float32, **SMALL))
 
 
@@ -121,7 +120,7 @@ def test_shares_cover_all_tokens():
         (264, 3136, 64),
         (0, 900, 32),
     ]:
-        count, share = fused.splits(pairs, tokens, tile)
+        count, share = triton.splits(pairs, tokens, tile)
         assert (count - 1) * share < tokens <= count * share
         assert count == 1 or share % tile == 0
 

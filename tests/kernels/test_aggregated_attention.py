@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.aggregated_attention import aggregated_attention, reference
-from kernels.aggregated_attention import triton as fused
+from kernels.aggregated_attention import aggregated_attention, reference, triton, triton_backward
 from kernels.aggregated_attention.cases import OPERATION, inputs
 
 SMALL = {"batch": 1, "grid": (3, 4), "pool": 2, "heads": 1, "head_dim": 8}
@@ -85,7 +84,7 @@ def test_what_is_far_is_seen_through_the_pool_only(backend):
 
 def test_sums_over_several_tiles_and_images(monkeypatch, poisoned):
     """A program of the passes over the pooled map takes several tiles, or images, and the last one has less to do."""
-    monkeypatch.setattr(fused, "turns", lambda work, most: min(2, most))
+    monkeypatch.setattr(triton_backward, "turns", lambda work, most: min(2, most))
     assert_equals_reference(inputs("cpu", torch.float32, **{**SMALL, "batch": 3, "grid": (1, 33), "window": 1}))
 
 
@@ -148,9 +147,9 @@ def test_parameters_may_have_a_dtype_of_their_own():
 
 
 def test_a_tile_covers_the_map_with_the_fewest():
-    assert fused.shape_of_tile((56, 56), 64) == (8, 8)
-    assert fused.shape_of_tile((28, 28), 64) in ((4, 16), (16, 4))
-    assert fused.shape_of_tile((14, 14), 32) == (2, 16)
+    assert triton.shape_of_tile((56, 56), 64) == (8, 8)
+    assert triton.shape_of_tile((28, 28), 64) in ((4, 16), (16, 4))
+    assert triton.shape_of_tile((14, 14), 32) == (2, 16)
 
 
 @pytest.mark.parametrize("name", ["official", "pytorch"])
