@@ -4,6 +4,7 @@ Shapes: B = batch, N = tokens, C = channels, H W = map.
 """
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +74,16 @@ class Backbone(Trunk):
     norm: nn.Module
     head: nn.Module
 
-    def forward(self, images: Tensor, return_losses: bool = False, return_tokens: bool = False) -> Tensor | tuple:
-        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,).
+    @overload
+    def forward(self, images: Tensor, return_losses: Literal[False] = False) -> Tensor: ...
 
-        With `return_tokens`: logits, losses, and the normalised tokens of the last map (B, H, W, C) of the same pass.
-        """
+    @overload
+    def forward(self, images: Tensor, return_losses: Literal[True]) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def forward(self, images, return_losses=False):
+        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,)."""
         x_BNC, grid, losses = self.forward_tokens(images)
         logits = self.classify(x_BNC, grid)
-        if return_tokens:
-            return logits, losses, x_BNC[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
         return (logits, losses) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from conf.errors import UserError
 from models.tasks.base import Task
 from models.tasks.schedule import check_number
-from models.tasks.token_labelling import TokenHead, prepare
+from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
 
 class Classification(Task):
@@ -28,7 +28,7 @@ class Classification(Task):
         num_classes: K.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
         token_weight: of the loss on token labels (`models.tasks.token_labelling`), which the data must then have; 0
-            for none. The model then gives `model(images, return_tokens=True) -> (logits, losses, tokens (B, H, W, C))`.
+            for none. The model then has `forward_tokens` and `classify`, see `models.backbones.base.Backbone`.
 
     Raises:
         ValueError: a setting out of range, or a model that generates images instead of naming their class.
@@ -59,6 +59,8 @@ class Classification(Task):
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
         self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
+        # `model.compile` is about `model(images)` alone
+        self.with_tokens = torch.compile(with_tokens) if compile else with_tokens
 
     def prepare(self, data: pl.LightningDataModule) -> None:
         prepare(data, self.token_weight, self.model)
@@ -67,7 +69,7 @@ class Classification(Task):
         if self.token_head is None:
             logits, losses = self.model(batch.images, return_losses=True)
         else:
-            logits, losses, tokens_BHWC = self.model(batch.images, return_tokens=True)
+            logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
         if self.token_head is not None:

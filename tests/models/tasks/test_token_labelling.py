@@ -15,8 +15,9 @@ from models import create_model
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.callbacks.ema import EMA
 from models.callbacks.randomness import StepRandomness
+from models.layers.grid import Grid
 from models.tasks.classification import Classification
-from models.tasks.token_labelling import TokenHead, prepare
+from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
 OPTIMIZER = {"opt": "adamw", "lr": 1e-2, "reference_batch": None, "weight_decay": 0.05, "layer_decay": None}
 SCHEDULE = {"sched": "cosine", "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 1e-3, "cooldown_epochs": 0}
@@ -31,12 +32,17 @@ class Net(nn.Module):
         super().__init__()
         self.stem, self.fc = nn.Conv2d(3, 2, 4, stride=4), nn.Linear(2, classes)
 
-    def forward(self, images, return_losses=False, return_tokens=False):
-        tokens = self.stem(images).permute(0, 2, 3, 1)
-        logits = self.fc(tokens.mean((1, 2)))
-        if return_tokens:
-            return logits, {}, tokens
-        return (logits, {}) if return_losses else logits
+    def forward(self, images, return_losses=False):
+        tokens, grid, losses = self.forward_tokens(images)
+        logits = self.classify(tokens, grid)
+        return (logits, losses) if return_losses else logits
+
+    def forward_tokens(self, images):
+        tokens = self.stem(images)
+        return tokens.permute(0, 2, 3, 1).flatten(1, 2), Grid(*tokens.shape[2:]), {}
+
+    def classify(self, tokens, grid):
+        return self.fc(tokens.unflatten(1, grid[:2]).mean((1, 2)))
 
     def set_gradient_checkpointing(self, enabled):
         pass
@@ -98,7 +104,7 @@ def test_the_loss_is_that_of_the_class_and_half_that_of_the_tokens(smoothing, mo
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     nn.init.normal_(module.token_head.bias)
     pixels, labels, targets = torch.randn(4, 3, 8, 12), torch.rand(4, 3).softmax(1), torch.rand(4, 2, 3, 3).softmax(-1)
-    logits, _, tokens = module.model(pixels, return_tokens=True)
+    logits, _, tokens = with_tokens(module.model, pixels)
     expected = -(((1 - smoothing) * labels + smoothing / 3) * logits.log_softmax(1)).sum(1).mean()
     for i in range(4):
         for row in range(2):
@@ -229,10 +235,26 @@ def test_the_head_is_no_part_of_the_evaluated_model(labelled, tmp_path):
 
 @pytest.mark.parametrize("name", ["vit_32px", "vit_tiny", "swin_32px", "convnext_32px", "coatnet_32px"])
 def test_backbones_give_logits_and_tokens_of_one_pass(name):
-    model = create_model(name, num_classes=3, image_size=32).eval()
+    model, passes = create_model(name, num_classes=3, image_size=32).eval(), []
+    model.stem.register_forward_hook(lambda *_: passes.append(1))
     pixels = torch.randn(2, 3, 32, 32)
-    logits, losses, tokens = model(pixels, return_tokens=True)
+    logits, losses, tokens = with_tokens(model, pixels)
+    assert passes == [1]
     assert torch.equal(logits, model(pixels)) and losses.keys() == model(pixels, return_losses=True)[1].keys()
     side = 32 // model.strides[-1]
     assert tokens.shape == (2, side, side, model.channels[-1])
     assert torch.equal(tokens.flatten(1, 2), model.forward_features(pixels)[:, -side * side :])
+
+
+def test_logits_and_tokens_are_one_graph_when_compiled():
+    """The task compiles this function, since `model.compile` is about `model(images)` alone."""
+    model = create_model("vit_32px", num_classes=3, depth=2, dim=32, num_heads=2).train()
+    model.set_gradient_checkpointing(True)
+    pixels, results = torch.randn(2, 3, 32, 32), []
+    for run in (with_tokens, torch.compile(with_tokens, backend="eager", fullgraph=True)):
+        logits, _, tokens = run(model, pixels)
+        model.zero_grad()
+        (logits.square().sum() + tokens.square().sum()).backward()
+        results.append([logits, tokens, *(p.grad.clone() for p in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
