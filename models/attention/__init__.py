@@ -1,16 +1,17 @@
 """The attention contract: what a mechanism is given, what it returns, and the check of every place before a run.
 
 A backbone describes each place where tokens are mixed with a `Site` and hands all of them to `build`, together with the
-factory (or one factory per stage) that the configuration chose. A mixer is an `nn.Module` called as `mixer(x, grid)`.
+factory (or one factory per stage) that the configuration chose. What comes back is one `Mixer` per site, called as
+`mixer(x, grid)`; all that is optional about it has a default there, and nothing about it changes once it is built.
 
 Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M = heads, D = channels per head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class Site(NamedTuple):
     kind: str  # one of KINDS
     positioned: bool = False  # whether the blocks of the backbone encode positions by convolution themselves
     head_dim: int | None = None  # D where it is not C / M: the inner width M·D then differs from C
+    measured_in: tuple[int, int] | None = None  # the map whose distances position biases measure; None: `grid`
 
 
 class Mixed(NamedTuple):
@@ -77,25 +79,58 @@ class Refused(UserError):
         self.reason, self.fix = reason, fix
 
 
-@runtime_checkable
-class Attention(Protocol):
+class Mixer(nn.Module):
     """A mixer of tokens: output and input have the same shape, for any grid and batch size.
 
-    A mixer that has a Triton kernel also has `runs() -> Runs`, and an attribute `backend`: "auto" (the kernel on a GPU,
-    PyTorch elsewhere), "triton" (refused where it would not be the kernel) or "torch"; the results agree to rounding.
-    One whose attribute `reads_stream` is true is called with `stream_BNC` too, the block's input before its norm.
+    Called as `mixer(x_BNC, grid, gates_BNM=None) -> Mixed`; one whose `reads_stream` is true also takes `stream_BNC`.
+
+    Args:
+        site: the place that it is built for, kept as `site`.
+        backend: "auto" (a Triton kernel where there is one for a GPU, else PyTorch), "triton" (refused where it would
+            not be the kernel) or "torch"; the results agree to rounding.
+
+    Attributes:
+        accepts: what it can take.
+        reads_stream: whether it is also given the input of the block before its norm, as `stream_BNC`.
+        prenorm: whether a ConvNeXt gives it normalised tokens, and a residual around it, as a transformer does.
+        has_queries: whether `queries` gives the queries of every token, as a router may need.
     """
 
-    accepts: Accepts
+    accepts = Accepts()
+    reads_stream = False
+    prenorm = True
+    has_queries = False
 
-    def __call__(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed: ...
+    def __init__(self, site: Site, backend: str = "auto") -> None:
+        super().__init__()
+        self.site, self.backend = site, backend
+
+    def runs(self, gated: bool = False) -> Runs:
+        """How it computes on a GPU when `backend` is "auto", with or without gates of heads."""
+        return Runs(type(self).__name__, False, "it is written in PyTorch")
+
+    def queries(self, x_BNC: Tensor) -> Tensor:
+        """Queries (B, M, N, D) of the tokens, whatever tokens they see.
+
+        Raises:
+            TypeError: it has none, see `has_queries`.
+        """
+        raise TypeError(f"queries: {type(self).__name__} has no queries of each token")
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, S) of every query on every key.
+
+        Raises:
+            TypeError: it has no matrix.
+        """
+        raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
 
 
-AttentionFactory = Callable[[Site], nn.Module]
+AttentionFactory = Callable[[Site], Mixer]
 
 
-def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Sequence[Site]) -> list[nn.Module]:
-    """One mixer per site, which keeps it as `site`, or one error with every site where the mechanism does not fit.
+def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Sequence[Site]) -> list[Mixer]:
+    """One mixer per site, or one error with every site where the mechanism does not fit.
 
     Args:
         attention: a factory for all stages, or a sequence with one factory per stage.
@@ -110,7 +145,6 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
         try:
             mixer = factories[site.stage](site)
             check(mixer, site)
-            mixer.site = site
             mixers.append(mixer)
         except Refused as refusal:
             problems.append((site, refusal))
@@ -122,19 +156,17 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
 def check(mixer: nn.Module, site: Site) -> None:
     """Raises `Refused` when what the mixer accepts does not cover the site."""
     who = type(mixer).__name__
-    if not isinstance(mixer, Attention):
-        raise Refused(
-            f"{who} has no `accepts`, so it is not an attention mechanism", "see models/attention/__init__.py"
-        )
+    if not isinstance(mixer, Mixer):
+        raise Refused(f"{who} is no `Mixer`, so it is not an attention mechanism", "see models/attention/__init__.py")
     if site.grid.prefix and mixer.accepts.prefix == "refused":
         raise Refused(
             f"it works on the map alone and cannot take the {site.grid.prefix} class token(s) in front of it",
             "set model.class_token=false",
         )
-    backend, runs = runs_of(mixer)
-    if backend not in BACKENDS:
-        raise Refused(f"backend={backend} is unknown", f"set attention.backend to {', '.join(BACKENDS)}")
-    if backend == "triton" and not runs.fused:
+    runs = mixer.runs()
+    if mixer.backend not in BACKENDS:
+        raise Refused(f"backend={mixer.backend} is unknown", f"set attention.backend to {', '.join(BACKENDS)}")
+    if mixer.backend == "triton" and not runs.fused:
         raise Refused(f"{runs.operation} has no Triton kernel: {runs.reason}", "set attention.backend=auto")
     if site.kind not in mixer.accepts.kinds:
         raise Refused(
@@ -143,10 +175,13 @@ def check(mixer: nn.Module, site: Site) -> None:
         )
 
 
-def runs_of(mixer: nn.Module) -> tuple[str, Runs]:
-    """The backend that a mixer is asked for, and how it computes on a GPU if that is "auto"."""
-    runs = mixer.runs() if hasattr(mixer, "runs") else Runs(type(mixer).__name__, False, "it is written in PyTorch")
-    return getattr(mixer, "backend", "auto"), runs
+def mixers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Mixer]]:
+    """The outermost mixers of a model by name: what wraps another, such as MoH, speaks for both."""
+    for name, child in module.named_children():
+        if isinstance(child, Mixer):
+            yield f"{prefix}{name}", child
+        else:
+            yield from mixers_of(child, f"{prefix}{name}.")
 
 
 def _per_stage(attention: AttentionFactory | Sequence[AttentionFactory], stages: int) -> list[AttentionFactory]:

@@ -19,10 +19,11 @@ from conf.errors import UserError
 from kernels.agent_attention import MOST_AGENTS
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.depthwise_conv import LARGEST
-from models.attention import Grid, Refused, Runs, Site
+from models.attention import Grid, Mixer, Refused, Runs, Site
 from models.attention.agent_bias import AgentBias
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.multihead import check_whole, for_stage, reduction
+from models.attention.multihead import Core
+from models.attention.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.stripes import lay_out
 
 SIDES = (3, 4, 7, 7)  # of the papers' grids of agents, stage by stage
@@ -41,7 +42,7 @@ def agent_attention(
     bias_size: int = 7,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Attention through agents pooled from the queries: linear in tokens for a fixed number of agents.
 
     Args:
@@ -64,21 +65,26 @@ def agent_attention(
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
         Refused: a side of the grid of agents is longer than the map.
     """
-    check_whole("agent_attention", kernel_size=kernel_size, bias_size=bias_size)
+    check_odd("agent_attention", kernel_size=kernel_size)
+    check_whole("agent_attention", bias_size=bias_size)
+    check_flags("agent_attention", bias=bias, qkv_bias=qkv_bias)
     dim, asked = head_channels(site), _of_stage("agent_tokens", agent_tokens, site)
-    trained = None if trained_agent_tokens is None else _of_stage("trained_agent_tokens", trained_agent_tokens, site)
+    if asked != "auto":
+        agent_grid(asked)
+    trained = None
+    if trained_agent_tokens is not None:
+        trained = agent_grid(_of_stage("trained_agent_tokens", trained_agent_tokens, site), "trained_agent_tokens")
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> AgentCore:
         free = trained is not None and asked != "auto"  # maps will be larger
         agents = agent_grid(asked) if free else _agents_on(grid, asked, site)
         tables = [None, None]
         if bias:
-            of = agents if trained is None else agent_grid(trained, "trained_agent_tokens")
-            tables = [AgentBias(num_heads, of, grid, bias_size) for grid in (kv_grid, grid)]
+            tables = [AgentBias(num_heads, trained or agents, grid, bias_size) for grid in (kv_grid, grid)]
         return AgentCore(num_heads, dim, agents, kernel_size, *tables)
 
-    reduce = reduction(site, sr_ratio)
-    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio}
+    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
 
 
 def _of_stage(name: str, agents: int | str | Sequence, site: Site) -> int | str | Sequence:
@@ -135,7 +141,7 @@ def attend(
     return F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered, scatter_bias, scale=scatter_scale)
 
 
-class AgentCore(nn.Module):
+class AgentCore(Core):
     """Pools the agents from the queries, attends through them, and adds a depth-wise convolution of the values.
 
     Args:
@@ -144,8 +150,6 @@ class AgentCore(nn.Module):
         kernel_size: of the convolution.
         gather_bias, scatter_bias: `AgentBias` of the keys (B1) and of the queries (B2), or None.
     """
-
-    finds_windows = False
 
     def __init__(
         self,

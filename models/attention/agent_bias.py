@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Grid
+from models.layers.resizable import Resizable
 from models.layers.tokens import square_side
 
 
-class AgentBias(nn.Module):
+class AgentBias(Resizable, nn.Module):
     """A learned number per head, agent and token: coarse table + row + column; a number of its own per prefix token.
 
     The tables are kept for the map and the agents of training and interpolated to those of the forward pass. In the

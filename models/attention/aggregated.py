@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from kernels.aggregated_attention import aggregated_attention as aggregated_heads
 from kernels.dispatch import WIDEST_HEAD
-from models.attention import Accepts, Grid, Mixed, Runs, Site
-from models.attention.cosine import ContinuousPositionBias, cosine_attention, pair_of
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention.cosine import ContinuousPositionBias, cosine_attention, measured_in
 from models.attention.heads import head_channels, split_heads
-from models.attention.multihead import check_whole, for_stage
+from models.attention.options import check_flags, check_odd, check_whole, for_stage
 from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
 
@@ -34,11 +33,11 @@ def aggregated_attention(
     window: int | Sequence[int] = 3,
     sr_ratio: int | Sequence[int] = (8, 4, 2, 1),
     fixed_pool_size: int | None = None,
-    pretrain_size: int | tuple[int, int] | None = None,
+    pretrain_size: int | Sequence[int] | None = None,
     hidden: int = 512,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """The attention of a stage of TransNeXt: aggregated where the map is pooled, cosine attention where it is not.
 
     Args:
@@ -59,18 +58,18 @@ def aggregated_attention(
     ratio, side = for_stage("sr_ratio", sr_ratio, site), for_stage("window", window, site)
     pool = 1 if fixed_pool_size is None else fixed_pool_size
     check_whole("aggregated", sr_ratio=ratio, fixed_pool_size=pool, hidden=hidden)
+    check_odd("aggregated", window=side)
+    check_flags("aggregated", qkv_bias=qkv_bias)
+    size = measured_in(site, pretrain_size)
     if ratio == 1:
         options = {"pretrain_size": pretrain_size, "hidden": hidden, "qkv_bias": qkv_bias, "backend": backend}
         return cosine_attention(site, **options)
-    if not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % 2 == 0:
-        raise UserError(f"aggregated: window must be odd and positive, got {side!r}; set attention.window")
     reduce = PooledFeatures(site.dim, ratio, fixed_pool_size)
-    size = site.grid[:2] if pretrain_size is None else pair_of(pretrain_size)
     core = AggregatedCore(site.num_heads, head_channels(site), side, size, hidden)
     return AggregatedAttention(site, core, reduce, qkv_bias=qkv_bias, backend=backend)
 
 
-class AggregatedAttention(nn.Module):
+class AggregatedAttention(Mixer):
     """Projection, pooled features through the same projection, heads, gates, projection.
 
     Args:
@@ -78,24 +77,24 @@ class AggregatedAttention(nn.Module):
         core: computes the heads.
         reduce: `(x_BNC, grid) -> (x_BPC, kv_grid)`, the pooled tokens.
         qkv_bias: bias of the projection.
-        backend: "auto", "triton" or "torch"; see `models.attention.Attention`.
+        backend: "auto", "triton" or "torch"; see `models.attention.Mixer`.
     """
 
     accepts = Accepts(prefix="refused")
+    has_queries = True
 
     def __init__(
         self, site: Site, core: nn.Module, reduce: nn.Module, *, qkv_bias: bool = True, backend: str = "auto"
     ) -> None:
-        super().__init__()
-        self.backend = backend
+        super().__init__(site, backend)
         self.num_heads, self.head_dim = site.num_heads, head_channels(site)
         self.inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * self.inner, bias=qkv_bias)
         self.reduce, self.core = reduce, core
         self.proj = nn.Linear(self.inner, site.dim)
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         if self.head_dim > WIDEST_HEAD:
             return Runs("aggregated attention", False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         return Runs("aggregated_attention", True)

@@ -1,14 +1,13 @@
 """What computes the attention of a model on a device, in one line."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from conf.errors import UserError
 from kernels.dispatch import INTERPRETED
-from models.attention import Attention, Runs, runs_of
+from models.attention import Mixer, Runs, mixers_of
 
 
 def describe(model: nn.Module, device: torch.device) -> str:
@@ -17,11 +16,11 @@ def describe(model: nn.Module, device: torch.device) -> str:
     Raises:
         ValueError: `attention.backend=triton` on a device where no kernel runs.
     """
-    mixers = list(_mixers(model))
+    mixers = [mixer for _, mixer in mixers_of(model)]
     if not mixers:
         return "no attention"
     if device.type != "cuda" and not INTERPRETED:
-        if any(runs_of(mixer)[0] == "triton" for mixer in mixers):
+        if any(mixer.backend == "triton" for mixer in mixers):
             raise UserError(
                 f"attention.backend=triton: Triton kernels run on CUDA devices, got {device.type}; "
                 "set attention.backend=auto, which computes the same in PyTorch there"
@@ -31,18 +30,9 @@ def describe(model: nn.Module, device: torch.device) -> str:
     return "attention: " + ", ".join(_part(runs, count, len(mixers)) for runs, count in counts.items())
 
 
-def _mixers(module: nn.Module) -> Iterator[Attention]:
-    """The outermost mixers: what wraps another, such as MoH, speaks for both."""
-    for child in module.children():
-        if isinstance(child, Attention):
-            yield child
-        else:
-            yield from _mixers(child)
-
-
-def _runs(mixer: Attention) -> Runs:
-    backend, runs = runs_of(mixer)
-    return Runs(runs.operation, False, "attention.backend=torch") if backend == "torch" else runs
+def _runs(mixer: Mixer) -> Runs:
+    runs = mixer.runs()
+    return Runs(runs.operation, False, "attention.backend=torch") if mixer.backend == "torch" else runs
 
 
 def _part(runs: Runs, count: int, total: int) -> str:

@@ -10,20 +10,19 @@ S = keys in a region, K = regions attended to, W = B·R.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
-from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, split_heads
-from models.attention.lepe import ConvMixer, LePEAttention, depthwise, enhance
-from models.attention.multihead import for_stage
+from models.attention.lepe import ConvMixer, LePEAttention, check_lepe, depthwise, enhance
+from models.attention.options import check_flags, check_whole, for_stage
 from models.layers import window as windows
 from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
@@ -36,11 +35,16 @@ def biformer_attention(
     site: Site,
     *,
     topk: int | str | Sequence[int | str] = (1, 4, 16, "all"),
+    num_regions: int = 7,
     lepe_kernel: int = 5,
     lepe_input: str = "x",
+    qk_dim: int | None = None,
+    padding: str = "input",
+    routing: str = "hard",
+    kv_pool: nn.Module | None = None,
+    output_projection: bool = True,
     backend: str = "auto",
-    **routed: Any,
-) -> nn.Module:
+) -> Mixer:
     """The attention of a stage of BiFormer: routed where the map is large, dense where it is small.
 
     Args:
@@ -49,21 +53,30 @@ def biformer_attention(
             (or -1) is dense attention (`LePEAttention`), 0 none at all (`ConvMixer`). A plain ViT takes the third.
         lepe_kernel: side of the depth-wise convolution that is added (LePE); 0 for none.
         lepe_input: what it convolves in dense attention, see `LePEAttention`.
+        num_regions, qk_dim, padding, routing, kv_pool, output_projection: where attention is routed, see
+            `BiLevelRoutingAttention`; checked in every stage.
         backend: "auto", "triton" or "torch".
-        routed: further options of `BiLevelRoutingAttention`.
 
     Raises:
         Refused: the list has no entry for the stage; or see the three classes.
+        ValueError: an option has no meaning.
     """
     chosen = for_stage("topk", topk, site)
-    if chosen == 0 and not isinstance(chosen, bool):
+    none, dense = chosen == 0 and not isinstance(chosen, bool), chosen in ("all", -1)
+    routed = {
+        "num_regions": num_regions, "lepe_kernel": lepe_kernel, "qk_dim": qk_dim, "padding": padding,
+        "routing": routing, "kv_pool": kv_pool, "output_projection": output_projection,
+    }  # fmt: skip
+    check_lepe("biformer", lepe_kernel, lepe_input)
+    check_routed(topk=1 if none or dense else chosen, **routed)
+    if none:
         return ConvMixer(site, backend=backend)
-    if chosen in ("all", -1):
+    if dense:
         return LePEAttention(site, lepe_kernel=lepe_kernel, lepe_input=lepe_input, backend=backend)
-    return BiLevelRoutingAttention(site, topk=chosen, lepe_kernel=lepe_kernel, backend=backend, **routed)
+    return BiLevelRoutingAttention(site, topk=chosen, backend=backend, **routed)
 
 
-class BiLevelRoutingAttention(nn.Module):
+class BiLevelRoutingAttention(Mixer):
     """Attention to the `topk` regions whose mean key best matches a region's mean query.
 
     Args:
@@ -107,12 +120,11 @@ class BiLevelRoutingAttention(nn.Module):
         output_projection: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.backend = backend
-        _check_options(num_regions, topk, padding, routing)
+        super().__init__(site, backend)
+        check_routed(num_regions, topk, lepe_kernel, qk_dim, padding, routing, kv_pool, output_projection)
         self.topk = topk
         self.num_heads, self.num_regions, self.padding, self.dim = site.num_heads, num_regions, padding, site.dim
-        self.qk_dim = qk_dim or site.dim
+        self.qk_dim = site.dim if qk_dim is None else qk_dim
         self.cut = padding == "qkv" or min(site.grid[:2]) < num_regions
         self._check_site(site)
         self.scale = self.qk_dim**-0.5
@@ -139,8 +151,8 @@ class BiLevelRoutingAttention(nn.Module):
             o = enhance(self.lepe, v_BNC, tiled, o, self.backend)
         return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         if self.router.kind != "hard" or self.kv_pool is not None:
             return Runs("routed attention", False, "soft routing and kv_pool are experiments that have no kernel")
         if self.lepe is not None and self.lepe.kernel_size[0] > LARGEST:
@@ -285,16 +297,20 @@ def gather(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Ten
     return picked.view(B * R, K * x_WSC.shape[1], x_WSC.shape[2])
 
 
-def _check_options(num_regions: int, topk: int, padding: str, routing: str) -> None:
+def check_routed(
+    num_regions: int, topk: int, lepe_kernel: int, qk_dim: int | None, padding: str, routing: str,
+    kv_pool: nn.Module | None, output_projection: bool,
+) -> None:  # fmt: skip
+    """Refuses options of `BiLevelRoutingAttention` that have no meaning at any place."""
     who = "BiLevelRoutingAttention"
-    if not isinstance(topk, int) or isinstance(topk, bool) or topk < 1:
-        raise UserError(f"{who}: topk must be a positive number or all, got {topk}; set attention.topk")
-    if not isinstance(num_regions, int) or num_regions < 1:
-        raise UserError(f"{who}: num_regions must be at least 1, got {num_regions}; give the regions per side")
-    if padding not in PADDINGS:
-        raise UserError(f"{who}: padding must be {' or '.join(PADDINGS)}, got {padding}; choose one of them")
-    if routing not in ROUTINGS:
-        raise UserError(f"{who}: routing must be one of {', '.join(ROUTINGS)}, got {routing}; choose one of them")
+    values.whole(who, "topk", topk, what="a positive number or all", fix="set attention.topk")
+    check_whole(who, num_regions=num_regions, qk_dim=1 if qk_dim is None else qk_dim)
+    check_lepe(who, lepe_kernel)
+    values.choice(who, "padding", padding, PADDINGS, fix="set attention.padding")
+    values.choice(who, "routing", routing, ROUTINGS, fix="set attention.routing")
+    check_flags(who, output_projection=output_projection)
+    if not isinstance(kv_pool, nn.Module | None):
+        values.refuse(who, "kv_pool", "a module", kv_pool, "set attention.kv_pool._target_, or attention.kv_pool=null")
 
 
 def _extend(x_BNC: Tensor, grid: Grid, larger: Grid) -> Tensor:

@@ -6,13 +6,13 @@ Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per he
 
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.depthwise_conv import LARGEST, depthwise_conv
-from models.attention import Accepts, Grid, Mixed, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import gated_heads, head_channels
 
 
-def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> "DepthwiseConv":
+def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> Mixer:
     """A depth-wise convolution with zero padding; the map keeps its size.
 
     Args:
@@ -20,12 +20,11 @@ def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> "Depthwi
         kernel_size: side of the kernel in cells, odd.
         backend: "auto", "triton" or "torch".
     """
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise UserError(f"conv: kernel_size must be odd, got {kernel_size}; set attention.kernel_size to 3, 5 or 7")
+    values.odd("conv", "kernel_size", kernel_size, what="odd", fix="set attention.kernel_size to 3, 5 or 7")
     return DepthwiseConv(site, kernel_size, backend)
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Mixer):
     """(B, N, C) → (B, N, C). Gates (B, N, M) weight the channels of each head.
 
     `prenorm` tells a ConvNeXt that this mixer works on tokens that are not normalised and carries a token's own value
@@ -36,8 +35,8 @@ class DepthwiseConv(nn.Module):
     prenorm = False
 
     def __init__(self, site: Site, kernel_size: int, backend: str = "auto") -> None:
-        super().__init__()
-        self.num_heads, self.backend = site.num_heads, backend
+        super().__init__(site, backend)
+        self.num_heads = site.num_heads
         head_channels(site, even=True)
         self.proj = nn.Conv2d(site.dim, site.dim, kernel_size, padding=kernel_size // 2, groups=site.dim)
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
@@ -48,8 +47,8 @@ class DepthwiseConv(nn.Module):
         o_BNC = depthwise_conv(x_BNC, grid, self.proj.weight, self.proj.bias, backend=backend)
         return Mixed(gated_heads(o_BNC, gates_BNM), {})
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         if self.proj.kernel_size[0] > LARGEST:
             return Runs("conv2d", False, f"the kernel goes up to {LARGEST}x{LARGEST} weights")
         return Runs("depthwise_conv", True)

@@ -8,15 +8,18 @@ Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels p
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf import values
 from conf.errors import UserError
 from models.attention import Accepts, Grid, Runs, Site
 from models.attention.heads import head_channels
-from models.attention.multihead import MultiHead
+from models.attention.multihead import Core, MultiHead
+from models.attention.options import check_flags, check_whole
 from models.layers.precision import full_precision
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
@@ -26,7 +29,7 @@ EPSILON = 1e-6
 def cosine_attention(
     site: Site,
     *,
-    pretrain_size: int | tuple[int, int] | None = None,
+    pretrain_size: int | Sequence[int] | None = None,
     hidden: int = 512,
     qkv_bias: bool = True,
     head_dim: int | None = None,
@@ -37,23 +40,22 @@ def cosine_attention(
     Args:
         site: the place in the backbone.
         pretrain_size: height and width of the map that distances are measured in: that of the weights' training, so
-            that the same offset keeps its coordinate on a larger map. None for the map of the site.
+            that the same offset keeps its coordinate on a larger map. None for what the site says.
         hidden: hidden channels of the MLP of the bias.
         qkv_bias: bias of the projection.
         head_dim: channels per head D; C / M by default.
         backend: "auto" or "torch", which are the same: PyTorch's scaled_dot_product_attention computes it.
     """
-    if hidden < 1:
-        raise UserError(f"cosine: hidden must be at least 1, got {hidden}; give the channels of the bias MLP")
-    size = site.grid[:2] if pretrain_size is None else pair_of(pretrain_size)
+    check_whole("cosine", hidden=hidden, head_dim=1 if head_dim is None else head_dim)
+    check_flags("cosine", qkv_bias=qkv_bias)
+    size = measured_in(site, pretrain_size)
     dim = head_dim or head_channels(site)
     core = CosineCore(site.num_heads, dim, size, hidden)
-    mixer = MultiHead(site, core, qkv_bias=qkv_bias, head_dim=dim, backend=backend)
-    mixer.accepts = Accepts(prefix="refused")
-    return mixer
+    accepts = Accepts(prefix="refused")
+    return MultiHead(site, core, qkv_bias=qkv_bias, head_dim=dim, accepts=accepts, backend=backend)
 
 
-class CosineCore(nn.Module):
+class CosineCore(Core):
     """`softmax(τ log(S) (q̂ + e) k̂ᵀ + bias) v`; normalisation and scale in float32.
 
     τ = softplus(temperature) starts at 1 / 0.24; e, the query embedding, is one vector per head.
@@ -158,9 +160,18 @@ def _step(side: int, keys: int) -> int:
     return 2 if side % keys == 0 else 1
 
 
-def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a map, from one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise UserError(f"cosine: pretrain_size must be at least 1, got {size}; give the height and width of a map")
-    return height, width
+def measured_in(site: Site, pretrain_size: int | Sequence[int] | None) -> tuple[int, int]:
+    """The map whose distances a bias measures: as the backbone says, else of `pretrain_size`, else that of the site.
+
+    Raises:
+        ValueError: sides that are none, or another map than the backbone says.
+    """
+    if pretrain_size is None:
+        return site.measured_in or tuple(site.grid[:2])
+    size = values.pair("cosine", "pretrain_size", pretrain_size, fix="give the height and width of a map")
+    if site.measured_in is not None and size != tuple(site.grid[:2]):
+        raise UserError(
+            f"attention: distances are measured as model.pretrain_size says, got {size} from the attention; "
+            "set attention.pretrain_size=null"
+        )
+    return site.measured_in or size

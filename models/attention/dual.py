@@ -11,11 +11,12 @@ Shapes: B = batch, N = tokens, C = channels, M = heads or groups, D = channels p
 
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.channel_attention import channel_attention
-from models.attention import Accepts, Grid, Mixed, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import head_channels
-from models.attention.multihead import MultiHead
+from models.attention.multihead import Core, MultiHead
+from models.attention.options import check_flags
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
 from models.layers.precision import full_precision
@@ -31,7 +32,7 @@ def dual_attention(
     qkv_bias: bool = True,
     scale: str = "head_dim",
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Window attention in even blocks, channel attention in odd ones; a stage of one block has windows only.
 
     Args:
@@ -44,30 +45,24 @@ def dual_attention(
             map, or "tokens" (N^-1/2), which keeps their spread on every resolution.
         backend: "auto", "triton" or "torch".
     """
-    size = (window, window) if isinstance(window, int) else tuple(window)
-    if min(size) < 1:
-        raise UserError(f"dual: window must be at least 1, got {window}; give the side of the windows in tokens")
-    if cpe_kernel < 0 or (cpe_kernel and cpe_kernel % 2 == 0):
-        raise UserError(f"dual: cpe_kernel must be odd, got {cpe_kernel}; give 3, or 0 for no position encoding")
-    if scale not in SCALES:
-        raise UserError(f"dual: scale must be {' or '.join(SCALES)}, got {scale}; choose one of them")
+    size = values.pair("dual", "window", window, fix="give the side of the windows in tokens, or two")
+    values.odd("dual", "cpe_kernel", cpe_kernel, or_none=True, what="odd", fix="give 3, or 0 for no position encoding")
+    values.choice("dual", "scale", scale, SCALES, fix="set attention.scale")
+    check_flags("dual", qkv_bias=qkv_bias)
     dim = head_channels(site)
-    if site.block % 2:
-        mixer = MultiHead(site, ChannelCore(dim, scale), qkv_bias=qkv_bias, backend=backend)
-    else:
-        core = SoftmaxCore(site.num_heads, dim)
-        mixer = MultiHead(site, core, window=size, qkv_bias=qkv_bias, backend=backend)
     # channel attention alone could take class tokens, but the windows that it alternates with cannot
-    mixer.accepts = Accepts(prefix="refused")
+    options = {"accepts": Accepts(prefix="refused"), "qkv_bias": qkv_bias, "backend": backend}
+    if site.block % 2:
+        mixer = MultiHead(site, ChannelCore(dim, scale), **options)
+    else:
+        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=size, **options)
     if site.positioned or not cpe_kernel:
         return mixer
-    return Positioned(ConvPosition(site.dim, cpe_kernel, backend), mixer)
+    return Positioned(site, ConvPosition(site.dim, cpe_kernel, backend), mixer)
 
 
-class ChannelCore(nn.Module):
+class ChannelCore(Core):
     """Attention of the D channels of each group on one another; the sum over tokens is taken in float32."""
-
-    finds_windows = False
 
     def __init__(self, head_dim: int, scale: str = "head_dim") -> None:
         super().__init__()
@@ -95,17 +90,16 @@ class ChannelCore(nn.Module):
         return (self.head_dim if self.scale == "head_dim" else tokens) ** -0.5
 
 
-class Positioned(nn.Module):
+class Positioned(Mixer):
     """A mixer with a position encoding `(x, grid) -> x` in front of it."""
 
-    def __init__(self, position: nn.Module, mixer: nn.Module) -> None:
-        super().__init__()
-        self.position, self.mixer = position, mixer
-        self.accepts, self.backend = mixer.accepts, mixer.backend
+    def __init__(self, site: Site, position: nn.Module, mixer: Mixer) -> None:
+        super().__init__(site, mixer.backend)
+        self.position, self.mixer, self.accepts = position, mixer, mixer.accepts
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
-        return self.mixer.runs()
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
+        return self.mixer.runs(gated)
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         return self.mixer(self.position(x_BNC, grid), grid, gates_BNM)

@@ -9,22 +9,23 @@ learned position encoding; Q and K are divided by a learned scale per channel; t
 sums over keys are means, so that they do not grow with the map.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
-from models.attention import Grid, Runs, Site
+from models.attention import Grid, Mixer, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.lepe import depthwise
-from models.attention.multihead import check_whole, reduction
+from models.attention.multihead import Core
+from models.attention.options import check_flags, check_odd
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
+from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens
 
 EPS = 1e-6  # of the features and of the denominator, as in the authors' code
@@ -42,7 +43,7 @@ def focused_linear_attention(
     lepe: bool = False,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Linear attention with features raised to a power: linear in tokens.
 
     Args:
@@ -60,16 +61,17 @@ def focused_linear_attention(
     Raises:
         ValueError: a power below 1, an even kernel, or both sr_ratio and kv_pool.
     """
-    if isinstance(power, bool) or not isinstance(power, int | float) or not 1 <= power < math.inf:
-        raise UserError(f"focused_linear_attention: power must be at least 1, got {power!r}; the paper uses 3")
-    check_whole("focused_linear_attention", kernel_size=kernel_size)
+    who = "focused_linear_attention"
+    values.number(who, "power", power, 1, what="at least 1", fix="the paper uses 3")
+    check_odd(who, kernel_size=kernel_size)
+    check_flags(who, lepe=lepe, qkv_bias=qkv_bias)
     dim = head_channels(site)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> FocusedLinearCore:
         return FocusedLinearCore(num_heads, dim, kv_grid, power=power, kernel_size=kernel_size, lepe=lepe)
 
-    reduce = reduction(site, sr_ratio, kv_pool)
-    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio, "kv_pool": kv_pool}
+    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
 
 
 def focus(x_BMND: Tensor, power: float) -> Tensor:
@@ -87,7 +89,7 @@ def _norm(x_BMND: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x_BMND, dim=(1, 3), keepdim=True)
 
 
-class FocusedLinearCore(nn.Module):
+class FocusedLinearCore(Resizable, Core):
     """Focused features, the state f(K)ᵀ V, its reading by every query, and the convolution of the values.
 
     Features, state and quotient are computed in float32 at least, under autocast too.
@@ -97,8 +99,6 @@ class FocusedLinearCore(nn.Module):
         kv_grid: the map of the keys in training; the position encoding is made for it and resized to others.
         power, kernel_size, lepe: see `focused_linear_attention`.
     """
-
-    finds_windows = False
 
     def __init__(
         self,

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.linear_attention import inline_attention as fused_inline_attention
-from models.attention import Grid, Runs, Site
+from models.attention import Grid, Mixer, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.lepe import depthwise
-from models.attention.multihead import reduction
+from models.attention.multihead import Core
+from models.attention.options import check_flags
 from models.attention.stripes import lay_out
 from models.layers.precision import full_precision
 
@@ -46,7 +47,7 @@ def inline_attention(
     sr_ratio: int | Sequence[int] = 1,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Injective linear attention with a dynamic local residual: linear in tokens.
 
     Args:
@@ -65,26 +66,21 @@ def inline_attention(
     Raises:
         ValueError: an unknown feature or residual_input.
     """
-    if feature not in FEATURES:
-        raise UserError(
-            f"inline_attention: feature must be one of {', '.join(FEATURES)}, got {feature!r}; set attention.feature"
-        )
-    if residual_input not in INPUTS:
-        raise UserError(
-            f"inline_attention: residual_input must be normed or stream, got {residual_input!r}; "
-            "set attention.residual_input"
-        )
+    who = "inline_attention"
+    values.choice(who, "feature", feature, FEATURES, fix="set attention.feature")
+    values.choice(who, "residual_input", residual_input, INPUTS, fix="set attention.residual_input")
+    check_flags(who, residual=residual, lepe=lepe, qkv_bias=qkv_bias)
     dim = head_channels(site, even=residual)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> InLineCore:
         reads_stream = residual and residual_input == "stream"
         return InLineCore(num_heads, dim, feature, residual=residual, reads_stream=reads_stream, lepe=lepe)
 
-    reduce = reduction(site, sr_ratio)
-    return lay_out(site, core, window=window, stripe=stripe, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
+    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio}
+    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
 
 
-class InLineCore(nn.Module):
+class InLineCore(Core):
     """The covariance of keys and values, read by every query, and the convolutions of the values.
 
     Args:
@@ -93,7 +89,7 @@ class InLineCore(nn.Module):
         reads_stream: whether `context` is to be given the input of the block instead of that of the layer.
     """
 
-    finds_windows = False
+    reads_tokens = True
 
     def __init__(
         self,

@@ -8,13 +8,15 @@ Shapes: B = batch, N = prefix + H·W tokens, C = channels, M = heads, D = channe
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
+from conf import values
 from kernels.depthwise_conv import LARGEST, depthwise_conv
-from models.attention import Accepts, Grid, Mixed, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import gated_heads, head_channels, split_heads
 
+INPUTS = ("x", "v")
 
-class LePEAttention(nn.Module):
+
+class LePEAttention(Mixer):
     """Softmax attention over the whole map plus a depth-wise convolution: what BiFormer has in its last stage.
 
     Args:
@@ -25,8 +27,6 @@ class LePEAttention(nn.Module):
         backend: of the convolution: "auto", "triton" or "torch". The attention is PyTorch's own fused kernel.
     """
 
-    accepts = Accepts()
-
     def __init__(
         self,
         site: Site,
@@ -36,10 +36,8 @@ class LePEAttention(nn.Module):
         qkv_bias: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.backend = backend
-        if lepe_input not in ("x", "v"):
-            raise UserError(f"LePEAttention: lepe_input must be x or v, got {lepe_input}; choose one of them")
+        super().__init__(site, backend)
+        check_lepe("LePEAttention", lepe_kernel, lepe_input)
         self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site, even=True) ** -0.5, lepe_input
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.lepe = depthwise(site.dim, lepe_kernel)
@@ -54,12 +52,12 @@ class LePEAttention(nn.Module):
             o = enhance(self.lepe, source, grid, o, self.backend)
         return Mixed(self.proj(gated_heads(o, gates_BNM)), {})
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         return Runs("scaled_dot_product_attention", False, "dense attention is PyTorch's own fused kernel")
 
 
-class ConvMixer(nn.Module):
+class ConvMixer(Mixer):
     """What BiFormer's ablation puts in the place of attention (`topk=0`): Linear, a 5×5 depth-wise convolution, Linear.
 
     Args:
@@ -71,8 +69,7 @@ class ConvMixer(nn.Module):
     accepts = Accepts(prefix="refused")
 
     def __init__(self, site: Site, *, kernel_size: int = 5, backend: str = "auto") -> None:
-        super().__init__()
-        self.backend = backend
+        super().__init__(site, backend)
         self.value, self.conv = nn.Linear(site.dim, site.dim), depthwise(site.dim, kernel_size)
         self.proj = nn.Linear(site.dim, site.dim)
 
@@ -80,18 +77,19 @@ class ConvMixer(nn.Module):
         o = depthwise_conv(self.value(x_BNC), grid, self.conv.weight, self.conv.bias, backend=self.backend)
         return Mixed(self.proj(gated_heads(o, gates_BNM)), {})
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         return Runs("depthwise_conv", True)
 
 
-def check_kernel(kernel: int) -> None:
-    if kernel < 0 or (kernel and kernel % 2 == 0):
-        raise UserError(f"lepe_kernel: must be odd, got {kernel}; give 3 or 5, or 0 for none")
+def check_lepe(who: str, kernel: int, source: str = "x") -> None:
+    """Refuses a side that is not odd (0: no convolution), and what is neither input nor values."""
+    values.odd(who, "lepe_kernel", kernel, or_none=True, what="odd", fix="give 3 or 5, or 0 for none")
+    values.choice(who, "lepe_input", source, INPUTS, fix="set attention.lepe_input")
 
 
 def depthwise(dim: int, kernel: int) -> nn.Conv2d | None:
-    check_kernel(kernel)
+    """A depth-wise convolution that keeps the map, or None for a kernel of 0."""
     return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel else None
 
 

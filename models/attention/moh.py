@@ -12,20 +12,22 @@ Shapes: B = batch, N = tokens, C = channels, M = heads, E = routed heads, K = ac
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from conf import values
 from conf.errors import UserError
-from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
+from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.head_router import ROUTERS
-from models.attention.multihead import MultiHead, for_stage
+from models.attention.options import check_flags, for_stage
 
 BALANCES = ("loss", "bias")
 Heads = int | float | Sequence[int | float]
 
 
-class MoHAttention(nn.Module):
+class MoHAttention(Mixer):
     """Any attention with gated heads.
 
     Args:
@@ -60,28 +62,27 @@ class MoHAttention(nn.Module):
         all_reduce: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(site, backend)
         _check(router, balance, backend)
+        check_flags("moh", all_reduce=all_reduce)
         counts = for_layer("shared_heads", shared_heads, site), for_layer("routed_heads", routed_heads, site)
         shared, routed = resolve_heads(site.num_heads, *counts)
-        self.mixer, self.backend = core(site), backend
-        self.accepts, self.reads_stream = self.mixer.accepts, getattr(self.mixer, "reads_stream", False)
+        self.mixer = core(site)
+        self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
         who = type(self.mixer).__name__
         if not self.accepts.gates:
             raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")
         made = ROUTERS[router]
-        if made.reads_queries and not hasattr(self.mixer, "queries"):
+        if made.reads_queries and not self.mixer.has_queries:
             raise Refused(
                 f"router=l2 needs the queries of each token, which {who} has not", "set attention.router=relu"
             )
-        if isinstance(self.mixer, MultiHead):
-            self.mixer.gated = True
         options = {"balance": balance, "all_reduce": all_reduce, "backend": backend}
         self.router = made(site.dim, site.num_heads, shared, routed, **options)
 
-    def runs(self) -> Runs:
-        """Of the gated attention; see `models.attention.Runs`."""
-        return self.mixer.runs()
+    def runs(self, gated: bool = False) -> Runs:
+        """Of the gated attention; see `models.attention.Mixer`."""
+        return self.mixer.runs(gated=True)
 
     def forward(
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
@@ -146,9 +147,8 @@ def for_layer(name: str, value: Any, site: Site) -> Any:
 
 
 def _check(router: str, balance: str, backend: str) -> None:
-    for name, value, known in (("router", router, ROUTERS), ("balance", balance, BALANCES)):
-        if value not in known:
-            raise UserError(f"moh: {name} must be one of {', '.join(known)}, got {value!r}; set attention.{name}")
+    values.choice("moh", "router", router, ROUTERS, fix="set attention.router")
+    values.choice("moh", "balance", balance, BALANCES, fix="set attention.balance")
     if router == "relu" and balance == "loss":
         raise UserError("moh: router=relu is balanced by a bias, got balance=loss; set attention.balance=bias")
     if backend == "triton" and router != "softmax":
@@ -163,12 +163,9 @@ def resolve_heads(num_heads: int, shared: int | float, routed: int | float) -> t
         Refused: more heads than there are, none active, or some that no token can ever choose.
     """
     for name, value in (("shared_heads", shared), ("routed_heads", routed)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not value >= 0 or (isinstance(value, float) and value > 1):
-            raise UserError(
-                f"moh: {name} must be a number of heads or a fraction between 0.0 and 1.0, got {value!r}; "
-                f"set attention.{name}"
-            )
+        what = "a number of heads or a fraction between 0.0 and 1.0"
+        check = values.fraction if isinstance(value, float) else partial(values.whole, at_least=0)
+        check("moh", name, value, what=what, fix=f"set attention.{name}")
     fractions = isinstance(shared, float) and isinstance(routed, float)
     # halves go to the shared heads, so that 4 heads become 2 shared and 1 of 2 routed
     S = math.floor(shared * num_heads + 0.5) if isinstance(shared, float) else shared

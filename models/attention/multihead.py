@@ -8,50 +8,60 @@ take the places of B and N inside a windowed layout.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from kernels.dispatch import WIDEST_HEAD, is_fused
-from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.options import ratio_of
 from models.layers import window as windows
 from models.layers.reduction import PooledReduction, SpatialReduction
+from models.layers.resizable import Resizable
 
-STAGE_OF_VIT = 2  # see `for_stage`
 
-
-class Core(Protocol):
-    """Computes the heads of one sequence of tokens.
+class Core(nn.Module):
+    """Computes the heads of one sequence of tokens: `core(q_BMND, k_BMSD, v_BMSD, grid, kv_grid) -> o_BMND`.
 
     `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
-    keys). `mask` is (R, T, T), bool and True where a pair may attend, or numbers that are added to the logits; a core
-    only receives one in shifted windows.
+    keys). One that finds windows, as only such a layout needs it, also takes `mask`, (R, T, T): bool and True where a
+    pair may attend, or numbers that are added to the logits.
 
-    `runs(window, gated)` names the kernel that computes the same from the packed projection (B, N, 3·M·D), and
-    `fused(qkv, grid, num_heads, layout...)` calls it. Where that kernel finds the windows by itself, `finds_windows` is
-    true and `fused` also takes `window`, `shift` and the `padding` that completes the map; where it weights the heads,
-    `fused` takes `gates`.
+    One whose `runs` is fused has `fused(qkv_BNC, grid, num_heads, ...) -> o_BNC`, which computes the same from the
+    packed projection (B, N, 3·M·D). Where its kernel finds the windows by itself, that also takes `window`, `shift` and
+    the `padding` that completes the map; where it weights the heads, `gates`.
 
-    A core may have `context(x_BNC) -> dict`: what it reads from the tokens of each sequence besides queries, keys and
-    values. Both ways of computing then take that as keywords.
+    Attributes:
+        finds_windows: whether the kernel finds the windows of a map.
+        reads_tokens: whether both ways of computing also take what `context` gives, as keywords.
+        reads_stream: whether that is read from the input of the block, before its norm, instead of that of the layer.
     """
 
-    finds_windows: bool
+    finds_windows = False
+    reads_tokens = False
+    reads_stream = False
 
-    def __call__(
-        self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
-    ) -> Tensor: ...
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """The kernel that computes the heads in such windows, gated or not."""
+        return Runs(type(self).__name__, False, "it is written in PyTorch")
 
-    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs: ...
+    def context(self, x_BNC: Tensor) -> dict[str, Tensor]:
+        """What it reads from the tokens of each sequence besides queries, keys and values."""
+        return {}
 
-    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor: ...
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The weights (B, M, N, S) of every query on every key; with `mask` as it is called.
+
+        Raises:
+            TypeError: it has none.
+        """
+        raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
 
 
-class MultiHead(nn.Module):
+class MultiHead(Resizable, Mixer):
     """Projection → layout → core → gate → projection.
 
     Args:
@@ -64,13 +74,16 @@ class MultiHead(nn.Module):
         reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that shortens the sequence of keys and values; None for none.
         qkv_bias: whether queries, keys and values have a bias.
         head_dim: channels per head D; None for C / M.
-        backend: "auto", "triton" or "torch"; see `models.attention.Attention`.
+        accepts: what it can take, where that is not what the layout can: class tokens on the whole map alone.
+        backend: "auto", "triton" or "torch"; see `models.attention.Mixer`.
     """
+
+    has_queries = True
 
     def __init__(
         self,
         site: Site,
-        core: nn.Module,
+        core: Core,
         *,
         window: tuple[int, int] | None = None,
         shift: tuple[int, int] = (0, 0),
@@ -78,30 +91,30 @@ class MultiHead(nn.Module):
         reduce: nn.Module | None = None,
         qkv_bias: bool = True,
         head_dim: int | None = None,
+        accepts: Accepts | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.backend, self.gated = backend, False
+        super().__init__(site, backend)
         self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
         self.proj = nn.Linear(inner, site.dim)
         self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
-        self.reads_stream = getattr(core, "reads_stream", False)
-        self.accepts = Accepts(prefix="attended" if window is None and reduce is None else "refused")
+        self.reads_stream = core.reads_stream
+        self.accepts = accepts or Accepts(prefix="attended" if window is None and reduce is None else "refused")
         self.grid, self.usual_mask = site.grid, True
         mask = self._usual_mask(torch.get_default_device()) if stored_mask and any(shift) else None
         self.register_buffer("shift_mask", mask)
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
         if self.reduce is not None:
             return Runs(type(self.core).__name__, False, "its keys come from a map of another size than its queries")
         if self.head_dim > WIDEST_HEAD:
             return Runs(type(self.core).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         if not self.usual_mask:
             return Runs(type(self.core).__name__, False, "its file brought a mask of shifted windows of its own")
-        return self.core.runs(self.window, self.gated)
+        return self.core.runs(self.window, gated)
 
     def resized(self, name: str, value: Tensor) -> Tensor:
         """A stored mask for a map of another size becomes the one for the map of the site; the rest stays as it is."""
@@ -120,7 +133,7 @@ class MultiHead(nn.Module):
     def forward(
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
-        runs = self.runs()
+        runs = self.runs(gated=gates_BNM is not None)
         if runs.fused and is_fused(runs.operation, self.backend, x_BNC):
             return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
         x, local = self._split(x_BNC, grid)
@@ -165,8 +178,6 @@ class MultiHead(nn.Module):
         Raises:
             TypeError: the core has no matrix.
         """
-        if not hasattr(self.core, "matrix"):
-            raise TypeError(f"attention_matrix: {type(self.core).__name__} has no attention matrix")
         x, local = self._split(x_BNC, grid)
         q, k, _, kv_grid = self._project(x, local)
         mask = self._mask(grid, x.device)
@@ -174,7 +185,7 @@ class MultiHead(nn.Module):
 
     def _context(self, x_BNC: Tensor, stream_BNC: Tensor | None, grid: Grid) -> dict[str, Tensor]:
         """What the core reads from the tokens: of the layer, or of the block where it reads the stream."""
-        if not hasattr(self.core, "context"):
+        if not self.core.reads_tokens:
             return {}
         return self.core.context(self._split(stream_BNC if self.reads_stream else x_BNC, grid)[0])
 
@@ -202,56 +213,13 @@ class MultiHead(nn.Module):
         return self.queries(x), k, v, kv_grid
 
 
-def for_stage(name: str, value: Any, site: Site) -> Any:
-    """An option that is one value, or a list with one per stage; a plain ViT takes the third.
-
-    Its patches are of 16 pixels, as the tokens of a third stage are.
-    """
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return value
-    stage = STAGE_OF_VIT if site.kind == "vit" else site.stage
-    if stage >= len(value):
-        raise Refused(
-            f"{name}={list(value)} has no entry for stage {stage}",
-            f"set attention.{name} to one value, or one per stage",
-        )
-    return value[stage]
-
-
-def check_whole(who: str, **options: Any) -> None:
-    """Refuses options that are no whole numbers of at least 1; those called `…kernel_size` must be odd."""
-    for name, value in options.items():
-        odd = name.endswith("kernel_size")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (odd and value % 2 == 0):
-            what = "odd and positive" if odd else "a whole number of at least 1"
-            raise UserError(f"{who}: {name} must be {what}, got {value!r}; set attention.{name}")
-
-
 def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None = None) -> nn.Module | None:
     """What shortens keys and values: a convolution with stride `sr_ratio`, pooling to side `kv_pool`, or nothing.
 
     Raises:
-        ValueError: both at once.
+        ValueError: see `ratio_of`.
     """
-    ratio = for_stage("sr_ratio", sr_ratio, site)
-    check_whole("attention", sr_ratio=ratio, kv_pool=1 if kv_pool is None else kv_pool)
-    if kv_pool is None:
-        return None if ratio == 1 else SpatialReduction(site.dim, ratio)
-    if ratio != 1:
-        raise UserError(
-            f"attention: sr_ratio and kv_pool both shorten the keys, got {ratio} and {kv_pool}; "
-            "set sr_ratio=1 or kv_pool=null"
-        )
-    return PooledReduction(site.dim, kv_pool)
-
-
-def window_of(window: int | tuple[int, int] | None, grid: Grid) -> tuple[int, int] | None:
-    """The window as (height, width), no larger than the map it is built for; None stays None (the whole map)."""
-    if window is None:
-        return None
-    sides = tuple(window) if isinstance(window, Sequence) and not isinstance(window, str) else (window, window)
-    if len(sides) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
-        raise UserError(
-            f"window: sides must be at least 1, got {window!r}; give a number of tokens, two, or null for no windows"
-        )
-    return min(sides[0], grid.height), min(sides[1], grid.width)
+    ratio = ratio_of(site, sr_ratio, kv_pool)
+    if kv_pool is not None:
+        return PooledReduction(site.dim, kv_pool)
+    return None if ratio == 1 else SpatialReduction(site.dim, ratio)

@@ -5,14 +5,12 @@ Agent-Swin-T is [all, all, all, 0] (AAAB in its authors' code), Agent-Swin-B [al
 
 from collections.abc import Sequence
 
-from torch import nn
-
-from models.attention import AttentionFactory, Refused, Site
+from models.attention import AttentionFactory, Mixer, Refused, Site
 
 
 def first_blocks(
     site: Site, *, blocks: Sequence[int | str], first: AttentionFactory, rest: AttentionFactory, backend: str = "auto"
-) -> nn.Module:
+) -> Mixer:
     """The mixer of a place: `first` in the first blocks of its stage, `rest` in the others.
 
     Args:

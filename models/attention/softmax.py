@@ -16,7 +16,9 @@ from kernels.window_attention import window_attention
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.lepe import depthwise
-from models.attention.multihead import MultiHead, reduction, window_of
+from models.attention.multihead import Core, MultiHead, reduction
+from models.attention.options import check_flags, check_whole, ratio_of, window_of
+from models.layers.resizable import Resizable
 from models.layers.tokens import square_side
 
 
@@ -49,7 +51,12 @@ def softmax_attention(
         kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
         backend: "auto", "triton" or "torch"; over the whole map it is PyTorch's own fused kernel in any case.
     """
-    size = window_of(window, site.grid)
+    flags = {"shift": shift, "relative_position_bias": relative_position_bias, "stored_mask": stored_mask}
+    check_flags("softmax", **flags, qkv_bias=qkv_bias, qk_norm=qk_norm)
+    check_whole("softmax", head_dim=1 if head_dim is None else head_dim)
+    size, ratio = window_of(window, site.grid), ratio_of(site, sr_ratio, kv_pool)
+    if size is not None and (ratio != 1 or kv_pool is not None):
+        raise Refused("windows and shortened keys exclude each other", "set attention.window=null, or sr_ratio=1")
     if size is None and (shift or relative_position_bias):
         raise Refused("shift and relative_position_bias need windows", "set attention.window, or both to false")
     rolled = (0, 0)
@@ -58,14 +65,12 @@ def softmax_attention(
         rolled = tuple(w // 2 if w < side else 0 for w, side in zip(size, site.grid[:2], strict=True))
     dim = head_dim or head_channels(site)
     core = SoftmaxCore(site.num_heads, dim, size if relative_position_bias else None, qk_norm)
-    reduce = reduction(site, sr_ratio, kv_pool)
-    if size is not None and reduce is not None:
-        raise Refused("windows and shortened keys exclude each other", "set attention.window=null, or sr_ratio=1")
+    reduce = reduction(site, ratio, kv_pool)
     options = {"stored_mask": stored_mask, "qkv_bias": qkv_bias, "head_dim": dim, "backend": backend}
     return MultiHead(site, core, window=size, shift=rolled, reduce=reduce, **options)
 
 
-class SoftmaxCore(nn.Module):
+class SoftmaxCore(Core):
     """`softmax(q kᵀ / √D + bias) v` per head, and with `lepe` a 3×3 depth-wise convolution of v (CSWin) beside it."""
 
     finds_windows = True
@@ -147,7 +152,7 @@ class SoftmaxCore(nn.Module):
         return total.repeat(q_BMND.shape[0] // mask_RTT.shape[0], 1, 1, 1)
 
 
-class RelativePositionBias(nn.Module):
+class RelativePositionBias(Resizable, nn.Module):
     """One learned number per head and offset (dy, dx) inside a window; called, it gives (M, T, T)."""
 
     def __init__(self, num_heads: int, window: tuple[int, int]) -> None:

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from kernels.dispatch import WIDEST_HEAD, is_fused
-from models.attention import Accepts, Grid, Mixed, Refused, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
-from models.attention.multihead import Core, MultiHead, for_stage, window_of
+from models.attention.multihead import Core, MultiHead, reduction
+from models.attention.options import check_flags, ratio_of, stripe_of, window_of
 from models.attention.softmax import SoftmaxCore
 from models.layers import window as windows
 
-MakeCore = Callable[[int, Grid, Grid], nn.Module]  # heads, map of the queries, map of the keys
+MakeCore = Callable[[int, Grid, Grid], Core]  # heads, map of the queries, map of the keys
 
 
 def cswin_attention(
@@ -31,7 +31,7 @@ def cswin_attention(
     lepe: bool = True,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Softmax attention in cross-shaped windows, with LePE.
 
     Args:
@@ -42,6 +42,7 @@ def cswin_attention(
         qkv_bias: bias of the projection.
         backend: "auto", "triton" or "torch"; the attention is PyTorch's own fused kernel in any case.
     """
+    check_flags("cswin", lepe=lepe, qkv_bias=qkv_bias)
     dim = head_channels(site)
     options = {"qkv_bias": qkv_bias, "backend": backend}
     return lay_out(site, lambda heads, *_: SoftmaxCore(heads, dim, lepe=lepe), stripe=stripe, **options)
@@ -53,10 +54,11 @@ def lay_out(
     *,
     window: int | Sequence[int] | None = None,
     stripe: int | str | Sequence[int | str] | None = None,
-    reduce: nn.Module | None = None,
+    sr_ratio: int | Sequence[int] = 1,
+    kv_pool: int | None = None,
     qkv_bias: bool = True,
     backend: str = "auto",
-) -> nn.Module:
+) -> Mixer:
     """Who may see whom: the cores of a mechanism on the whole map, in windows, in stripes, or with fewer keys.
 
     Args:
@@ -64,31 +66,25 @@ def lay_out(
         core: called with heads, the map of the queries and that of the keys, as a core sees them.
         window: sides of windows; None for the whole map.
         stripe: width of stripes, see `cswin_attention`; None or "all" for none.
-        reduce: what shortens the keys, see `MultiHead`.
+        sr_ratio, kv_pool: what shortens the keys, see `reduction`.
 
     Raises:
         Refused: two of these at once, or stripes with an odd number of heads.
     """
-    size, width = window_of(window, site.grid), for_stage("stripe", stripe, site)
-    striped = width not in (None, "all")
-    if sum((size is not None, striped, reduce is not None)) > 1:
+    size, width, ratio = window_of(window, site.grid), stripe_of(stripe, site), ratio_of(site, sr_ratio, kv_pool)
+    if sum((size is not None, width is not None, ratio != 1 or kv_pool is not None)) > 1:
         raise Refused(
             "window, stripe and shortened keys exclude each other", "set all but one of these options to null (or 1)"
         )
-    if striped:
-        return CrossShaped(site, core, _width(width), qkv_bias=qkv_bias, backend=backend)
+    if width is not None:
+        return CrossShaped(site, core, width, qkv_bias=qkv_bias, backend=backend)
+    reduce = reduction(site, ratio, kv_pool)
     grid = site.grid if size is None else Grid(*size)
     made = core(site.num_heads, grid, reduce.reduced(grid) if reduce else grid)
     return MultiHead(site, made, window=size, reduce=reduce, qkv_bias=qkv_bias, backend=backend)
 
 
-def _width(stripe: int | str) -> int:
-    if not isinstance(stripe, int) or isinstance(stripe, bool) or stripe < 1:
-        raise UserError(f"stripe: must be tokens, a whole number of at least 1, got {stripe!r}; use e.g. 7, or all")
-    return stripe
-
-
-class CrossShaped(nn.Module):
+class CrossShaped(Mixer):
     """Projection, two cores in stripes, projection.
 
     Args:
@@ -104,27 +100,27 @@ class CrossShaped(nn.Module):
     def __init__(
         self, site: Site, core: MakeCore, stripe: int, *, qkv_bias: bool = True, backend: str = "auto"
     ) -> None:
-        super().__init__()
+        super().__init__(site, backend)
         if site.num_heads % 2:
             raise Refused(
                 f"stripes in two directions share the heads, and {site.num_heads} is odd",
                 "set attention.stripe=all, or an even model.num_heads",
             )
-        self.backend, self.stripe = backend, stripe
+        self.stripe = stripe
         self.num_heads, self.head_dim = site.num_heads // 2, head_channels(site, even=True)  # of one direction
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.proj = nn.Linear(site.dim, site.dim)
         grids = [Grid(*size) for size in self.sizes(site.grid)]
         self.cores: Sequence[Core] = nn.ModuleList(core(self.num_heads, grid, grid) for grid in grids)
-        self.reads_stream = getattr(self.cores[0], "reads_stream", False)
+        self.reads_stream = self.cores[0].reads_stream
 
     def sizes(self, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of a vertical and of a horizontal stripe."""
         height, width = grid[:2]
         return (height, min(self.stripe, width)), (min(self.stripe, height), width)
 
-    def runs(self) -> Runs:
-        """See `models.attention.Runs`."""
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`; the gates are applied behind the heads."""
         if self.head_dim > WIDEST_HEAD:
             return Runs(type(self.cores[0]).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
         return self.cores[0].runs(None, False)
@@ -158,7 +154,7 @@ class CrossShaped(nn.Module):
 
     def _context(self, core: Core, x_BNC: Tensor, grid: Grid, size: tuple[int, int]) -> dict[str, Tensor]:
         """What a core reads from its half of the channels, for every stripe: the whole map decides it."""
-        if not hasattr(core, "context"):
+        if not core.reads_tokens:
             return {}
         stripes = windows.padded(grid.height, size[0]) // size[0] * windows.padded(grid.width, size[1]) // size[1]
         return {key: value.repeat_interleave(stripes, 0) for key, value in core.context(x_BNC).items()}

@@ -55,7 +55,7 @@ class ConvNeXt(Hierarchical):
 
     def block(self, site: Site, mixer: nn.Module, rate: float) -> nn.Module:
         """That which suits the mixer: ConvNeXt's for those that say `prenorm = False`, a transformer's for others."""
-        if getattr(mixer, "prenorm", True):
+        if mixer.prenorm:
             return super().block(site, mixer, rate)
         shared = {"mlp_ratio": self.mlp_ratios[site.stage], "layer_scale": self.layer_scale}
         return ConvNeXtBlock(site.dim, mixer, drop_path=rate, **shared)

@@ -50,6 +50,7 @@ class Hierarchical(Backbone, ABC):
     positioned = False  # whether the blocks encode positions by convolution themselves
     attention_stages: Sequence[int] | None = None  # those with mixers; None for all
     last_prefix = 0  # tokens in front of the map of the last stage
+    trained_on: tuple[int, int] | None = None  # pixels in whose maps mixers measure distances; None for image_size
     stage_type = Stage
     only_patch_size: int | None = None  # of a stem that has no other
     patch_eps, norm_eps = 1e-5, 1e-5  # of the norms of patches, and of those of blocks and of the last one
@@ -140,8 +141,12 @@ class Hierarchical(Backbone, ABC):
         drop_path: float,
     ) -> list[Place]:
         """Every block in order, its mixer, and its drop path rate, which grows linearly from 0 at the first."""
+        options = [
+            {"positioned": self.positioned, "measured_in": self.trained_on and cells(self.trained_on, stride)}
+            for stride in self.strides
+        ]
         sites = [
-            Site(dim, num_heads[s], self.grids[s], s, block, depths[s], self.kind, self.positioned)
+            Site(dim, num_heads[s], self.grids[s], s, block, depths[s], self.kind, **options[s])
             for s, dim in enumerate(self.channels)
             for block in range(depths[s])
         ]

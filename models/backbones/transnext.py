@@ -12,13 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from conf.errors import UserError
 from models.attention import AttentionFactory, Site
 from models.backbones.base import pair
 from models.backbones.pvt_v2 import PVTv2
 from models.layers.block import Block
 from models.layers.mlp import ConvGLU
-from models.layers.patch_embed import cells
 
 
 class TransNeXt(PVTv2):
@@ -26,7 +24,7 @@ class TransNeXt(PVTv2):
 
     Args:
         pretrain_size: pixels of the images that the weights were trained on first, one number or (height, width): the
-            biases of an attention that measures distances (`aggregated`, `cosine`) measure them in the maps of these,
+            biases of an attention that measures distances (`aggregated`, `cosine`) do so in the maps of these,
             so that the same weights are the same function whatever `image_size` is. None for image_size.
         attention, image_size, num_classes, options: see `Hierarchical` and `PVTv2`.
 
@@ -46,29 +44,10 @@ class TransNeXt(PVTv2):
         pretrain_size: int | Sequence[int] | None = None,
         **options: Any,
     ) -> None:
+        self.trained_on = pair(image_size) if pretrain_size is None else pair(pretrain_size, "pretrain_size")
         super().__init__(attention, image_size, num_classes, **options)
-        trained = pair(image_size) if pretrain_size is None else pair(pretrain_size, "pretrain_size")
-        for stage, stride in zip(self.stages, self.strides, strict=True):
-            for block in stage.blocks:
-                measure_in(cells(trained, stride), block.attn)
 
     def block(self, site: Site, mixer: nn.Module, rate: float) -> Block:
         block = super().block(site, mixer, rate)
         block.mlp = ConvGLU(site.dim, int(site.dim * self.mlp_ratios[site.stage]))
         return block
-
-
-def measure_in(size: tuple[int, int], mixer: nn.Module) -> None:
-    """Lets every bias of a mixer that has a `pretrain_size`, the sides of a map, measure in a map of this size.
-
-    Raises:
-        ValueError: the mechanism was given another one.
-    """
-    for module in mixer.modules():
-        if hasattr(module, "pretrain_size"):
-            if module.pretrain_size != tuple(mixer.site.grid[:2]):
-                raise UserError(
-                    f"TransNeXt: distances are measured as model.pretrain_size says, got {module.pretrain_size} from "
-                    "the attention; set attention.pretrain_size=null"
-                )
-            module.pretrain_size = size

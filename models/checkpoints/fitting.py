@@ -69,12 +69,14 @@ def skeleton(name: str, **settings: Any) -> Skeleton:
     """Names and shapes of the state dict of a model, which is made without memory."""
     import torch
 
+    from models.layers.resizable import Resizable
+
     with torch.device("meta"):
         model = create_model(name, **settings)
     resized = {
         f"{path}.{key}": functools.partial(module.resized, key)
         for path, module in model.named_modules()
-        if hasattr(module, "resized")
+        if isinstance(module, Resizable)
         for key in (*module._parameters, *module._buffers)
     }
     shapes = {key: value.shape for key, value in model.state_dict().items()}

@@ -28,7 +28,7 @@ class AdaptiveBlock(nn.Module):
         self.attn = mixer
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.modulation = nn.Linear(dim, 6 * dim)
-        self.reads_stream = getattr(mixer, "reads_stream", False)
+        self.reads_stream = mixer.reads_stream
 
     def forward(self, x_BNC: Tensor, grid: tuple, condition_BC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The condition comes through its SiLU, which is the same for all blocks."""

@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.post_norm, self.mlp_kernel = post_norm, mlp_kernel
         self.position, self.mlp_position = position, mlp_position
         self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale(dim, layer_scale)
-        self.reads_stream = getattr(mixer, "reads_stream", False)
+        self.reads_stream = mixer.reads_stream
         self.mlp = None
         if mlp_ratio:
             self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from kernels.depthwise_conv import depthwise_conv
 from kernels.layer_norm import WIDEST, conv_norm
+from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens
 
 
-class LearnedPosition(nn.Module):
+class LearnedPosition(Resizable, nn.Module):
     """Adds a learned vector per token; on another map size the table is resized.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.layers.resizable import Resizable
 
 
 def frequencies(count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def position_table(height: int, width: int, dim: int, device: torch.device | Non
     return table_HWC.flatten(0, 1)[None].float()
 
 
-class FixedPosition(nn.Module):
+class FixedPosition(Resizable, nn.Module):
     """Adds `position_table`: a parameter that is never trained, as in the files of MAE and DiT.
 
     A map of another size gets the table of that size.

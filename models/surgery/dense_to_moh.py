@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.attention import Attention, Site, build
+from models.attention import Mixer, Site, build, mixers_of
 from models.attention.moh import MoHAttention, start_undecided
+from models.surgery.timm_models import is_of_timm
 
 
 def to_moh(
@@ -33,12 +34,8 @@ def to_moh(
     Raises:
         ValueError: no place, gates that are there already, or heads that do not fit; the model is as before.
     """
-    found = {
-        name: mixer
-        for name, mixer in model.named_modules()
-        if isinstance(mixer, Attention) and isinstance(getattr(mixer, "site", None), Site)
-    }
-    if not found or any(hasattr(mixer, "origin") for mixer in found.values()):
+    found = dict(mixers_of(model))
+    if not found or is_of_timm(model):
         raise UserError(
             f"to_moh: the model must be of models.create_model and have attention, got {type(model).__name__}; "
             'give a model of timm to models.attention.replace(model, "moh")'
@@ -49,18 +46,12 @@ def to_moh(
     if not names:
         raise UserError(f"to_moh: where must choose a place, got none of {len(found)}; see models.attention.Site")
 
-    def gated_mixer(site: Site) -> nn.Module:
+    def gated_mixer(site: Site) -> Mixer:
         mixer = found[names[site]]
         module = MoHAttention(site, core=lambda _: mixer, shared_heads=shared, routed_heads=routed, **options)
         return module.train(mixer.training)
 
-    try:
-        made = build(gated_mixer, list(names))
-    except ValueError:
-        for mixer in filter(lambda mixer: hasattr(mixer, "gated"), found.values()):
-            mixer.gated = False
-        raise
-    for module, name in zip(made, names.values(), strict=True):
+    for module, name in zip(build(gated_mixer, list(names)), names.values(), strict=True):
         start_undecided(module.router)
         weight = next(module.mixer.parameters())
         module.router.to(weight.device)

@@ -18,6 +18,8 @@ from torch.func import functional_call
 from conf import names
 from conf.errors import UserError
 from models.attention import AttentionFactory, Refused, Site, build, check
+from models.attention.multihead import MultiHead
+from models.attention.softmax import SoftmaxCore
 from models.factory import compose_model, factory, merged
 from models.surgery.timm_models import Origin, Place, call, origin, places, put
 
@@ -99,7 +101,7 @@ def replace(
 
     def fitted(site: Site) -> nn.Module:
         place, make = chosen[site], factories[site.stage]
-        follows[site] = origin(model, place.attention)
+        follows[site] = origin(model, place)
         given = options if isinstance(attention, str) else getattr(make, "keywords", {})
         return _mixer(place, make, follows[site], given)
 
@@ -182,7 +184,7 @@ def _mixer(place: Place, make: AttentionFactory, follow: Origin, given: Mapping[
             f"it works on the map alone and cannot take the {site.grid.prefix} class or register token(s)",
             'create the model with class_token=False, global_pool="avg", or choose another mechanism',
         )
-    if getattr(mixer, "reads_stream", False):
+    if mixer.reads_stream:
         raise Refused(
             "it also reads the tokens before their norm, which the blocks of timm do not hand on",
             "use models.create_model, or residual_input=normed",
@@ -218,9 +220,10 @@ def _initialise(module: nn.Module) -> None:
 
 def _keep_norms(attention: nn.Module, mixer: nn.Module) -> bool:
     """Whether the norms of queries and keys could be taken over, as they are."""
-    core, old = getattr(mixer, "core", mixer), getattr(attention, "core", attention)
-    if isinstance(getattr(core, "q_norm", nn.Identity()), nn.Identity):
+    core = mixer.core if isinstance(mixer, MultiHead) else None
+    if not isinstance(core, SoftmaxCore) or isinstance(core.q_norm, nn.Identity):
         return False
+    old = attention.core if isinstance(attention, MultiHead) else attention  # timm's
     core.q_norm, core.k_norm = old.q_norm, old.k_norm
     return True
 

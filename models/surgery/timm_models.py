@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.attention import Attention, Grid, Mixed, Refused, Site
+from models.attention import Grid, Mixed, Mixer, Refused, Site
 
 
 class Origin(NamedTuple):
@@ -69,18 +69,19 @@ def _place(name: str, block: nn.Module, dim: int, grid: Grid, *position: Any) ->
             f"replace: every block must have one attention, got a {type(block).__name__} as {name}; "
             "choose a model with timm's plain Block, e.g. deit_small_patch16_224"
         )
-    heads = getattr(getattr(attention, "site", attention), "num_heads", 0)  # of one of ours, or of timm's
+    heads = attention.site.num_heads if isinstance(attention, Mixer) else getattr(attention, "num_heads", 0)
     return Place(f"{name}.attn", Site(dim, heads, grid, *position), block, attention)
 
 
-def origin(model: nn.Module, attention: nn.Module) -> Origin:
+def origin(model: nn.Module, place: Place) -> Origin:
     """What a new mixer has to follow.
 
     Raises:
         Refused: it has something that no mechanism of ours has.
     """
-    if isinstance(attention, Attention):  # one of ours, put here before
-        return attention.origin
+    attention = place.attention
+    if isinstance(attention, Mixer):  # one of ours, put here before
+        return place.block.origin if isinstance(place.block, MapBlock) else _maps(model).origins[place.name]
     if type(attention) not in (ViTAttention, WindowAttention):
         raise Refused(
             f"its attention is a {type(attention).__name__}, not the plain one of timm", "choose another model"
@@ -108,7 +109,7 @@ def _present(attention: nn.Module, name: str) -> bool:
 
 def call(place: Place, x_BNC: Tensor) -> Tensor:
     """What the attention at this place gives for tokens of the map of its site, (B, N, C)."""
-    if isinstance(place.attention, Attention):
+    if isinstance(place.attention, Mixer):
         return place.attention.forward(x_BNC, place.site.grid).x  # without the hooks
     if isinstance(place.attention, WindowAttention):
         return place.block._attn(x_BNC.unflatten(1, place.site.grid[:2])).flatten(1, 2)
@@ -117,18 +118,26 @@ def call(place: Place, x_BNC: Tensor) -> Tensor:
 
 def put(model: nn.Module, place: Place, mixer: nn.Module, origin: Origin) -> None:
     """The mixer in the place of the attention; what it replaces can be replaced once more."""
-    mixer.site, mixer.origin = place.site, origin
     if isinstance(model, SwinTransformer):
-        model.layers[place.site.stage].blocks[place.site.block] = MapBlock(place.block, mixer)
+        model.layers[place.site.stage].blocks[place.site.block] = MapBlock(place.block, mixer, origin)
         return
-    embed = model.patch_embed
-    maps = next((hook for hook in embed._forward_hooks.values() if isinstance(hook, Maps)), None)
+    maps = _maps(model)
     if maps is None:
         maps = Maps(model.num_prefix_tokens)
-        embed.register_forward_hook(maps)
+        model.patch_embed.register_forward_hook(maps)
+    maps.origins[place.name] = origin
     mixer.register_forward_pre_hook(maps.hand, with_kwargs=True)
     mixer.register_forward_hook(_tokens)
     place.block.attn = mixer
+
+
+def is_of_timm(model: nn.Module) -> bool:
+    """Whether it is, or holds, a model that `places` knows."""
+    return any(isinstance(module, VisionTransformer | SwinTransformer) for module in model.modules())
+
+
+def _maps(model: VisionTransformer) -> "Maps | None":
+    return next((hook for hook in model.patch_embed._forward_hooks.values() if isinstance(hook, Maps)), None)
 
 
 class Maps:
@@ -136,11 +145,11 @@ class Maps:
 
     A map is found again by its number of tokens, so that gradient checkpointing may run a block once more after a
     forward pass of another size. Two sizes with equally many tokens, say 8x12 and 12x8 patches, must then not be on
-    their way at the same time.
+    their way at the same time. `origins` has what each mixer followed, by the name of its place.
     """
 
     def __init__(self, prefix: int) -> None:
-        self.prefix, self.grids = prefix, {}
+        self.prefix, self.grids, self.origins = prefix, {}, {}
 
     def __call__(self, embed: nn.Module, images: tuple[Tensor], patches: Tensor) -> None:
         sides = patches.shape[1:3] if patches.ndim == 4 else embed.grid_size  # a model of one size gives (B, H·W, C)
@@ -165,8 +174,9 @@ def _tokens(mixer: nn.Module, arguments: tuple, mixed: Mixed) -> Tensor:
 class MapBlock(nn.Module):
     """timm's Swin block, with a mixer that is given the whole map (B, H, W, C) and its true size."""
 
-    def __init__(self, block: nn.Module, mixer: nn.Module) -> None:
+    def __init__(self, block: nn.Module, mixer: nn.Module, origin: Origin) -> None:
         super().__init__()
+        self.origin = origin
         for name, part in block.named_children():  # in their order, by which optimizers number the parameters
             self.add_module(name, mixer if name == "attn" else part)
         self.training, self.dim, self.input_resolution = block.training, block.dim, block.input_resolution

@@ -294,7 +294,7 @@ def test_refuses_agents_that_form_no_grid(asked: int | list[int]) -> None:
         ({"kernel_size": -1}, "agent_attention: kernel_size must be odd and positive, got -1; set"),
         ({"bias_size": 0}, "agent_attention: bias_size must be a whole number of at least 1, got 0; set"),
         ({"sr_ratio": 0}, "attention: sr_ratio must be a whole number of at least 1, got 0; set attention.sr_ratio"),
-        ({"window": 0}, "window: sides must be at least 1, got 0"),
+        ({"window": 0}, "window must be a side of at least 1, or two, got 0"),
     ],
 )
 def test_refuses_wrong_options(options: dict, message: str) -> None:

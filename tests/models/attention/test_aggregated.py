@@ -220,7 +220,10 @@ def test_class_tokens_are_refused() -> None:
         ({"sr_ratio": 0}, "aggregated: sr_ratio must be a whole number of at least 1, got 0; set attention.sr_ratio"),
         ({"fixed_pool_size": 0}, "aggregated: fixed_pool_size must be a whole number of at least 1, got 0; set att"),
         ({"hidden": 0}, "aggregated: hidden must be a whole number of at least 1, got 0; set attention.hidden"),
-        ({"pretrain_size": 0}, "pretrain_size must be at least 1, got 0; give the height and width of a map"),
+        (
+            {"pretrain_size": 0},
+            "pretrain_size must be a whole number of at least 1, or two, got 0; give the h",
+        ),
     ],
 )
 def test_meaningless_options(options: dict, message: str) -> None:

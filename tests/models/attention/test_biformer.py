@@ -222,11 +222,14 @@ def test_the_configuration_serves_small_maps() -> None:
     ("options", "message"),
     [
         ({"topk": 0}, "BiLevelRoutingAttention: topk must be a positive number or all, got 0; set attention.topk"),
-        ({"topk": "most"}, "topk must be a positive number or all, got most"),
-        ({"num_regions": 0}, "num_regions must be at least 1, got 0; give the regions per side"),
-        ({"lepe_kernel": 4}, "lepe_kernel: must be odd, got 4; give 3 or 5"),
-        ({"padding": "none"}, "padding must be input or qkv, got none; choose one of them"),
-        ({"routing": "softly"}, "routing must be one of hard, soft_detached, soft, soft_learned, got softly"),
+        ({"topk": "most"}, "topk must be a positive number or all, got 'most'"),
+        ({"num_regions": 0}, "num_regions must be a whole number of at least 1, got 0; set attention.num_regions"),
+        ({"lepe_kernel": 4}, "lepe_kernel must be odd, got 4; give 3 or 5"),
+        ({"padding": "none"}, "padding must be input or qkv, got 'none'; set attention.padding"),
+        (
+            {"routing": "softly"},
+            "routing must be one of hard, soft_detached, soft, soft_learned, got 'softly'",
+        ),
         ({"topk": True}, "topk must be a positive number or all, got True"),
     ],
 )
@@ -268,9 +271,11 @@ def test_what_has_no_routes_or_matrix_says_so() -> None:
 
 
 def test_wrong_lepe_input() -> None:
-    with pytest.raises(ValueError, match="LePEAttention: lepe_input must be x or v, got q; choose one of them"):
+    with pytest.raises(
+        ValueError, match=r"LePEAttention: lepe_input must be x or v, got 'q'; set attention.lepe_input"
+    ):
         LePEAttention(site(7, 7), lepe_input="q")
-    with pytest.raises(ValueError, match="lepe_kernel: must be odd, got 4; give 3 or 5, or 0 for none"):
+    with pytest.raises(ValueError, match="lepe_kernel must be odd, got 4; give 3 or 5, or 0 for none"):
         LePEAttention(site(7, 7), lepe_kernel=4)
 
 

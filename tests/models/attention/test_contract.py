@@ -7,20 +7,17 @@ import torch
 from torch import nn
 
 from models import list_attentions
-from models.attention import Accepts, Grid, Mixed, Refused, Site, build, check
+from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Site, build, check
 from models.attention.softmax import softmax_attention
 from models.factory import compose_model, instantiate
 
 SITE = Site(dim=16, num_heads=2, grid=Grid(4, 6), stage=0, block=0, depth=2, kind="hierarchical")
 
 
-class Plain(nn.Module):
+class Plain(Mixer):
     """Takes maps without class tokens, in two kinds of backbone."""
 
     accepts = Accepts(prefix="refused", kinds=frozenset({"hybrid", "hierarchical"}))
-
-    def __init__(self, site):
-        super().__init__()
 
     def forward(self, x_BNC, grid, gates_BNM=None):
         return Mixed(x_BNC, {})
@@ -61,7 +58,7 @@ def test_every_misfit_is_listed_at_once():
 def test_the_kind_of_backbone_is_checked():
     with pytest.raises(Refused, match=r"backbone of kind vit; choose a model of kind hierarchical or hybrid"):
         check(Plain(SITE), SITE._replace(kind="vit"))
-    with pytest.raises(Refused, match=r"Linear has no `accepts`, so it is not an attention mechanism"):
+    with pytest.raises(Refused, match=r"Linear is no `Mixer`, so it is not an attention mechanism"):
         check(nn.Linear(1, 1), SITE)
 
 

@@ -131,9 +131,12 @@ def test_class_tokens_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": 0}, "cosine: hidden must be at least 1, got 0; give the channels of the bias MLP"),
-        ({"pretrain_size": 0}, "cosine: pretrain_size must be at least 1, got 0; give the height and width of a map"),
-        ({"pretrain_size": (7, 0)}, "cosine: pretrain_size must be at least 1"),
+        ({"hidden": 0}, "cosine: hidden must be a whole number of at least 1, got 0; set attention.hidden"),
+        (
+            {"pretrain_size": 0},
+            "cosine: pretrain_size must be a whole number of at least 1, or two, got 0; give",
+        ),
+        ({"pretrain_size": (7, 0)}, "cosine: pretrain_size must be a whole number of at least 1, or two"),
     ],
 )
 def test_meaningless_options(options: dict, message: str) -> None:

@@ -158,10 +158,13 @@ def test_class_tokens_are_refused_in_every_block(block: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "dual: window must be at least 1, got 0; give the side of the windows in tokens"),
+        (
+            {"window": 0},
+            "dual: window must be a whole number of at least 1, or two, got 0; give the side",
+        ),
         ({"cpe_kernel": 2}, "dual: cpe_kernel must be odd, got 2; give 3, or 0 for no position encoding"),
         ({"cpe_kernel": -1}, "dual: cpe_kernel must be odd, got -1"),
-        ({"scale": "none"}, "dual: scale must be head_dim or tokens, got none; choose one of them"),
+        ({"scale": "none"}, "dual: scale must be head_dim or tokens, got 'none'; set attention.scale"),
     ],
 )
 def test_meaningless_options(options: dict, message: str) -> None:

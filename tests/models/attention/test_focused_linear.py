@@ -274,7 +274,7 @@ def test_compiles_as_one_graph(options: dict, autocast: bool) -> None:
         ),
         ({"sr_ratio": 0}, "attention: sr_ratio must be a whole number of at least 1, got 0; set"),
         ({"kv_pool": 0}, "attention: kv_pool must be a whole number of at least 1, got 0; set"),
-        ({"window": 0}, "window: sides must be at least 1, got 0"),
+        ({"window": 0}, "window must be a side of at least 1, or two, got 0"),
     ],
 )
 def test_refuses_wrong_options(options: dict, message: str) -> None:

@@ -180,7 +180,7 @@ def test_an_empty_batch() -> None:
         ({"window": 2, "stripe": 2}, r"window, stripe and shortened keys exclude each other; set all but one of these"),
         ({"sr_ratio": 2, "stripe": 2}, r"window, stripe and shortened keys exclude each other"),
         ({"sr_ratio": [2]}, None),
-        ({"stripe": 0}, r"stripe: must be tokens, a whole number of at least 1, got 0; use e.g. 7, or all"),
+        ({"stripe": 0}, r"stripe must be tokens, a whole number of at least 1, got 0; use e.g. 7, or all"),
         (
             {"stripe": 2, "heads": 1},
             r"stripes in two directions share the heads, and 1 is odd; set attention.stripe=all",

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.moh_attention import largest
 from models import create_model
-from models.attention import Accepts, Grid, Mixed, Refused, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Site
 from models.attention.biformer import BiLevelRoutingAttention
 from models.attention.cosine import cosine_attention
 from models.attention.dual import dual_attention
@@ -233,7 +233,7 @@ def test_meaningless_numbers(shared: float, routed: float, name: str) -> None:
         resolve_heads(8, shared, routed)
 
 
-class Convolution(nn.Module):
+class Convolution(Mixer):
     """A mixer without heads."""
 
     accepts = Accepts(gates=False)
@@ -244,7 +244,7 @@ class Convolution(nn.Module):
 
 def test_attention_without_gates_is_refused() -> None:
     with pytest.raises(Refused, match=r"moh cannot gate the heads of Convolution; choose another attention.core"):
-        MoHAttention(site(), core=lambda place: Convolution())
+        MoHAttention(site(), core=Convolution)
 
 
 MAIN = """

@@ -74,7 +74,7 @@ def test_wrong_options_are_named():
         softmax_attention(site(), shift=True)
     with pytest.raises(Refused, match=r"16 channels do not divide into 3 heads; change model.num_heads or model.dim"):
         softmax_attention(site(heads=3))
-    with pytest.raises(ValueError, match=r"window: sides must be at least 1, got 0; give a number of tokens"):
+    with pytest.raises(ValueError, match=r"window must be a side of at least 1, or two, got 0; give a number"):
         softmax_attention(site(), window=0)
     with pytest.raises(TypeError, match=r"ChannelCore has no attention matrix"):
         dual_attention(site(block=1), cpe_kernel=0).attention_matrix(torch.randn(1, 48, 16), MAP)

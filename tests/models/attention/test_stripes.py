@@ -213,10 +213,10 @@ def test_plans_that_do_not_fit(blocks: list, message: str) -> None:
         (
             softmax_attention,
             {"window": [7]},
-            r"window: sides must be at least 1, got \[7\]; give a number of tokens",
+            r"window must be a side of at least 1, or two, got \[7\]; give a number of tokens",
         ),
-        (softmax_attention, {"window": "all"}, "window: sides must be at least 1, got 'all'; give"),
-        (inline_attention, {"window": 2.5}, "window: sides must be at least 1, got 2.5"),
+        (softmax_attention, {"window": "all"}, "window must be a side of at least 1, or two, got 'all'; give"),
+        (inline_attention, {"window": 2.5}, "window must be a side of at least 1, or two, got 2.5"),
     ],
 )
 def test_wrong_types_are_named(factory, options: dict, message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import Accepts, Grid, Mixed, Site
+from models.attention import Grid, Mixed, Mixer, Site
 
 TOLERANCE = 1e-5  # of the largest value: the same fp32 sums in another order
 Rules = list[tuple[str, str]]
@@ -29,11 +29,9 @@ def recorder() -> Callable[[Site], nn.Module]:
     return factory
 
 
-class _Recorded(nn.Module):
-    accepts = Accepts()
-
+class _Recorded(Mixer):
     def __init__(self, sites: list[Site], site: Site) -> None:
-        super().__init__()
+        super().__init__(site)
         sites.append(site)
         self.proj = nn.Linear(site.dim, site.dim)
 

@@ -77,7 +77,7 @@ def test_the_size_of_the_first_training_is_given_once_and_in_pixels():
         create_model("transnext_tiny", pretrain_size=0, **SMALL)
     attention = partial(aggregated_attention, pretrain_size=7)
     text = (
-        r"TransNeXt: distances are measured as model.pretrain_size says, got \(7, 7\) from the attention; "
+        r"attention: distances are measured as model.pretrain_size says, got \(7, 7\) from the attention; "
         r"set attention.pretrain_size=null"
     )
     with torch.device("meta"), pytest.raises(ValueError, match=text):

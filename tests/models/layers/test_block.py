@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from models.attention import Accepts, Grid, Mixed
+from models.attention import Grid, Mixed, Mixer, Site
 from models.layers.block import Block, Stage, drop_path_rates, frozen_statistics, scale
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.position import ConvPosition
 
 
-class Double(nn.Module):
-    accepts = Accepts()
+class Double(Mixer):
+    def __init__(self):
+        super().__init__(Site(8, 2, Grid(3, 4), 0, 0, 1, "vit"))
 
     def forward(self, x, grid):
         return Mixed(2 * x, {"half": x.mean()})

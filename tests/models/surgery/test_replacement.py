@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from models.attention import Accepts, Grid, Mixed, replace
+from models.attention import Grid, Mixed, Mixer, replace
 from models.attention.agent import agent_attention
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
@@ -42,13 +42,11 @@ def images(height=32, width=48):
     return torch.randn(2, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(height))
 
 
-class Noted(nn.Module):
+class Noted(Mixer):
     """A mixer that changes nothing and keeps the maps it was given."""
 
-    accepts = Accepts()
-
     def __init__(self, site):
-        super().__init__()
+        super().__init__(site)
         self.weight, self.grids = nn.Parameter(torch.ones(site.dim)), []
 
     def forward(self, x_BNC, grid, gates_BNM=None):
