@@ -1,8 +1,8 @@
 """The tables of recipes: `python -m recipes` prints the long one, `python -m recipes --write` puts it into
-recipes/README.md, and a short one, by paper, into README.md.
+docs/reference/recipes.md, and a short one, by paper.
 
 Parameters and multiply-adds are those that the row of the model records; of a recipe that changes the model itself they
-are counted, once, and then taken from recipes/README.md. The top-1, or the FID, is the paper's, and the status says
+are counted, once, and then taken from that page. The top-1, or the FID, is the paper's, and the status says
 whether we have seen it: `unverified`, `forward` (the authors' weights give it here) or `trained` (a run of ours gives
 it).
 """
@@ -17,7 +17,7 @@ import yaml
 
 from conf import families, recipes
 
-FILE, SHORT_FILE = recipes.ROOT / "README.md", recipes.ROOT.parent / "README.md"
+FILE = recipes.ROOT.parent / "docs" / "reference" / "recipes.md"
 HEAD = ("`recipe=`", "model", "parameters", "FLOPs", "paper top-1 or FID", "status")
 NUMBERS = (2, 3, 4)  # columns that are set to the right
 TRAINED = {"drop_path"}  # settings of a model that change how it is trained, not what it costs
@@ -33,7 +33,7 @@ def table(anew: bool = False) -> str:
 
 
 def written() -> dict[str, tuple[str, ...]]:
-    """The rows of recipes/README.md, by recipe."""
+    """The rows of the page, by recipe."""
     lines = FILE.read_text().partition("<!-- recipes -->\n")[2].partition("<!-- /recipes -->")[0].splitlines()
     rows = [tuple(cell.strip() for cell in line.strip("| ").split("|")) for line in lines if line.startswith("| `")]
     return {row[0].strip("`"): row for row in rows if row != HEAD}
@@ -88,11 +88,10 @@ def figure(target: dict[str, Any]) -> str:
     return f"FID {target['value']}" if target["metric"] == "fid" else str(target["value"])
 
 
-def updated(text: str, current: str) -> str:
-    """A file with the current table between its markers."""
-    return re.sub(
-        r"(<!-- recipes -->\n).*?(\n<!-- /recipes -->)", lambda m: m[1] + current + m[2], text, flags=re.DOTALL
-    )
+def updated(text: str, current: str, name: str) -> str:
+    """A page with the current table between the markers of this name."""
+    between = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+    return re.sub(between, lambda match: match[1] + current + match[2], text, flags=re.DOTALL)
 
 
 def _in_short(each: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -161,7 +160,7 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--write"]):
         sys.exit(f"recipes: no such option, got {' '.join(arguments)}; use python -m recipes [--write]")
     if arguments:
-        for file, current in ((FILE, table(anew=True)), (SHORT_FILE, short_table())):
-            file.write_text(updated(file.read_text(), current))
+        text = updated(FILE.read_text(), short_table(), "papers")
+        FILE.write_text(updated(text, table(anew=True), "recipes"))
     else:
         print(table())

@@ -1,53 +1,59 @@
-"""The tables of the README, from the fields of conf/: `python -m models.tables` writes them anew, without a model.
+"""The reference in docs/ and the table of the README, from the fields of conf/: `python -m models.tables` writes them.
 
-`--count <name> …` counts models and prints the field `counted` of their rows.
+No model is made for them. `--count <name> …` counts models and prints the field `counted` of their rows.
 """
 
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from conf import families
-from models import list_attentions
+from models import list_attentions, recipe_tables
 
-README = families.CONF.parent / "README.md"
+ROOT = families.CONF.parent
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def pages() -> dict[Path, str]:
+    """Every page of `TABLES` as it should be: what is between a pair of markers is written anew."""
+    found = {}
+    for path, tables in TABLES.items():
+        found[path] = path.read_text()
+        for name, table in tables.items():
+            found[path] = recipe_tables.updated(found[path], table(), name)
+    return found
 
 
 def attention_table() -> str:
-    """Markdown: name, mechanism, paper, cost, class token, options with their defaults."""
-    head = "| `attention=` | mechanism | paper | cost in tokens | class token | options |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *(_attention_row(name) for name in list_attentions())])
+    """Markdown: name, mechanism, paper, cost, class token."""
+    return _table(
+        ("`attention=`", "mechanism", "paper", "cost in tokens", "class token"),
+        (_attention_row(name) for name in list_attentions()),
+    )
 
 
-def model_table() -> str:
-    """Markdown, one line per family: names, paper, image size, parameters with 1000 classes, multiply-adds, score.
-
-    Raises:
-        ValueError: a row without `counted`.
-    """
-    columns = ["`model=`", "paper", "pixels", "parameters (M)", "FLOPs (G)", "published top-1 (%) or FID"]
-    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
-    if missing := " ".join(name for name, row in families.models().items() if not row["counted"]):
-        raise ValueError(
-            f"models.tables: there are no figures of {missing}; put what `python -m models.tables --count {missing}` "
-            "prints into the row"
-        )
-    by_family: dict[str, dict[str, dict]] = {}
-    for name, row in families.models().items():
-        by_family.setdefault(row["family"], {})[name] = row
-    return "\n".join([head, *(_family_row(family, rows) for family, rows in by_family.items())])
+def option_sections() -> str:
+    """Markdown: the options of every mechanism with their defaults and what the file says of them."""
+    return "\n\n".join(_option_section(name) for name in list_attentions())
 
 
-def update(text: str) -> str:
-    """The README with current tables between their markers."""
-    for name, table in [("attentions", attention_table()), ("models", model_table())]:
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
-    return text
+def family_table() -> str:
+    """Markdown, one line per paper: its families with the number of their models, and the range of parameters."""
+    by_paper: dict[str, dict[str, dict[str, dict]]] = {}
+    for family, rows in _by_family().items():
+        by_paper.setdefault(_paper(next(iter(rows.values()))), {})[family] = rows
+    head = ("paper", "families, and how many models", "parameters (M)")
+    return _table(head, (_paper_row(*papers) for papers in by_paper.items()))
+
+
+def model_sections() -> str:
+    """Markdown: a section per family, one line per model, in the order of their cost."""
+    return "\n\n".join(_model_section(family, rows) for family, rows in _by_family().items())
 
 
 class Cost(NamedTuple):
@@ -70,16 +76,61 @@ def cost_of(name: str) -> Cost:
     return Cost(parameters(model), multiply_adds(model, pair(families.models()[name]["image_size"])))
 
 
-def _attention_row(name: str) -> str:
+def _by_family() -> dict[str, dict[str, dict]]:
+    """Rows by family and name; in a family in the order of their cost.
+
+    Raises:
+        ValueError: a row without `counted`.
+    """
+    if missing := " ".join(name for name, row in families.models().items() if not row["counted"]):
+        raise ValueError(
+            f"models.tables: there are no figures of {missing}; put what `python -m models.tables --count {missing}` "
+            "prints into the row"
+        )
+    found: dict[str, dict[str, dict]] = {}
+    for name, row in sorted(families.models().items(), key=lambda item: (item[1]["counted"]["multiply_adds"], item[0])):
+        found.setdefault(row["family"], {})[name] = row
+    return dict(sorted(found.items()))
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *map(" | ".join, rows)]
+    return "\n".join(f"|{line}|" if line.startswith("---") else f"| {line} |" for line in lines)
+
+
+def _attention_row(name: str) -> tuple[str, ...]:
     about, _, cost = _comment(_file(name)).partition("Cost: ")
-    paper = re.search(r"arXiv:([\d.]+\d)", about)
     mechanism = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
-    settings = _settings(name)
-    options = [f"`{k}={plain(v)}`" for k, v in settings.items() if not k.startswith("_") and not isinstance(v, dict)]
-    options += ["`attention@attention.core=softmax`"] if "core" in settings else []
+    paper = re.search(r"arXiv:([\d.]+\d)", about)
     token = "no" if "no class token" in cost.lower() else "yes"
     link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
-    return f"| `{name}` | {mechanism} | {link} | {re.split('[.;,] ?', cost)[0]} | {token} | {' '.join(options)} |"
+    return f"[`{name}`](#{name})", mechanism, link, re.split("[.;,] ?", cost)[0], token
+
+
+def _option_section(name: str) -> str:
+    """Heading, what the file says at its top, options."""
+    settings, said = _settings(name), _said(name)
+    options = {key: value for key, value in settings.items() if not key.startswith("_") and not isinstance(value, dict)}
+    rows = [(f"`{key}`", f"`{plain(value)}`", said.get(key, "")) for key, value in options.items()]
+    if "core" in settings:
+        rows.append(("`attention@attention.core`", "`softmax`", "the attention whose heads are weighted"))
+    file = f"[conf/attention/{name}.yaml](../../conf/attention/{name}.yaml)"
+    table = _table(("option", "default", ""), ((key, value, text.replace("|", "\\|")) for key, value, text in rows))
+    return f"### {name}\n\n{_comment(_file(name))} In {file}.\n\n{table}"
+
+
+def _said(name: str) -> dict[str, str]:
+    """The comments behind the options of a mechanism, those of the mechanism that it starts from included."""
+    text = _file(name).read_text()
+    found: dict[str, str] = {}
+    for default in yaml.safe_load(text).get("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            found |= _said(_base(default))
+    return found | {m[1]: m[2] for m in re.finditer(r"^(\w+):[^#\n]*# *(.+)$", text, re.MULTILINE)}
+
+
+def _base(default: str) -> str:
+    return default.removeprefix("/attention/").removesuffix("@_here_")
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -88,40 +139,43 @@ def _settings(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for default in node.pop("defaults", []):
         if isinstance(default, str) and default != "_self_":
-            settings |= _settings(default.removeprefix("/attention/").removesuffix("@_here_"))
+            settings |= _settings(_base(default))
     return settings | node
 
 
-def _family_row(family: str, rows: dict[str, dict]) -> str:
-    """Sizes in the order of their cost, e.g. `swin_{32px,tiny,small,base}`, and their figures in the same order."""
-    ordered = sorted(rows, key=lambda name: (rows[name]["counted"]["multiply_adds"], name))
-    sizes = [str(rows[name]["size"]) for name in ordered]
-    if len(rows) > 1 and ordered == [f"{family}_{size}" for size in sizes]:
-        listed = f"`{family}_{{{','.join(sizes)}}}`"
-    else:
-        listed = " ".join(f"`{name}`" for name in ordered)
-    paper = rows[ordered[0]]["paper"].removeprefix("arXiv:")
-    pixels = [str(rows[name]["image_size"]) for name in ordered]
-    counted = [rows[name]["counted"] for name in ordered]
-    columns = [
-        pixels[:1] if len(set(pixels)) == 1 else pixels,
-        [_figure(cost["parameters"] / 1e6) for cost in counted],
-        [_figure(cost["multiply_adds"] / 1e9) for cost in counted],
-    ]
-    cells = [*map(", ".join, columns), _scores([rows[name]["published"] for name in ordered])]
-    return f"| {listed} | [{paper}](https://arxiv.org/abs/{paper}) | {' | '.join(cells)} |"
+def _paper_row(paper: str, by_family: dict[str, dict[str, dict]]) -> tuple[str, ...]:
+    counted = sorted(row["counted"]["parameters"] for rows in by_family.values() for row in rows.values())
+    listed = ", ".join(f"`{family}` {len(rows)}" for family, rows in by_family.items())
+    return paper, listed, " to ".join(_figure(count / 1e6) for count in dict.fromkeys([counted[0], counted[-1]]))
+
+
+def _model_section(family: str, rows: dict[str, dict]) -> str:
+    """Heading, what the table of the family says at its top, one line per model."""
+    head = ("`model=`", "attention", "pixels", "parameters (M)", "FLOPs (G)", "published: M, G, top-1 (%) or FID")
+    file = f"[conf/model/{family}.yaml](../../conf/model/{family}.yaml)"
+    source = next(iter(rows.values()))["source"]
+    said = f"{_comment(families.CONF / 'model' / f'{family}.yaml')} {_paper(next(iter(rows.values())))}, {file}."
+    said += f" Published figures: {source}." if source else ""
+    return f"### {family}\n\n{said}\n\n{_table(head, (_model_row(name, row) for name, row in rows.items()))}"
+
+
+def _model_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    published, counted = row["published"], row["counted"]
+    figures = [str(published.get(key, "–")) for key in ("parameters", "multiply_adds")]
+    score = f"FID {published['fid']}" if "fid" in published else str(published.get("top1", "–"))
+    costs = (_figure(counted["parameters"] / 1e6), _figure(counted["multiply_adds"] / 1e9))
+    said = ", ".join([*figures, score]) if published else ""
+    return f"`{name}`", f"`{row.get('attention', 'softmax')}`", str(row["image_size"]), *costs, said
+
+
+def _paper(row: dict[str, Any]) -> str:
+    number = row["paper"].removeprefix("arXiv:")
+    return f"[{number}](https://arxiv.org/abs/{number})"
 
 
 def _figure(value: float) -> str:
     """Two digits behind the point below 10, one below 100, none above."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _scores(published: list[dict[str, float]]) -> str:
-    """What is published of a family, e.g. `83.1, –, 84.7`, or nothing."""
-    scores = [str(figures.get("top1", figures.get("fid", "–"))) for figures in published]
-    metric = "FID " if any("fid" in figures for figures in published) else ""
-    return metric + ", ".join(scores) if set(scores) != {"–"} else ""
 
 
 def _file(attention: str) -> Path:
@@ -144,6 +198,14 @@ def plain(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
+TABLES = {
+    ROOT / "README.md": {"families": family_table},
+    REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
+    REFERENCE / "models.md": {"models": model_sections},
+    REFERENCE / "recipes.md": {"papers": recipe_tables.short_table, "recipes": recipe_tables.table},
+}
+
+
 def main(arguments: list[str]) -> None:
     """Write the tables, or count what is named."""
     if arguments[:1] == ["--count"] and len(arguments) > 1:
@@ -156,11 +218,13 @@ def main(arguments: list[str]) -> None:
     else:
         start = time.perf_counter()
         try:
-            text = update(README.read_text())
+            written = pages()
         except ValueError as error:
             sys.exit(str(error))
-        README.write_text(text)
-        print(f"written: {README.name}, in {time.perf_counter() - start:.2f} s")
+        for path, text in written.items():
+            path.write_text(text)
+        names = ", ".join(path.name for path in written)
+        print(f"written: {names}, in {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":

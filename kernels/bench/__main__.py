@@ -1,3 +1,5 @@
+"""`python -m kernels.bench`: compiled kernels, timed on a GPU or counted without one."""
+
 import os
 import sys
 

@@ -1,12 +1,10 @@
-"""Models by name, and the tables of the README."""
-
-import re
+"""Models by name."""
 
 import pytest
 import torch
 
 from conf import families
-from models import create_model, list_attentions, list_models, tables
+from models import create_model, list_attentions, list_models
 
 
 def test_names():
@@ -69,14 +67,6 @@ def test_features_only_gives_the_maps_of_all_stages(name):
 def test_wrong_arguments_are_named(arguments, text):
     with pytest.raises(ValueError, match=text):
         create_model(**arguments)
-
-
-def test_readme_is_finished_and_its_links_lead_somewhere():
-    text = tables.README.read_text()
-    assert not re.findall(r"@[A-Z]+@", text)
-    links = re.findall(r"\]\((?!http|#)([^)]+)\)", text)
-    assert len(links) >= 3
-    assert [link for link in links if not (tables.README.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize(

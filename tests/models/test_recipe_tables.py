@@ -18,8 +18,9 @@ COUNTED += ("moh/dense_to_moh_digits",)
 
 
 def test_both_tables_are_current():
-    for file, table in ((tables.FILE, tables.table()), (tables.SHORT_FILE, tables.short_table())):
-        assert tables.updated(file.read_text(), table) == file.read_text(), "run: python -m recipes --write"
+    text = tables.FILE.read_text()
+    for name, table in (("recipes", tables.table()), ("papers", tables.short_table())):
+        assert tables.updated(text, table, name) == text, "run: python -m recipes --write"
     assert list(tables.written()) == NAMES
 
 
@@ -62,19 +63,17 @@ def test_what_a_recipe_must_give_is_what_its_model_publishes():
 
 def test_it_is_printed_as_it_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(recipes, "names", lambda: ["davit/tiny_in1k", "moh/dense_digits"])
-    files = [tmp_path / "long.md", tmp_path / "short.md"]
-    for file in files:
-        file.write_text("before\n<!-- recipes -->\nold\n<!-- /recipes -->\nafter\n")
-    monkeypatch.setattr(tables, "FILE", files[0])
-    monkeypatch.setattr(tables, "SHORT_FILE", files[1])
+    page = tmp_path / "recipes.md"
+    page.write_text("<!-- papers -->\n\n<!-- /papers -->\n<!-- recipes -->\nold\n<!-- /recipes -->\nafter\n")
+    monkeypatch.setattr(tables, "FILE", page)
     tables.main([])
     printed = capsys.readouterr().out
     tables.main(["--write"])
     monkeypatch.setattr(tables, "counted", None)  # nothing is counted twice
     tables.main([])
     assert capsys.readouterr().out == printed
-    assert files[0].read_text() == f"before\n<!-- recipes -->\n{printed}<!-- /recipes -->\nafter\n"
-    assert "| [davit](https://arxiv.org/abs/2204.03645) | `davit/tiny_in1k` | 1 | 1 |" in files[1].read_text()
+    assert page.read_text().endswith(f"\n<!-- recipes -->\n{printed}<!-- /recipes -->\nafter\n")
+    assert "| [davit](https://arxiv.org/abs/2204.03645) | `davit/tiny_in1k` | 1 | 1 |" in page.read_text()
 
 
 def test_sizes_in_the_short_table_are_fields():

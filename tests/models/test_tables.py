@@ -1,4 +1,4 @@
-"""What every model costs: conf/model records what is counted, what the authors count, and what the README says."""
+"""What every model costs: conf/model records what is counted, what the authors count, and what the pages say."""
 
 import subprocess
 import sys
@@ -86,16 +86,16 @@ ROWS = families.models()
 COUNTED = [*families.small(), "agent_pvt_tiny", "flatten_deit_tiny", "inline_pvt_tiny", "dit_s_2", "moh_dit_s_2"]
 
 
-def test_readme_tables_are_current() -> None:
-    text = tables.README.read_text()
-    assert "<!-- attentions -->" in text and "<!-- models -->" in text
-    assert tables.update(text) == text, "run: python -m models.tables"
+def test_tables_are_current() -> None:
+    for path, text in tables.pages().items():
+        assert path.read_text() == text, f"{path.name}: run python -m models.tables"
+        assert text.count("<!-- /") == len(tables.TABLES[path]) > 0
 
 
 def test_tables_are_made_without_a_model() -> None:
     """From fields alone: torch is not even imported."""
-    code = "import sys; from models import tables; tables.update(''); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tables.README.parent).returncode == 0
+    code = "import sys; from models import tables; tables.pages(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tables.ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in COUNTED else pytest.mark.full) for n in ROWS])
@@ -141,24 +141,24 @@ def test_flatten_deit_is_composed() -> None:
 def test_the_table_of_mechanisms_says_what_they_are(name: str) -> None:
     """Options and defaults are the composed ones; a class token is attended where the comment does not refuse it."""
     cfg = compose_model("vit_32px", name)
-    row = next(line for line in tables.attention_table().splitlines() if line.startswith(f"| `{name}` |"))
     settings = OmegaConf.to_container(cfg.attention)
     options = [key for key in settings if not key.startswith("_") and key != "core"]
-    assert [f"`{key}={tables.plain(settings[key])}`" for key in options] == [
-        cell for cell in row.split(" | ")[-1].removesuffix(" |").replace("` `", "`\n`").splitlines() if "@" not in cell
-    ]
+    section = tables.option_sections().partition(f"### {name}\n")[2].partition("### ")[0]
+    rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `") and "@" not in line]
+    assert rows == [[f"| `{key}`", f"`{tables.plain(settings[key])}`"] for key in options]
+    row = next(line for line in tables.attention_table().splitlines() if line.startswith(f"| [`{name}`](#{name}) |"))
     prefix = factory(cfg)(Site(64, 4, Grid(8, 8), 0, 0, 2, "vit")).accepts.prefix
     comment = f"say `No class token.` behind `Cost:` in conf/attention/{name}.yaml, or take it out"
-    assert (" | yes | " in row) == (prefix == "attended"), comment
+    assert (row.endswith("| yes |")) == (prefix == "attended"), comment
 
 
 def test_the_command(capsys, monkeypatch, tmp_path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- models -->\nold\n<!-- /models -->\nafter\n")
-    monkeypatch.setattr(tables, "README", readme)
+    page = tmp_path / "models.md"
+    page.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    monkeypatch.setattr(tables, "TABLES", {page: {"families": tables.family_table}})
     tables.main([])
-    assert "written: README.md, in " in capsys.readouterr().out
-    assert readme.read_text() == f"before\n<!-- models -->\n{tables.model_table()}\n<!-- /models -->\nafter\n"
+    assert capsys.readouterr().out.startswith("written: models.md, in ")
+    assert page.read_text() == f"before\n<!-- families -->\n{tables.family_table()}\n<!-- /families -->\nafter\n"
     tables.main(["--count", "cswin_32px"])
     assert capsys.readouterr().out == "cswin_32px: counted: {parameters: 662696, multiply_adds: 11551744}\n"
     row = families.models()["cswin_32px"] | {"counted": {}}
