@@ -10,6 +10,7 @@ import pickle
 import random
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,14 @@ def _gpu() -> bool:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`."""
+    """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`.
+
+    It draws no curves, which takes as long as a small run, and times a model for a moment.
+    """
+    from models.runs import evaluation
+
+    monkeypatch.setattr("models.runs.training.draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(evaluation, "_throughput", partial(evaluation._throughput, seconds=0.01))
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)

@@ -94,6 +94,7 @@ def test_the_second_form_of_the_authors_code_is_named(command, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_two_devices(published, tmp_path):
     """Lightning starts the second process with the command as it was typed."""
     command = [sys.executable, ROOT / "eval.py", *RECIPE, f"ckpt={published}", "trainer.devices=2"]

@@ -73,12 +73,6 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    """An evaluation times the forward pass for a second, which says nothing here."""
-    monkeypatch.setattr("models.runs.evaluation._throughput", lambda model, images: 1.0)
-
-
 # One recipe of every protocol and backbone, with the settings of a model that is small enough.
 HEADS = "model.num_heads=[1,2,2,4]"
 PIXELS = ("model.latent_stride=1", "model.in_channels=3", "image_size=16", "task.sampling.steps=2", *TINY[3:])

@@ -149,7 +149,8 @@ def _rows() -> dict[str, Row]:
 
 
 ROWS = _rows()
-EVERY = pytest.mark.parametrize("name", sorted(ROWS))
+# by its scope all tests of a recipe come together: one process composes it and builds its model
+EVERY = pytest.mark.parametrize("name", sorted(ROWS), scope="module")
 
 
 @functools.cache

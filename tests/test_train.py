@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models.loggers.metrics_csv import read_metrics
+from models.runs.report import draw_curves
 from models.tasks.classification import Classification
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +25,11 @@ SMALL = (
     "logger=none",
     "data.batch_size=16",
     "trainer.limit_train_batches=6",
+    "trainer.limit_val_batches=2",
     "trainer.log_every_n_steps=2",
     "trainer.max_epochs=2",
 )
+WHOLE = ("trainer.limit_val_batches=1.0",)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -37,8 +40,9 @@ def logged_steps(run: Path) -> list[str]:
     return [row["step"] for row in csv.DictReader((run / "metrics.csv").open())]
 
 
-def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path):
-    status, out, err = command("train", *SMALL, "run.name=mine", "attention=agent")
+def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.runs.training.draw_curves", draw_curves)
+    status, out, err = command("train", *SMALL, *WHOLE, "run.name=mine", "attention=agent")
     assert status == 0, err
     run = tmp_path / "outputs" / "mine"
     assert "coatnet_32px with agent attention on digits" in out and "images/s" in out and "eval.py ckpt=" in out
@@ -91,11 +95,12 @@ def test_a_stopped_run_continues_exactly(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_default_learns_digits(command, tmp_path):
-    """The whole default reaches 99 % in 30 epochs; a third of it, here, measured 90.6 %."""
-    status, _, err = command("train", "logger=none", "trainer.max_epochs=10", "run.name=learn")
+@pytest.mark.parametrize(("epochs", "top1"), [(3, 0.33), pytest.param(10, 0.85, marks=pytest.mark.full)])
+def test_the_default_learns_digits(command, tmp_path, epochs, top1):
+    """The whole default reaches 99 % in 30 epochs; a third of it, here, measured 90.6 %, a tenth 42.5 %."""
+    status, _, err = command("train", "logger=none", f"trainer.max_epochs={epochs}", "run.name=learn")
     assert status == 0, err
-    assert json.loads((tmp_path / "outputs/learn/metrics.json").read_text())["best/val/top1"] >= 0.85
+    assert json.loads((tmp_path / "outputs/learn/metrics.json").read_text())["best/val/top1"] >= top1
 
 
 @pytest.mark.slow
@@ -250,10 +255,11 @@ def test_a_broken_run_does_not_end_a_sweep(command):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # `make test` has two processes in test_effective_batch.py
 def test_two_processes_train_as_one(tmp_path):
     """Data parallel on two CPU processes: one folder, and every validation image counted once."""
     settings = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp", "run.name=two"]
-    call = [sys.executable, ROOT / "train.py", *SMALL, "trainer.max_epochs=1", *settings]
+    call = [sys.executable, ROOT / "train.py", *SMALL, *WHOLE, "trainer.max_epochs=1", *settings]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     run = tmp_path / "outputs" / "two"

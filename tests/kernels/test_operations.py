@@ -21,12 +21,14 @@ CASES = [
 ]
 # the first check of each operation is the one that is cheap and typical
 TYPICAL = [pytest.param(o, next(iter(o.checks.values())), id=o.name) for o in OPERATIONS.values()]
-# in half precision and by interpretation the others take a third of all the time: they are for `make test-all`
-IN_HALF = [
-    pytest.param(*case.values, id=case.id, marks=[] if case.values in [t.values for t in TYPICAL] else pytest.mark.full)
-    for case in CASES
-]
 HALF = [torch.float16, torch.bfloat16]
+# `make test` has three checks of an operation, in the two types by turns: all of them take a third of its time
+IN_HALF = [
+    pytest.param(o, shape, dtype, id=f"{o.name}: {name}-{dtype}", marks=[] if turn else pytest.mark.full)
+    for o in OPERATIONS.values()
+    for number, (name, shape) in enumerate(o.checks.items())
+    for dtype, turn in zip(HALF, (number in (0, 2), number == 1), strict=True)
+]
 
 
 def tensors(value) -> tuple[Tensor, ...]:
@@ -80,8 +82,7 @@ def test_equals_the_definition(operation, shape, poisoned):
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("operation", "shape"), IN_HALF)
+@pytest.mark.parametrize(("operation", "shape", "dtype"), IN_HALF)
 def test_half_precision_is_no_worse_than_pytorch(operation, shape, dtype, poisoned):
     """Twice the error of the definition in the same dtype, or two roundings: both are measured against float64."""
     inputs = operation.inputs(DEVICE, dtype, **shape)

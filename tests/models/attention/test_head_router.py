@@ -162,7 +162,7 @@ def _worker(rank: int, meeting: Path, results: mp.Queue) -> None:
 
 
 def test_two_processes_balance_as_one_with_all_tokens(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")
     results = context.Queue()
     workers = [context.Process(target=_worker, args=(rank, tmp_path / "meeting", results)) for rank in range(2)]
     for worker in workers:

@@ -256,19 +256,20 @@ def test_the_gradient_of_the_parts_is_that_of_the_whole():
 
 
 @pytest.mark.slow
-def test_processes_and_accumulation_make_the_same_steps(tmp_path):
+def test_processes_and_accumulation_make_the_same_steps(command, tmp_path):
     """64 images as four batches of one process, and as two batches of each of two processes: the same weights."""
-    runs = {"one": (), "two": ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp")}
     exact = ("global_batch=64", "optimizer=sgd", "optimizer.lr=0.01", "model.drop_path=0", "trainer.max_steps=3")
+    arguments = (*EXACT, *SMALL, *exact, "trainer.limit_train_batches=1.0", "trainer.accelerator=cpu")
+    status, out, err = command("train", *arguments, "run.name=one")
+    assert status == 0, err
+    ddp = ("trainer.devices=2", "trainer.strategy=ddp", "run.name=two")
+    call = [sys.executable, ROOT / "train.py", *arguments, *ddp]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     weights = {}
-    for name, settings in runs.items():
-        arguments = (*EXACT, *SMALL, *exact, *settings, "trainer.limit_train_batches=1.0", f"run.name={name}")
-        call = [sys.executable, ROOT / "train.py", *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, done.stderr
-        shared = {"one": "1 process x 4", "two": "2 processes x 2"}[name]
-        assert f"batch 16 x {shared} accumulated = 64 images per step" in done.stdout
+    for name, shared, output in [("one", "1 process x 4", out), ("two", "2 processes x 2", done.stdout)]:
+        assert f"batch 16 x {shared} accumulated = 64 images per step" in output
         assert json.loads((tmp_path / "outputs" / name / "metrics.json").read_text())["steps"] == 3
         weights[name] = load_file(tmp_path / "outputs" / name / "checkpoints/last/model.safetensors")
     for key, value in weights["one"].items():  # sums in another order
