@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf import values
+from kernels import windows
 from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
+from kernels.precision import full_precision
 from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, split_heads
 from models.attention.lepe import ConvMixer, LePEAttention, check_lepe, depthwise, enhance
 from models.attention.options import check_flags, check_whole, for_stage
-from models.layers import window as windows
-from models.layers.precision import full_precision
 from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from conf import values
 from kernels.channel_attention import channel_attention
+from kernels.precision import full_precision
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import head_channels
 from models.attention.multihead import Core, MultiHead
 from models.attention.options import check_flags
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
-from models.layers.precision import full_precision
 
 SCALES = ("head_dim", "tokens")
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from conf import values
 from kernels.depthwise_conv import LARGEST
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
+from kernels.precision import full_precision
 from models.attention import Grid, Mixer, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
 from models.attention.options import check_flags, check_odd
 from models.attention.stripes import lay_out
-from models.layers.precision import full_precision
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens
 

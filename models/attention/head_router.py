@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from kernels.moh_attention import largest, route_heads
-from models.layers.precision import full_precision
+from kernels.precision import full_precision
 
 # of the bias of loss-free balancing, per step: Wang et al. 2024, arXiv:2408.15664
 BIAS_RATE = 1e-3

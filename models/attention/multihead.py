@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.options import ratio_of
-from models.layers import window as windows
 from models.layers.reduction import PooledReduction, SpatialReduction
 from models.layers.resizable import Resizable
 

@@ -9,12 +9,12 @@ import reference
 import torch
 from torch import Tensor, nn
 
+from kernels import windows
 from models.attention import Grid, Site
 from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid, attend
 from models.attention.heads import split_heads
 from models.attention.multihead import MultiHead
 from models.checkpoints.names.agent import authors
-from models.layers import window as windows
 from models.layers.block import Block
 
 State = dict[str, Tensor]

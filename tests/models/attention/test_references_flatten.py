@@ -8,11 +8,11 @@ import reference
 import torch
 from torch import Tensor, nn
 
+from kernels import windows
 from models.attention import Grid, Site
 from models.attention.focused_linear import FocusedLinearCore, focused_linear_attention
 from models.attention.heads import split_heads
 from models.attention.multihead import MultiHead
-from models.layers import window as windows
 
 State = dict[str, Tensor]
 PVT = ("models.flatten_pvt.FocusedLinearAttention", "models.flatten_pvt_v2.FocusedLinearAttention")

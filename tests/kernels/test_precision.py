@@ -2,7 +2,7 @@
 
 import torch
 
-from models.layers.precision import full_precision
+from kernels.precision import full_precision
 
 
 def test_autocast_is_off_inside_and_on_again_after() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.layers.window import merge, padded, shift_mask, split
+from kernels.windows import merge, padded, shift_mask, split
 
 CASES = [((4, 6), (2, 3), (0, 0)), ((5, 7), (2, 3), (0, 0)), ((5, 7), (2, 3), (1, 1)), ((6, 4), (3, 4), (1, 0))]
 
