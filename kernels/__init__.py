@@ -1,9 +1,10 @@
 """Fused operations: what attention computes between its projections, in one or a few passes over memory.
 
-One folder per operation: `__init__` has its definition in plain PyTorch and the public function, `register` its
-operators, `triton` its kernels, which are imported when a fused path first runs, so that nothing imports Triton on a
-machine that has none, and `cases` the shapes that tests and benchmark use. `device/` holds what kernels share and how
-they are launched. Imports torch and triton only: this folder and its tests run alone.
+One folder per operation: `__init__` has the public function and its `definition` in plain PyTorch, on heads, which the
+mechanisms of models/ call too; `register` its operators; `triton` its kernels, which are imported when a fused path
+first runs, so that nothing imports Triton on a machine that has none; `cases` the shapes that tests and benchmark use.
+`heads` and `windows` are the layouts that definitions share, `device/` what kernels share and how they are launched.
+Imports torch and triton only: this folder and its tests run alone.
 
     from kernels.window_attention import window_attention
     o_BNC = window_attention(qkv_BNC, (56, 56), num_heads=3, window=(7, 7))      # fused on a GPU, PyTorch elsewhere

@@ -20,22 +20,22 @@ def split(x_BNC: Tensor, height: int, width: int, window: tuple[int, int], shift
     """(B, H·W, C) → (B·R, T, C): the map is zero-padded at bottom and right to whole windows, then rolled by -shift."""
     B, _, C = x_BNC.shape
     (h, w), (H, W) = window, (padded(height, window[0]), padded(width, window[1]))
-    x = x_BNC.view(B, height, width, C)
+    x = x_BNC.unflatten(1, (height, width))
     if (height, width) != (H, W):
         x = F.pad(x, (0, 0, 0, W - width, 0, H - height))
     if any(shift):
         x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-    return x.view(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h * w, C)
+    return x.view(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(B * (H // h) * (W // w), h * w, C)
 
 
 def merge(x_WTC: Tensor, height: int, width: int, window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> Tensor:
     """(B·R, T, C) → (B, H·W, C): the inverse of `split`, padding dropped."""
     (h, w), (H, W) = window, (padded(height, window[0]), padded(width, window[1]))
-    C = x_WTC.shape[-1]
-    x = x_WTC.reshape(-1, H // h, W // w, h, w, C).transpose(2, 3).reshape(-1, H, W, C)
+    B, C = x_WTC.shape[0] // (H // h * (W // w)), x_WTC.shape[-1]
+    x = x_WTC.reshape(B, H // h, W // w, h, w, C).transpose(2, 3).reshape(B, H, W, C)
     if any(shift):
         x = x.roll(shift, dims=(1, 2))
-    return x[:, :height, :width].reshape(-1, height * width, C)
+    return x[:, :height, :width].reshape(B, height * width, C)
 
 
 @lru_cache(maxsize=64)

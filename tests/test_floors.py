@@ -41,7 +41,7 @@ def module_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """The folder of a module: `models.layers` of models.layers.window."""
+    """The folder of a module: `models.layers` of models.layers.tokens."""
     return module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0] or module
 
 
@@ -51,7 +51,7 @@ def imports_of(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            # `from models.layers import window` imports the module models.layers.window
+            # `from models.layers import tokens` imports the module models.layers.tokens
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 path_of_name = ROOT / name.replace(".", "/")

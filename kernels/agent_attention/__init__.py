@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.agent_attention.register import attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import heads_to_map, map_to_heads, merge_heads, split_heads
 
 WHO = "agent_attention"
 MOST_AGENTS = 256
@@ -63,7 +64,10 @@ def agent_attention(
     _check_parameters(qkv_BNC, num_heads, agents, gather_bias_MAN, scatter_bias_MNA, weight, bias)
     options = {"gather_bias_MAN": gather_bias_MAN, "scatter_bias_MNA": scatter_bias_MNA, "weight": weight, "bias": bias}
     if not is_fused(WHO, backend, qkv_BNC):
-        return reference(qkv_BNC, grid, num_heads, agents, scale=scale, **options)
+        tables = {"gather_bias": gather_bias_MAN, "scatter_bias": scatter_bias_MNA}
+        tables = {name: table if table is None else table[None] for name, table in tables.items()}
+        heads = split_heads(qkv_BNC, 3, num_heads)
+        return merge_heads(definition(*heads, grid, grid, agents, **tables, weight=weight, bias=bias, scale=scale))
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, options)
     head_dim = qkv_BNC.shape[2] // (3 * num_heads)
@@ -74,38 +78,68 @@ def agent_attention(
     return attend(qkv_BNC, gather_bias_MAN, scatter_bias_MNA, weight, bias, *sizes)
 
 
-def reference(
-    qkv_BNC: Tensor,
+def definition(
+    q_BMND: Tensor,
+    k_BMSD: Tensor,
+    v_BMSD: Tensor,
     grid: tuple[int, ...],
-    num_heads: int,
+    kv_grid: tuple[int, ...],
     agents: tuple[int, int],
     *,
-    gather_bias_MAN: Tensor | None = None,
-    scatter_bias_MNA: Tensor | None = None,
+    gather_bias: Tensor | None = None,
+    scatter_bias: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition in plain PyTorch."""
-    prefix, dtype = sum(grid[2:]), qkv_BNC.dtype
-    q_BNC, _, v_BNC = qkv_BNC.chunk(3, 2)
-    q_BMND, k_BMND, v_BMND = qkv_BNC.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    agents_BAC = F.adaptive_avg_pool2d(_map(q_BNC, grid), agents).flatten(2).transpose(1, 2)
-    agents_BMAD = agents_BAC.unflatten(2, (num_heads, -1)).transpose(1, 2)
-    gather, scatter = (b if b is None else b.to(dtype)[None] for b in (gather_bias_MAN, scatter_bias_MNA))
-    gathered_BMAD = F.scaled_dot_product_attention(agents_BMAD, k_BMND, v_BMND, gather, scale=scale)
-    o_BMND = F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered_BMAD, scatter, scale=scale)
-    o_BNC = o_BMND.transpose(1, 2).flatten(2)
-    if weight is None:
-        return o_BNC
-    parameters = (p if p is None else p.to(dtype) for p in (weight, bias))
-    local_BCHW = F.conv2d(_map(v_BNC, grid), *parameters, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return o_BNC + F.pad(local_BCHW.flatten(2).transpose(1, 2), (0, 0, prefix, 0))
+    """`softmax(Q Aᵀ + B2) (softmax(A Kᵀ + B1) V) + conv(V)` of heads, (B, M, N, D), with A = pool(Q).
+
+    Args:
+        q_BMND: queries of the map `grid`.
+        k_BMSD, v_BMSD: keys and values of the map `kv_grid`, which may be a smaller one.
+        grid, kv_grid: (height, width) or (height, width, prefix).
+        agents: height and width of the grid of agents.
+        gather_bias, scatter_bias: B1 and B2, broadcast to (B, M, A, S) and (B, M, N, A); None for none.
+        weight, bias: of the convolution, (C, 1, k, k) and (C,), or None.
+        scale: of both softmaxes; None for 1 / √D.
+    """
+    agents_BMAD = pooled(q_BMND, grid, agents)
+    o_BMND = attend_through(q_BMND, k_BMSD, v_BMSD, agents_BMAD, gather_bias, scatter_bias, scale, scale)
+    return o_BMND if weight is None else o_BMND + local(v_BMSD, grid, kv_grid, weight, bias)
 
 
-def _map(x_BNC: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """The map (B, C, H, W) without prefix tokens, in channels_last memory."""
-    return x_BNC[:, sum(grid[2:]) :].unflatten(1, grid[:2]).permute(0, 3, 1, 2)
+def pooled(q_BMND: Tensor, grid: tuple[int, ...], agents: tuple[int, int]) -> Tensor:
+    """The agents (B, M, A, D): queries averaged over bins of the map, which overlap where they do not divide it."""
+    pooled_BCHW = F.adaptive_avg_pool2d(heads_to_map(q_BMND, grid), agents)
+    return map_to_heads(pooled_BCHW, q_BMND.shape[1]).to(q_BMND.dtype)
+
+
+def attend_through(
+    q_BMND: Tensor,
+    k_BMSD: Tensor,
+    v_BMSD: Tensor,
+    agents_BMAD: Tensor,
+    gather_bias: Tensor | None = None,
+    scatter_bias: Tensor | None = None,
+    gather_scale: float | None = None,
+    scatter_scale: float | None = None,
+) -> Tensor:
+    """`softmax(Q Aᵀ + B2) (softmax(A Kᵀ + B1) V)`, (B, M, N, D), for any agents; scales are 1 / √D without others."""
+    gather, scatter = (b if b is None else b.to(q_BMND.dtype) for b in (gather_bias, scatter_bias))
+    gathered_BMAD = F.scaled_dot_product_attention(agents_BMAD, k_BMSD, v_BMSD, gather, scale=gather_scale)
+    return F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered_BMAD, scatter, scale=scatter_scale)
+
+
+def local(
+    v_BMSD: Tensor, grid: tuple[int, ...], kv_grid: tuple[int, ...], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The convolution of the values, (B, M, N, D), enlarged bilinearly from a smaller map; zero for prefix tokens."""
+    v_BCHW = heads_to_map(v_BMSD, kv_grid)
+    if tuple(kv_grid[:2]) != tuple(grid[:2]):
+        v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
+    weight, bias = (p if p is None else p.to(v_BCHW.dtype) for p in (weight, bias))
+    local_BCHW = F.conv2d(v_BCHW, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return map_to_heads(local_BCHW, v_BMSD.shape[1], sum(grid[2:]))
 
 
 def _check(qkv: Tensor, grid: tuple[int, ...], prefix: int, num_heads: int, agents: tuple[int, int]) -> None:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.agent_attention import WHO, agent_attention, reference
-from kernels.operation import Cost, Operation
+from kernels.agent_attention import WHO, agent_attention
+from kernels.operation import Cost, Operation, in_pytorch
 
 
 def inputs(
@@ -139,10 +139,9 @@ def _dense(qkv_BNC: Tensor, grid: tuple[int, ...], num_heads: int, agents: tuple
 OPERATION = Operation(
     name=WHO,
     run=agent_attention,
-    reference=reference,
     inputs=inputs,
     checks=CHECKS,
     stages=STAGES,
     cost=cost,
-    baselines={"official": _official, "pytorch": reference, "sdpa": _dense},
+    baselines={"official": _official, "pytorch": in_pytorch(agent_attention), "sdpa": _dense},
 )

@@ -24,6 +24,8 @@ from torch import Tensor
 from kernels.aggregated_attention.constants import EPSILON
 from kernels.aggregated_attention.register import PARAMETERS, attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import gated, merge_heads, split_heads
+from kernels.precision import full_precision, wide
 
 WHO = "aggregated_attention"
 
@@ -69,15 +71,21 @@ def aggregated_attention(
     fused = is_fused(WHO, backend, qkv_BNC)
     qkv_BNC, kv_pool_BPC = autocast(qkv_BNC, kv_pool_BPC)
     if not fused:
-        return reference(qkv_BNC, kv_pool_BPC, *parameters[:-1], grid, num_heads, window, gates_BNM)
+        heads = *split_heads(qkv_BNC, 3, num_heads), *split_heads(kv_pool_BPC, 2, num_heads)
+        o_BMND = definition(*heads, *parameters[:-1], grid, window)
+        o_BMND = o_BMND if gates_BNM is None else gated(o_BMND, gates_BNM.to(o_BMND.dtype))
+        return merge_heads(o_BMND).to(qkv_BNC.dtype)
     check_tensors(WHO, {"qkv": qkv_BNC, "kv_pool": kv_pool_BPC}, dict(zip(PARAMETERS, parameters, strict=True)))
     check_head_dim(WHO, qkv_BNC.shape[2] // (3 * num_heads))
     return attend(qkv_BNC, kv_pool_BPC, *parameters, *grid[:2], window)
 
 
-def reference(
-    qkv_BNC: Tensor,
-    kv_pool_BPC: Tensor,
+def definition(
+    q_BMND: Tensor,
+    k_BMND: Tensor,
+    v_BMND: Tensor,
+    k_pool_BMPD: Tensor,
+    v_pool_BMPD: Tensor,
     scale_M: Tensor,
     query_embedding_MD: Tensor,
     local_bias_MT: Tensor,
@@ -85,20 +93,17 @@ def reference(
     tokens_MDT: Tensor,
     token_bias_MT: Tensor,
     grid: tuple[int, ...],
-    num_heads: int,
     window: int = 3,
-    gates_BNM: Tensor | None = None,
 ) -> Tensor:
-    """The definition in plain PyTorch, in float32 or wider.
+    """The heads o (B, M, N, D), in float32 at least; the other arguments are those of `aggregated_attention`.
 
     The neighbours of all tokens at one offset are a view of the keys, shifted in the row-major order of the map; what
     comes from the other side of the map by that is masked. So keys and values are never copied per neighbour, and
     backward needs q̂, k̂ and v once.
     """
-    device, dtype = qkv_BNC.device.type, torch.promote_types(qkv_BNC.dtype, torch.float32)
-    with torch.autocast(device if device != "meta" else "cpu", enabled=False):
-        q, k, v = qkv_BNC.to(dtype).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-        k_pool, v_pool = kv_pool_BPC.to(dtype).unflatten(2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    with full_precision(q_BMND.device):
+        q, k, v, k_pool, v_pool = (wide(t) for t in (q_BMND, k_BMND, v_BMND, k_pool_BMPD, v_pool_BMPD))
+        dtype = q.dtype
         q, k, k_pool = (F.normalize(t, dim=-1, eps=EPSILON) for t in (q, k, k_pool))
         inside_NT = inside_map(grid, window, q.device)
         keys_N = inside_NT.sum(1) + k_pool.shape[2]
@@ -113,9 +118,7 @@ def reference(
         o_BMND = pooled @ v_pool
         for weight, v_j in zip(weights_BMNT.split(1, dim=-1), _neighbours(v, grid, window), strict=True):
             o_BMND = o_BMND + weight * v_j
-        if gates_BNM is not None:
-            o_BMND = o_BMND * gates_BNM.to(dtype).transpose(1, 2).unsqueeze(-1)
-        return o_BMND.transpose(1, 2).flatten(2).to(qkv_BNC.dtype)
+        return o_BMND
 
 
 def _neighbours(x_BMND: Tensor, grid: tuple[int, ...], window: int) -> list[Tensor]:

@@ -9,11 +9,12 @@ Source: DaViT, Ding et al., ECCV 2022, arXiv:2204.03645, section 3.3 (channel gr
 the paper's values, queries and keys; the names here are those of the code.
 """
 
-import torch
 from torch import Tensor
 
 from kernels.channel_attention.register import attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import merge_heads, split_heads
+from kernels.precision import full_precision, wide
 
 WHO = "channel_attention"
 
@@ -38,26 +39,22 @@ def channel_attention(qkv_BNC: Tensor, num_heads: int, *, scale: float | None = 
     head_dim = qkv_BNC.shape[2] // (3 * num_heads)
     scale = head_dim**-0.5 if scale is None else scale
     if not is_fused(WHO, backend, qkv_BNC):
-        return reference(qkv_BNC, num_heads, scale=scale)
+        return merge_heads(definition(*split_heads(qkv_BNC, 3, num_heads), scale))
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC})
     check_head_dim(WHO, head_dim)
     return attend(qkv_BNC, num_heads, scale)
 
 
-def reference(qkv_BNC: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
-    """The definition in plain PyTorch."""
-    q, k, v = qkv_BNC.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with _full_precision(qkv_BNC):
-        weights_BMDD = ((_wide(k) * scale).mT @ _wide(v)).softmax(-1)
-    return (q @ weights_BMDD.to(q.dtype).mT).transpose(1, 2).flatten(2)
+def definition(q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, scale: float) -> Tensor:
+    """`q softmax((k scale)ᵀ v)ᵀ` of heads, (B, M, N, D)."""
+    return q_BMND @ channel_weights(k_BMND, v_BMND, scale).to(q_BMND.dtype).mT
 
 
-def _full_precision(x: Tensor):
-    """Autocast off inside."""
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+def channel_weights(k_BMND: Tensor, v_BMND: Tensor, scale: float) -> Tensor:
+    """Weights (B, M, D, D) of every channel on every channel, in float32 at least.
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    Sums over thousands of tokens leave the range of float16.
+    """
+    with full_precision(k_BMND.device):
+        return ((wide(k_BMND) * scale).mT @ wide(v_BMND)).softmax(-1)

@@ -7,7 +7,6 @@ from torch import Tensor
 from kernels.channel_attention import (
     WHO,
     channel_attention,
-    reference,
 )
 from kernels.operation import Cost, Operation
 
@@ -98,7 +97,6 @@ def _dense(qkv_BNC: Tensor, num_heads: int, scale: float | None = None) -> Tenso
 OPERATION = Operation(
     name=WHO,
     run=channel_attention,
-    reference=reference,
     inputs=inputs,
     checks=CHECKS,
     stages=STAGES,

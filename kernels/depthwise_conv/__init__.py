@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.depthwise_conv.register import DepthwiseConv
 from kernels.dispatch import autocast, check_tensors, is_fused
+from kernels.heads import to_map, to_tokens
 
 WHO = "depthwise_conv"
 LARGEST = 7
@@ -49,7 +50,7 @@ def depthwise_conv(
     prefix = grid[2] if len(grid) > 2 else 0
     check(x_BNC, grid, prefix, weight, bias, residual)
     if not is_fused(WHO, backend, x_BNC):
-        return reference(x_BNC, grid, weight, bias, residual=residual, gelu=gelu)
+        return definition(x_BNC, grid, weight, bias, residual=residual, gelu=gelu)
     (x_BNC,) = autocast(x_BNC)
     check_tensors(WHO, {"x": x_BNC}, {"weight": weight, "bias": bias, "residual": residual})
     if weight.shape[-1] > LARGEST:
@@ -59,7 +60,7 @@ def depthwise_conv(
     return DepthwiseConv.apply(x_BNC, weight, bias, residual, grid[0], grid[1], prefix, gelu)
 
 
-def reference(
+def definition(
     x_BNC: Tensor,
     grid: tuple[int, ...],
     weight: Tensor,
@@ -68,12 +69,11 @@ def reference(
     residual: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """The definition in plain PyTorch."""
-    height, width, prefix = (*grid, 0)[:3]
-    x_BCHW = x_BNC[:, prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    """`gelu(conv(x) + bias) + residual`, the parameters in the dtype of x."""
+    prefix = sum(grid[2:])
     parameters = (p if p is None else p.to(x_BNC.dtype) for p in (weight, bias))
-    y_BCHW = F.conv2d(x_BCHW, *parameters, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    y_BNC = y_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+    y_BCHW = F.conv2d(to_map(x_BNC, grid), *parameters, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    y_BNC = to_tokens(y_BCHW)
     y_BNC = F.gelu(y_BNC) if gelu else y_BNC
     y_BNC = F.pad(y_BNC, (0, 0, prefix, 0)) if prefix else y_BNC
     return y_BNC if residual is None else y_BNC + residual

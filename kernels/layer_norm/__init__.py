@@ -57,7 +57,7 @@ def conv_norm(
     if conv_bias is not None and tuple(conv_bias.shape) != (C,):
         raise ValueError(f"{WHO}: conv_bias must be ({C},), got {tuple(conv_bias.shape)}; see nn.Conv2d")
     if not is_fused(WHO, backend, x_BNC):
-        return conv_reference(x_BNC, grid, conv_weight, conv_bias, norm_weight, norm_bias, eps=eps)
+        return definition(x_BNC, grid, conv_weight, conv_bias, norm_weight, norm_bias, eps=eps)
     parameters = {"conv_weight": conv_weight, "conv_bias": conv_bias, "norm_weight": norm_weight}
     check_tensors(WHO, {"x": x_BNC}, {**parameters, "norm_bias": norm_bias})
     _check_width(WHO, C)
@@ -70,7 +70,7 @@ def conv_norm(
     return convolve_and_norm(x_BNC, conv_weight, conv_bias, norm_weight, norm_bias, *sizes, eps, _norm_dtype(x_BNC))
 
 
-def conv_reference(
+def definition(
     x_BNC: Tensor,
     grid: tuple[int, ...],
     conv_weight: Tensor,
@@ -80,8 +80,8 @@ def conv_reference(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The definition in plain PyTorch."""
-    y_BNC = depthwise_conv.reference(x_BNC, grid, conv_weight, conv_bias, residual=x_BNC)
+    """The encoded tokens and their norm, the parameters in the dtype of x."""
+    y_BNC = depthwise_conv.definition(x_BNC, grid, conv_weight, conv_bias, residual=x_BNC)
     return y_BNC, normalised(y_BNC, norm_weight, norm_bias, eps)
 
 

@@ -4,28 +4,25 @@ With a feature map φ, means over the N tokens of an image, and a depth-wise con
     focused   o = φ(q) S / (φ(q)·z + 1e-6) + conv(v),   S = mean φ(k)ᵀ v,   z = mean φ(k)
               φ(x) = ‖b‖ / ‖bᵖ‖ · bᵖ with b = (relu(x) + 1e-6) / scale, both norms over all C channels of a token
     inline    o = s q Cov(k, v) + mean v + conv(v),   Cov = mean (k - mean k)ᵀ (v - mean v)
-    linear    o = φ(q) Σ φ(k)ᵀ v / (φ(q)·Σ φ(k) + 1e-6) + conv(v),   φ = relu, elu + 1 or the identity
 Features, states and quotients are in float32 for half precision. Forward moves q, k, v and o once and v once more for
 the convolution; kept for backward is, besides the input, the state and four numbers per token.
 
 Source: FLatten Transformer, Han et al., ICCV 2023, arXiv:2308.00442, equations 4 to 7, where the authors' code is
 followed in its norms over C; Bridging the Divide (InLine), Han et al., NeurIPS 2024, arXiv:2412.06590, its subtraction
-normalisation as the covariance that it equals; Transformers are RNNs, Katharopoulos et al., 2020, arXiv:2006.16236.
+normalisation as the covariance that it equals.
 """
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.depthwise_conv import LARGEST
-from kernels.depthwise_conv import reference as convolve
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import heads_to_map, map_to_heads, merge_heads, split_heads
 from kernels.linear_attention.register import attend
+from kernels.precision import full_precision, wide
 
-FOCUSED, INLINE_WHO, WHO = "focused_linear_attention", "inline_attention", "linear_attention"
-FEATURES = ("relu", "elu", "identity")
+FOCUSED, INLINE = "focused_linear_attention", "inline_attention"
 EPS = 1e-6
 
 
@@ -70,8 +67,11 @@ def focused_linear_attention(
     parameters = {"scale_C": scale_C, "position_NC": position_NC, "weight": weight, "bias": bias}
     parameters |= {"lepe_weight": lepe_weight, "lepe_bias": lepe_bias}
     if not is_fused(FOCUSED, backend, qkv_BNC):
-        return focused_reference(qkv_BNC, grid, num_heads, power=power, **parameters)
-    return _fused(FOCUSED, qkv_BNC, grid, num_heads, "focused", float(power), True, **parameters)
+        del parameters["position_NC"]
+        position_MSD = None if position_NC is None else split_heads(position_NC[None], 1, num_heads)[0][0]
+        heads, options = split_heads(qkv_BNC, 3, num_heads), {"power": power, "position_MSD": position_MSD}
+        return merge_heads(focused_definition(*heads, grid, grid, **options, **parameters))
+    return _fused(FOCUSED, qkv_BNC, grid, num_heads, "focused", float(power), **parameters)
 
 
 def inline_attention(
@@ -94,153 +94,135 @@ def inline_attention(
         ValueError: shapes, dtypes or devices that do not fit together, or more than 128 channels per head on the fused
             path.
     """
-    C = _check(INLINE_WHO, qkv_BNC, grid, num_heads)
-    _check_shape(INLINE_WHO, "dynamic_weight_BC33", dynamic_weight_BC33, (qkv_BNC.shape[0], C, 3, 3))
+    C = _check(INLINE, qkv_BNC, grid, num_heads)
+    _check_shape(INLINE, "dynamic_weight_BC33", dynamic_weight_BC33, (qkv_BNC.shape[0], C, 3, 3))
     scale = (C // num_heads) ** -0.5 if scale is None else scale
-    if not is_fused(INLINE_WHO, backend, qkv_BNC):
-        return inline_reference(qkv_BNC, grid, num_heads, scale=scale, dynamic_weight_BC33=dynamic_weight_BC33)
-    return _fused(INLINE_WHO, qkv_BNC, grid, num_heads, "inline", float(scale), False, weight=dynamic_weight_BC33)
+    if not is_fused(INLINE, backend, qkv_BNC):
+        heads, options = split_heads(qkv_BNC, 3, num_heads), {"dynamic_weight_BC33": dynamic_weight_BC33}
+        return merge_heads(inline_definition(*heads, grid, grid, scale=scale, **options))
+    return _fused(INLINE, qkv_BNC, grid, num_heads, "inline", float(scale), weight=dynamic_weight_BC33)
 
 
-def linear_attention(
-    qkv_BNC: Tensor,
+def focused_definition(
+    q_BMND: Tensor,
+    k_BMSD: Tensor,
+    v_BMSD: Tensor,
     grid: tuple[int, ...],
-    num_heads: int,
+    kv_grid: tuple[int, ...],
     *,
-    feature: str = "relu",
-    normalise: bool = True,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """`φ(q) Σ φ(k)ᵀ v / (φ(q)·Σ φ(k) + 1e-6) + conv(v)` per head, (B, N, C) in the dtype of qkv.
-
-    Args:
-        qkv_BNC, grid, num_heads, backend: as in `focused_linear_attention`.
-        feature: φ is "relu", "elu" (elu + 1) or "identity".
-        normalise: divide; otherwise the numerator alone.
-        weight, bias: of the convolution, (C, 1, k, k) with odd k and (C,), or None.
-
-    Raises:
-        ValueError: an unknown feature; otherwise as `focused_linear_attention`.
-    """
-    C = _check(WHO, qkv_BNC, grid, num_heads)
-    _check_convolution(WHO, "", weight, bias, C)
-    if feature not in FEATURES:
-        raise ValueError(f"{WHO}: feature must be {', '.join(FEATURES)}, got {feature}; choose one of them")
-    if not is_fused(WHO, backend, qkv_BNC):
-        return linear_reference(
-            qkv_BNC, grid, num_heads, feature=feature, normalise=normalise, weight=weight, bias=bias
-        )
-    return _fused(WHO, qkv_BNC, grid, num_heads, feature, 1.0, normalise, weight=weight, bias=bias)
-
-
-# The definitions in plain PyTorch
-
-
-def focused_reference(
-    qkv_BNC: Tensor,
-    grid: tuple[int, ...],
-    num_heads: int,
-    *,
-    power: float = 3.0,
+    power: float,
     scale_C: Tensor,
-    position_NC: Tensor | None = None,
+    position_MSD: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     lepe_weight: Tensor | None = None,
     lepe_bias: Tensor | None = None,
 ) -> Tensor:
-    """The definition of `focused_linear_attention`."""
-    q, k, v = _wide(qkv_BNC)
-    with _full_precision(qkv_BNC.device):
-        k = k if position_NC is None else k + position_NC.to(k.dtype)
-        q, k = (heads_of(_focused((x.relu() + EPS) / scale_C.to(x.dtype), power), num_heads) for x in (q, k))
-        state_BMDD = k.mT @ (heads_of(v, num_heads) / k.shape[2])
+    """`focused_linear_attention` of heads, (B, M, N, D), whose keys may come from a smaller map than the queries."""
+    with full_precision(q_BMND.device):
+        q, k = focused_features(q_BMND, k_BMSD, power, scale_C, position_MSD)
+        state_BMDD = k.mT @ (v_BMSD.to(k.dtype) / k.shape[2])
         o_BMND = q @ state_BMDD / (q @ k.mean(2, keepdim=True).mT + EPS)
-    o_BNC = merged(o_BMND).to(qkv_BNC.dtype)
-    if weight is not None:
-        weight = weight.repeat(num_heads, 1, 1, 1)
-        bias = None if bias is None else bias.repeat(num_heads)
-    return with_convolution(with_convolution(o_BNC, qkv_BNC, grid, weight, bias), qkv_BNC, grid, lepe_weight, lepe_bias)
+    o_BMND = o_BMND.to(v_BMSD.dtype)
+    convolutions = [(w, b) for w, b in ((weight, bias), (lepe_weight, lepe_bias)) if w is not None]
+    return o_BMND + focused_local(v_BMSD, grid, kv_grid, *convolutions) if convolutions else o_BMND
 
 
-def inline_reference(
-    qkv_BNC: Tensor,
-    grid: tuple[int, ...],
-    num_heads: int,
-    *,
-    scale: float | None = None,
-    dynamic_weight_BC33: Tensor | None = None,
+def focused_features(
+    q_BMND: Tensor, k_BMSD: Tensor, power: float, scale_C: Tensor, position_MSD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """f(Q) (B, M, N, D) and f(K) (B, M, S, D), in float32 at least."""
+    q, k = wide(q_BMND), wide(k_BMSD)
+    k = k if position_MSD is None else k + position_MSD.to(k.dtype)
+    scale_M1D = scale_C.to(q.dtype).view(q.shape[1], 1, -1)
+    return focus((q.relu() + EPS) / scale_M1D, power), focus((k.relu() + EPS) / scale_M1D, power)
+
+
+def focus(x_BMND: Tensor, power: float) -> Tensor:
+    """`‖x‖ / ‖xᵖ‖ · xᵖ` over heads and channels together, for positive x: other direction, same length.
+
+    x is divided by its largest channel first. That factor cancels, so the result is the same, but no power leaves the
+    range of the number format: p = 32 or a token of 1e-6 in every channel give 0 / 0 otherwise.
+    """
+    peak = x_BMND.detach().amax((1, 3), keepdim=True)
+    sharp = (x_BMND / peak) ** power
+    return sharp * (_norm(x_BMND / peak) * peak / _norm(sharp))
+
+
+def _norm(x_BMND: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_BMND, dim=(1, 3), keepdim=True)
+
+
+def focused_local(
+    v_BMSD: Tensor, grid: tuple[int, ...], kv_grid: tuple[int, ...], *convolutions: tuple[Tensor, Tensor | None]
 ) -> Tensor:
-    """The definition of `inline_attention`."""
-    q, k, v = (heads_of(x, num_heads) for x in _wide(qkv_BNC))
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    with _full_precision(qkv_BNC.device):
+    """The sum of depth-wise convolutions of the values, (B, M, N, D); zero for prefix tokens.
+
+    Values of a smaller map are enlarged linearly along the row-major sequence, not over the map, as in the authors'
+    code. A convolution is its weight and bias, of all channels, or of the D that every head has.
+    """
+    v_BCHW = heads_to_map(v_BMSD, kv_grid)
+    if tuple(kv_grid[:2]) != tuple(grid[:2]):
+        v_BCHW = F.interpolate(v_BCHW.flatten(2), size=grid[0] * grid[1], mode="linear").unflatten(2, grid[:2])
+    total_BCHW = None
+    for weight, bias in convolutions:
+        copies = v_BCHW.shape[1] // weight.shape[0]
+        weight = weight.repeat(copies, 1, 1, 1).to(v_BCHW.dtype)
+        bias = None if bias is None else bias.repeat(copies).to(v_BCHW.dtype)
+        y_BCHW = F.conv2d(v_BCHW, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        total_BCHW = y_BCHW if total_BCHW is None else total_BCHW + y_BCHW
+    return map_to_heads(total_BCHW, v_BMSD.shape[1], sum(grid[2:]))
+
+
+def inline_definition(
+    q_BMND: Tensor,
+    k_BMSD: Tensor,
+    v_BMSD: Tensor,
+    grid: tuple[int, ...],
+    kv_grid: tuple[int, ...],
+    *,
+    scale: float,
+    dynamic_weight_BC33: Tensor | None = None,
+    lepe_weight: Tensor | None = None,
+    lepe_bias: Tensor | None = None,
+) -> Tensor:
+    """`inline_attention` of heads, (B, M, N, D) in the dtype of the values.
+
+    The keys may come from a smaller map than the queries. A second convolution of the values may be added, the same for
+    every image: its weight (C, 1, 3, 3) and bias (C,).
+    """
+    with full_precision(q_BMND.device):
+        q, k, v = wide(q_BMND), wide(k_BMSD), wide(v_BMSD)
         mean_v = v.mean(2, keepdim=True)
         covariance_BMDD = (k - k.mean(2, keepdim=True)).mT @ ((v - mean_v) / k.shape[2])
-        o_BNC = merged(q * scale @ covariance_BMDD + mean_v).to(qkv_BNC.dtype)
-    if dynamic_weight_BC33 is None:
-        return o_BNC
-    height, width, prefix = (*grid, 0)[:3]
-    B, _, C = o_BNC.shape
-    if B == 0:  # conv2d refuses no groups
-        return o_BNC + dynamic_weight_BC33.sum()
-    v_BCHW = qkv_BNC[:, prefix:, 2 * C :].transpose(1, 2).reshape(1, B * C, height, width)
-    weight = dynamic_weight_BC33.to(o_BNC.dtype).reshape(B * C, 1, 3, 3)
-    local_BNC = F.conv2d(v_BCHW, weight, padding=1, groups=B * C).view(B, C, -1).transpose(1, 2)
-    return o_BNC + F.pad(local_BNC, (0, 0, prefix, 0))
+        o_BMND = (mean_v + scale * q @ covariance_BMDD).to(v_BMSD.dtype)
+    if dynamic_weight_BC33 is None and lepe_weight is None:
+        return o_BMND
+    return o_BMND + inline_local(v_BMSD, grid, kv_grid, dynamic_weight_BC33, lepe_weight, lepe_bias)
 
 
-def linear_reference(
-    qkv_BNC: Tensor,
+def inline_local(
+    v_BMSD: Tensor,
     grid: tuple[int, ...],
-    num_heads: int,
-    *,
-    feature: str = "relu",
-    normalise: bool = True,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    kv_grid: tuple[int, ...],
+    dynamic_weight_BC33: Tensor | None = None,
+    lepe_weight: Tensor | None = None,
+    lepe_bias: Tensor | None = None,
 ) -> Tensor:
-    """The definition of `linear_attention`."""
-    q, k, v = (heads_of(x, num_heads) for x in _wide(qkv_BNC))
-    with _full_precision(qkv_BNC.device):
-        if feature != "identity":
-            q, k = (x.relu() if feature == "relu" else F.elu(x) + 1 for x in (q, k))
-        o_BMND = q @ (k.mT @ v)
-        if normalise:
-            o_BMND = o_BMND / (q @ k.sum(2, keepdim=True).mT + EPS)
-    return with_convolution(merged(o_BMND).to(qkv_BNC.dtype), qkv_BNC, grid, weight, bias)
-
-
-def _focused(b_BNC: Tensor, power: float) -> Tensor:
-    """‖b‖ / ‖bᵖ‖ · bᵖ; b is divided by its largest channel first, which cancels, so that no power leaves the range."""
-    peak = b_BNC.detach().amax(-1, keepdim=True)
-    sharp = (b_BNC / peak) ** power
-    norm = torch.linalg.vector_norm
-    return sharp * (norm(b_BNC, dim=-1, keepdim=True) / norm(sharp, dim=-1, keepdim=True))
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off inside; there is none to switch off on the meta device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _wide(qkv_BNC: Tensor) -> tuple[Tensor, ...]:
-    return qkv_BNC.to(torch.promote_types(qkv_BNC.dtype, torch.float32)).chunk(3, -1)
-
-
-def heads_of(x_BNC: Tensor, num_heads: int) -> Tensor:
-    return x_BNC.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-def merged(x_BMND: Tensor) -> Tensor:
-    return x_BMND.transpose(1, 2).flatten(2)
-
-
-def with_convolution(o_BNC: Tensor, qkv_BNC: Tensor, grid, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    v_BNC = qkv_BNC[..., 2 * o_BNC.shape[2] :]
-    return o_BNC if weight is None else o_BNC + convolve(v_BNC, grid, weight, bias)
+    """The convolutions of the values, (B, M, N, D), enlarged bilinearly from a smaller map; zero for prefix tokens."""
+    v_BCHW = heads_to_map(v_BMSD, kv_grid)
+    if tuple(kv_grid[:2]) != tuple(grid[:2]):
+        v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
+    B, C, H, W = v_BCHW.shape
+    total_BCHW = v_BCHW.new_zeros(()).expand_as(v_BCHW)
+    if lepe_weight is not None:
+        weight, bias = (p if p is None else p.to(v_BCHW.dtype) for p in (lepe_weight, lepe_bias))
+        total_BCHW = F.conv2d(v_BCHW, weight, bias, padding=1, groups=C)
+    if dynamic_weight_BC33 is not None and B:  # conv2d refuses no groups
+        weight = dynamic_weight_BC33.to(v_BCHW.dtype).reshape(B * C, 1, 3, 3)
+        y = F.conv2d(v_BCHW.reshape(1, B * C, H, W), weight, padding=1, groups=B * C)
+        total_BCHW = total_BCHW + y.view_as(v_BCHW)
+    return map_to_heads(total_BCHW, v_BMSD.shape[1], sum(grid[2:]))
 
 
 # Checks
@@ -285,7 +267,6 @@ def _fused(
     num_heads: int,
     feature: str,
     constant: float,
-    normalise: bool,
     *,
     scale_C: Tensor | None = None,
     position_NC: Tensor | None = None,
@@ -304,4 +285,4 @@ def _fused(
             f"{who}: the kernels go up to {LARGEST}x{LARGEST} weights, got {weight.shape[-1]}; use backend=torch"
         )
     sizes = (*grid, 0)[:3]
-    return attend(qkv, *parameters.values(), *sizes, num_heads, feature, constant, normalise)
+    return attend(qkv, *parameters.values(), *sizes, num_heads, feature, constant)

@@ -4,23 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear_attention import (
-    EPS,
-    FOCUSED,
-    INLINE_WHO,
-    WHO,
-    focused_linear_attention,
-    focused_reference,
-    heads_of,
-    inline_attention,
-    inline_reference,
-    linear_attention,
-    linear_reference,
-    merged,
-    with_convolution,
-)
+from kernels.depthwise_conv import depthwise_conv
+from kernels.heads import merge_heads, split_heads
+from kernels.linear_attention import EPS, FOCUSED, INLINE, focused_linear_attention, inline_attention
 from kernels.linear_attention.register import flops_of
-from kernels.operation import Cost, Operation
+from kernels.operation import Cost, Operation, in_pytorch
 
 
 def _random(device: str | torch.device, seed: int):
@@ -92,35 +80,6 @@ def inline_inputs(
     }
 
 
-def linear_inputs(
-    device: str | torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    *,
-    batch: int,
-    grid: tuple[int, ...],
-    heads: int,
-    dim: int,
-    kernel: int = 0,
-    feature: str = "relu",
-    normalise: bool = True,
-) -> dict:
-    """Keyword arguments of `linear_attention`; kernel 0 is no convolution."""
-    random = _random(device, seed)
-    qkv = random(batch, _tokens(grid), 3 * dim, dtype=dtype)
-    if feature == "identity" and normalise:  # keeps the quotient away from 0
-        qkv = qkv.detach().abs().requires_grad_()
-    return {
-        "qkv_BNC": qkv,
-        "grid": grid,
-        "num_heads": heads,
-        "feature": feature,
-        "normalise": normalise,
-        "weight": random(dim, 1, kernel, kernel, factor=0.2) if kernel else None,
-        "bias": random(dim) if kernel else None,
-    }
-
-
 def _cost(default_kernel: int):
     """Forward reads q, k, v and writes o; backward reads those three and the gradient and writes three."""
 
@@ -187,20 +146,6 @@ INLINE_STAGES = {
     "InLine-Swin 1024 px stage 1": {"batch": 8, "grid": (256, 256), "heads": 3, "dim": 96},
     "InLine-Swin 224 px stage 1, one image": {"batch": 1, "grid": (56, 56), "heads": 3, "dim": 96},
 }
-LINEAR_CHECKS = {
-    "7x7, relu": {"batch": 2, "grid": (7, 7), "heads": 2, "dim": 32, "kernel": 3},
-    "one token, elu": {"batch": 1, "grid": (1, 1), "heads": 1, "dim": 16, "feature": "elu"},
-    "10x10, elu, head width 64": {"batch": 1, "grid": (10, 10), "heads": 1, "dim": 64, "feature": "elu", "kernel": 5},
-    "9x7, prefix, identity": {"batch": 2, "grid": (9, 7, 1), "heads": 3, "dim": 48, "feature": "identity"},
-    "13 tokens, identity, not normalised, head width 96": {
-        "batch": 2, "grid": (13, 1), "heads": 2, "dim": 192, "feature": "identity", "normalise": False, "kernel": 3,
-    },
-}  # fmt: skip
-LINEAR_STAGES = {
-    "relu 224 px stage 1": _SWIN | {"grid": (56, 56), "kernel": 3},
-    "elu 224 px stage 3": {"batch": 128, "grid": (14, 14), "heads": 12, "dim": 384, "feature": "elu"},
-    "relu 1024 px stage 1": {"batch": 8, "grid": (256, 256), "heads": 3, "dim": 96, "kernel": 3},
-}
 
 
 def _official_focused(
@@ -215,26 +160,28 @@ def _official_focused(
     lengths = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
     q, k = q**power, k**power
     q, k = (x / x.norm(dim=-1, keepdim=True) * length for x, length in zip((q, k), lengths, strict=True))
-    q, k, v = (heads_of(x, num_heads).contiguous() for x in (q, k, v))
+    q, k, v = (split_heads(x, 1, num_heads)[0].contiguous() for x in (q, k, v))
     z = 1 / (q @ k.mean(2, keepdim=True).mT + EPS)
-    o_BNC = merged(q @ ((k.mT * N**-0.5) @ (v * N**-0.5)) * z)
+    o_BNC = merge_heads(q @ ((k.mT * N**-0.5) @ (v * N**-0.5)) * z)
     height, width, prefix = (*grid, 0)[:3]
     if weight is not None:
         v_map = v[:, :, prefix:].mT.reshape(B * num_heads, -1, height, width)
         local = F.conv2d(v_map, weight.to(dtype), bias.to(dtype), padding=weight.shape[-1] // 2, groups=len(weight))
         o_BNC = o_BNC + F.pad(local.reshape(B, -1, height * width).mT, (0, 0, prefix, 0))
-    return with_convolution(o_BNC, qkv_BNC, grid, lepe_weight, lepe_bias)
+    if lepe_weight is None:
+        return o_BNC
+    return o_BNC + depthwise_conv(qkv_BNC.chunk(3, -1)[2], grid, lepe_weight, lepe_bias, backend="torch")
 
 
 def _official_inline(qkv_BNC: Tensor, grid: tuple[int, ...], num_heads: int, *, dynamic_weight_BC33) -> Tensor:
     """As the authors' code does it: `q kv + (1 - q·mean k) mean v`, and B·C groups of a contiguous map."""
     B, N, C = qkv_BNC.shape[0], qkv_BNC.shape[1], qkv_BNC.shape[2] // 3
     height, width, prefix = (*grid, 0)[:3]
-    q, k, v = (heads_of(x, num_heads) for x in qkv_BNC.chunk(3, -1))
+    q, k, v = split_heads(qkv_BNC, 3, num_heads)
     scale = q.shape[3] ** -0.5
     state = (k.mT * (scale / N) ** 0.5) @ (v * (scale / N) ** 0.5)
     rest = 1 - q @ k.mean(2, keepdim=True).mT * scale
-    o_BNC = merged(q @ state + rest * v.mean(2, keepdim=True))
+    o_BNC = merge_heads(q @ state + rest * v.mean(2, keepdim=True))
     if dynamic_weight_BC33 is None:
         return o_BNC
     v_map = v.transpose(1, 2).reshape(B, N, C)[:, prefix:].mT.reshape(1, B * C, height, width)
@@ -243,37 +190,25 @@ def _official_inline(qkv_BNC: Tensor, grid: tuple[int, ...], num_heads: int, *, 
 
 
 def _sdpa(qkv_BNC: Tensor, grid: tuple[int, ...], num_heads: int, **_) -> Tensor:
-    return merged(F.scaled_dot_product_attention(*(heads_of(x, num_heads) for x in qkv_BNC.chunk(3, -1))))
+    return merge_heads(F.scaled_dot_product_attention(*split_heads(qkv_BNC, 3, num_heads)))
 
 
 OPERATION = Operation(
     name=FOCUSED,
     run=focused_linear_attention,
-    reference=focused_reference,
     inputs=focused_inputs,
     checks=CHECKS,
     stages=STAGES,
     cost=_cost(5),
-    baselines={"official": _official_focused, "pytorch": focused_reference, "sdpa": _sdpa},
+    baselines={"official": _official_focused, "pytorch": in_pytorch(focused_linear_attention), "sdpa": _sdpa},
 )
-INLINE = Operation(
-    name=INLINE_WHO,
+INLINE_OPERATION = Operation(
+    name=INLINE,
     run=inline_attention,
-    reference=inline_reference,
     inputs=inline_inputs,
     checks=INLINE_CHECKS,
     stages=INLINE_STAGES,
     cost=_cost(3),
-    baselines={"official": _official_inline, "pytorch": inline_reference, "sdpa": _sdpa},
+    baselines={"official": _official_inline, "pytorch": in_pytorch(inline_attention), "sdpa": _sdpa},
 )
-LINEAR = Operation(
-    name=WHO,
-    run=linear_attention,
-    reference=linear_reference,
-    inputs=linear_inputs,
-    checks=LINEAR_CHECKS,
-    stages=LINEAR_STAGES,
-    cost=_cost(0),
-    baselines={"pytorch": linear_reference, "sdpa": _sdpa},
-)
-OPERATIONS = (OPERATION, INLINE, LINEAR)
+OPERATIONS = (OPERATION, INLINE_OPERATION)

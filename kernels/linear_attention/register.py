@@ -17,7 +17,7 @@ def _forward(qkv, scale, position, weight, bias, lepe_weight, lepe_bias, height,
 
 def _backward(grad, qkv, state, stats, taps, scale, position, weight, bias, lepe_weight, lepe_bias, height, width,
               prefix, *options):  # fmt: skip
-    from kernels.linear_attention import triton as fused
+    from kernels.linear_attention import triton_backward as fused
 
     parameters = (scale, position, weight, bias, lepe_weight, lepe_bias)
     return fused.backward(grad, qkv, state, stats, taps, *parameters, (height, width, prefix), *options)
@@ -60,7 +60,7 @@ def flops_of(B: int, N: int, C: int, heads: int, cells: int, side: int) -> int:
 
 
 _PARAMETERS = "Tensor? scale, Tensor? position, Tensor? weight, Tensor? bias, Tensor? lepe_weight, Tensor? lepe_bias"
-_OPTIONS = "SymInt height, SymInt width, int prefix, int heads, str feature, float constant, bool normalise"
+_OPTIONS = "SymInt height, SymInt width, int prefix, int heads, str feature, float constant"
 forward_op = define(
     f"linear_attention_forward(Tensor qkv, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,

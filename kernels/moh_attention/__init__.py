@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import gated, merge_heads, split_heads
 from kernels.moh_attention.register import attend, route, routed_heads
 
 WHO, ROUTE = "moh_attention", "route_heads"
@@ -54,7 +55,8 @@ def moh_attention(
     """
     _check(qkv_BNC, gates_BNM, num_heads, scale, skip)
     if not is_fused(WHO, backend, qkv_BNC):
-        return reference(qkv_BNC, gates_BNM, num_heads, scale=scale)
+        heads = split_heads(qkv_BNC, 3, num_heads)
+        return merge_heads(definition(*heads, gates_BNM, scale=scale)).to(qkv_BNC.dtype)
     (qkv_BNC,) = autocast(qkv_BNC)
     head_dim = qkv_BNC.shape[2] // (3 * num_heads)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"gates": gates_BNM})
@@ -63,14 +65,12 @@ def moh_attention(
     return attend(qkv_BNC, gates_BNM, head_dim**-0.5 if scale is None else float(scale), skips)
 
 
-def reference(
-    qkv_BNC: Tensor, gates_BNM: Tensor, num_heads: int, *, scale: float | None = None, skip: str = "auto"
+def definition(
+    q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, gates_BNM: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """The definition in plain PyTorch. It computes all heads, whatever `skip` is."""
-    q_BMND, k_BMND, v_BMND = qkv_BNC.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    """Softmax attention of heads, each times its gate, (B, M, N, D). It computes all of them."""
     o_BMND = F.scaled_dot_product_attention(q_BMND, k_BMND, v_BMND, scale=scale)
-    gates_BNM = torch.where(gates_BNM != 0, gates_BNM, 0.0)
-    return (o_BMND.transpose(1, 2) * gates_BNM.unsqueeze(-1)).flatten(2).to(qkv_BNC.dtype)
+    return gated(o_BMND, torch.where(gates_BNM != 0, gates_BNM, 0.0))
 
 
 def _check(qkv: Tensor, gates: Tensor, num_heads: int, scale: float | None, skip: str) -> None:
@@ -107,30 +107,37 @@ def route_heads(logits_BNL: Tensor, shared: int, routed: int, *, backend: str = 
     if logits_BNL.dtype in (torch.float16, torch.bfloat16):
         logits_BNL = logits_BNL.float()
     if not is_fused(ROUTE, backend, logits_BNL):
-        return route_reference(logits_BNL, shared, routed)
+        return route_definition(logits_BNL, shared, routed)
     check_tensors(ROUTE, {"logits": logits_BNL})
     gates, balance = route(logits_BNL, shared, routed)
     return gates, balance if routed else None
 
 
-def route_reference(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor | None]:
-    """The definition in plain PyTorch, in the dtype of the logits, half precision in float32."""
-    if logits_BNL.dtype in (torch.float16, torch.bfloat16):
-        logits_BNL = logits_BNL.float()
+def route_definition(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor | None]:
+    """Gates and balance in the dtype of the logits."""
     E = routed_heads(logits_BNL.shape[2], shared, routed)
     wg, w0, w1 = logits_BNL.split([E, 2 if routed and shared else 0, shared if shared > 1 else 0], dim=2)
-    shared_BNS = shared * w1.softmax(2) if shared > 1 else logits_BNL.new_ones(*logits_BNL.shape[:2], shared)
     if not routed:
-        return shared_BNS, None
+        return shared_gates(w1, shared), None
     scores = wg.softmax(2)
     mask = largest(scores, routed)
     chosen = scores * mask
     gates = routed * chosen / chosen.sum(2, keepdim=True)
     balance = E * (scores.mean((0, 1)) * mask.mean((0, 1))).sum()
+    return joined(gates, w0, w1, shared), balance
+
+
+def shared_gates(w1_BNS: Tensor, shared: int) -> Tensor:
+    """s (B, N, S); 1 for a single shared head, which has no logits."""
+    return shared * w1_BNS.softmax(2) if shared > 1 else w1_BNS.new_ones(*w1_BNS.shape[:2], shared)
+
+
+def joined(gates_BNE: Tensor, w0_BN2: Tensor, w1_BNS: Tensor, shared: int) -> Tensor:
+    """Gates of all heads from those of the routed ones: [a1 s, a2 g], or g alone."""
     if not shared:
-        return gates, balance
-    alpha_1, alpha_2 = (2 * w0.softmax(2)).split(1, dim=2)
-    return torch.cat([alpha_1 * shared_BNS, alpha_2 * gates], dim=2), balance
+        return gates_BNE
+    alpha_1, alpha_2 = (2 * w0_BN2.softmax(2)).split(1, dim=2)
+    return torch.cat([alpha_1 * shared_gates(w1_BNS, shared), alpha_2 * gates_BNE], dim=2)
 
 
 def largest(scores_BNE: Tensor, count: int) -> Tensor:

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.moh_attention import ROUTE, WHO, moh_attention, reference, route_heads, route_reference
+from kernels.moh_attention import ROUTE, WHO, moh_attention, route_heads
 from kernels.moh_attention.register import routed_heads
-from kernels.operation import Cost, Operation
+from kernels.operation import Cost, Operation, in_pytorch
 
 
 def inputs(
@@ -157,21 +157,19 @@ def _route_official(logits_BNL: Tensor, shared: int, routed: int) -> tuple[Tenso
 OPERATION = Operation(
     name=WHO,
     run=moh_attention,
-    reference=reference,
     inputs=inputs,
     checks=CHECKS,
     stages=STAGES,
     cost=cost,
-    baselines={"official": _official, "pytorch": reference, "sdpa": _dense},
+    baselines={"official": _official, "pytorch": in_pytorch(moh_attention), "sdpa": _dense},
 )
 ROUTER = Operation(
     name=ROUTE,
     run=route_heads,
-    reference=route_reference,
     inputs=route_inputs,
     checks=ROUTE_CHECKS,
     stages=ROUTE_STAGES,
     cost=route_cost,
-    baselines={"official": _route_official, "pytorch": route_reference},
+    baselines={"official": _route_official, "pytorch": in_pytorch(route_heads)},
 )
 OPERATIONS = (OPERATION, ROUTER)

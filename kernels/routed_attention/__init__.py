@@ -18,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import depthwise_conv as conv
+from kernels import windows
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import merge_heads, split_heads, to_map, to_tokens
+from kernels.precision import full_precision, wide
 from kernels.routed_attention.register import attend, means_op, regions_of, selection_op
 
 WHO = "routed_attention"
@@ -61,10 +64,12 @@ def routed_attention(
     qk_dim = qkv_BNC.shape[-1] // 3 if qk_dim is None else qk_dim
     _check(qkv_BNC, routes_BRK, grid, region, num_heads, qk_dim, lepe_weight, lepe_bias)
     if not is_fused(WHO, backend, qkv_BNC):
-        return reference(
-            qkv_BNC, routes_BRK, grid, region, num_heads, qk_dim=qk_dim, scale=scale,
-            lepe_weight=lepe_weight, lepe_bias=lepe_bias,
-        )  # fmt: skip
+        q, k, v = qkv_BNC.split([qk_dim, qk_dim, qkv_BNC.shape[-1] - 2 * qk_dim], -1)
+        q_WTC, k_WTC, v_WTC = (windows.split(t, *grid[:2], region) for t in (q, k, v))
+        scale = qk_dim**-0.5 if scale is None else scale
+        o_WTC = definition(q_WTC, k_WTC, v_WTC, routes_BRK, num_heads, scale=scale)
+        o_BNC = windows.merge(o_WTC, *grid[:2], region)
+        return o_BNC if lepe_weight is None else conv.definition(v, grid[:2], lepe_weight, lepe_bias, residual=o_BNC)
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"routes": routes_BRK, "lepe_weight": lepe_weight, "lepe_bias": lepe_bias})
     _check_fused(qkv_BNC, routes_BRK, num_heads, qk_dim, lepe_weight)
@@ -72,7 +77,7 @@ def routed_attention(
 
 
 def region_means(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int], *, backend: str = "auto") -> Tensor:
-    """Mean token of each region over the cells that lie on the map, (B, R, C) in float32, without gradient.
+    """Mean token of each region over the cells that lie on the map, (B, R, C) in float32 at least, without gradient.
 
     One pass over x; in float32 under autocast too, because rounded means choose other regions.
 
@@ -83,7 +88,7 @@ def region_means(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int], 
     _check_map(who, x_BNC, grid, region)
     x_BNC = x_BNC.detach()
     if not is_fused(who, backend, x_BNC):
-        return reference_means(x_BNC, grid, region)
+        return means(wide(x_BNC), grid, region).contiguous()
     check_tensors(who, {"x": x_BNC})
     return means_op(x_BNC, *grid[:2], *region)
 
@@ -108,72 +113,64 @@ def select_regions(q_BRC: Tensor, k_BRC: Tensor, topk: int, scale: float, *, bac
         raise ValueError(f"{who}: topk must be from 1 to the {R} regions, got {topk}; lower it, or use more regions")
     q_BRC, k_BRC = q_BRC.detach(), k_BRC.detach()
     if not is_fused(who, backend, q_BRC):
-        return reference_selection(q_BRC, k_BRC, topk, scale)
+        return ranked(q_BRC, k_BRC, topk, scale)[0].contiguous()
     if R > MOST_SELECTED_FROM:
         raise ValueError(f"{who}: the kernel takes at most {MOST_SELECTED_FROM} regions, got {R}; use backend=torch")
     return selection_op(q_BRC.float(), k_BRC.float(), topk, scale)
 
 
-def reference(
-    qkv_BNC: Tensor,
+def definition(
+    q_WTC: Tensor,
+    k_WSC: Tensor,
+    v_WSC: Tensor,
     routes_BRK: Tensor,
-    grid: tuple[int, ...],
-    region: tuple[int, int],
     num_heads: int,
     *,
-    qk_dim: int | None = None,
-    scale: float | None = None,
-    lepe_weight: Tensor | None = None,
-    lepe_bias: Tensor | None = None,
+    scale: float,
+    weights_BRK: Tensor | None = None,
 ) -> Tensor:
-    """The definition in plain PyTorch.
+    """`softmax(scale · q k[I]ᵀ) v[I]` of all heads of W = B·R regions, (W, T, C).
 
-    Whole regions are selected as rows: the gradient of `torch.gather` would need R times the memory.
+    Args:
+        q_WTC, k_WSC, v_WSC: queries, keys and values of each region, M heads next to each other; S = T, or fewer keys.
+        routes_BRK: the regions I that each region attends to.
+        num_heads: M.
+        scale: of the logits.
+        weights_BRK: factors of the keys and values of each region in I (the authors' soft routing); None for none.
     """
-    qk_dim = qkv_BNC.shape[-1] // 3 if qk_dim is None else qk_dim
-    scale = qk_dim**-0.5 if scale is None else scale
-    q_BNC, kv_BNC = qkv_BNC.split([qk_dim, qkv_BNC.shape[-1] - qk_dim], -1)
-    q_WTC, kv_WTC = (to_regions(t, grid, region) for t in (q_BNC, kv_BNC))
+    # keys and values apart: the gradient of a split behind the gather would be a copy of all of them
+    parts = q_WTC, gathered(k_WSC, routes_BRK, weights_BRK), gathered(v_WSC, routes_BRK, weights_BRK)
+    (q,), (k,), (v,) = (split_heads(t, 1, num_heads) for t in parts)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=scale))
+
+
+def gathered(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None = None) -> Tensor:
+    """(B·R, S, C) → (B·R, K·S, C): the keys or values of the regions that each region is routed to.
+
+    Whole rows are selected: the backward pass of `torch.gather` on an expanded tensor would allocate R times the map.
+    """
     B, R, K = routes_BRK.shape
-    chosen = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
-    kv_WSC = kv_WTC.index_select(0, chosen.flatten()).view(B * R, K * kv_WTC.shape[1], kv_WTC.shape[2])
-    k_WSC, v_WSC = kv_WSC.split([qk_dim, kv_WSC.shape[-1] - qk_dim], -1)
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q_WTC, k_WSC, v_WSC))
-    o_WTC = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-    o_BNC = from_regions(o_WTC, grid, region)
-    if lepe_weight is None:
-        return o_BNC
-    return conv.reference(qkv_BNC[..., 2 * qk_dim :], grid[:2], lepe_weight, lepe_bias, residual=o_BNC)
+    rows = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
+    picked = x_WSC.index_select(0, rows.flatten())
+    if weights_BRK is not None:
+        picked = picked * weights_BRK.to(picked.dtype).reshape(-1, 1, 1)
+    return picked.view(B * R, K * x_WSC.shape[1], x_WSC.shape[2])
 
 
-def reference_means(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Tensor:
-    """Means of regions in plain PyTorch."""
-    x_BCHW = x_BNC.detach().float().unflatten(1, grid[:2]).permute(0, 3, 1, 2)
-    mean_BCHW = F.avg_pool2d(x_BCHW, region, ceil_mode=True, count_include_pad=False)
-    return mean_BCHW.flatten(2).transpose(1, 2).contiguous()
+def means(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Tensor:
+    """Mean token of each region over the cells that lie on the map, (B, R, C)."""
+    return to_tokens(F.avg_pool2d(to_map(x_BNC, grid), region, ceil_mode=True, count_include_pad=False))
 
 
-def reference_selection(q_BRC: Tensor, k_BRC: Tensor, topk: int, scale: float) -> Tensor:
-    """Selection in plain PyTorch; the order of ties in `torch.topk` is unspecified."""
-    with torch.autocast(q_BRC.device.type, enabled=False):
-        affinity_BRR = (q_BRC.detach().float() * scale) @ k_BRC.detach().float().mT
-    return affinity_BRR.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
+def ranked(q_BRC: Tensor, k_BRC: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The `topk` regions of highest affinity for each region, best first, and these affinities, (B, R, topk).
 
-
-def to_regions(x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Tensor:
-    """(B, N, C) → (B·R, T, C), completed with zeros."""
-    (rows, columns), (h, w) = regions_of(grid, region), region
-    x = x_BNC.unflatten(1, grid[:2])
-    if (rows * h, columns * w) != tuple(grid[:2]):
-        x = F.pad(x, (0, 0, 0, columns * w - grid[1], 0, rows * h - grid[0]))
-    return x.unflatten(2, (columns, w)).unflatten(1, (rows, h)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_regions(x_WTC: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> Tensor:
-    """The inverse of `to_regions`, without what it added."""
-    rows, columns = regions_of(grid, region)
-    x = x_WTC.unflatten(1, region).unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, : grid[0], : grid[1]].flatten(1, 2)
+    A stable sort, because the order of ties in `torch.topk` is unspecified and differs between devices.
+    """
+    with full_precision(q_BRC.device):
+        affinity_BRR = (wide(q_BRC) * scale) @ wide(k_BRC).mT
+    best = affinity_BRR.sort(dim=-1, descending=True, stable=True)
+    return best.indices[..., :topk], best.values[..., :topk]
 
 
 def _check_map(who: str, x: Tensor, grid: tuple[int, ...], region: tuple[int, int]) -> None:

@@ -4,17 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operation import Cost, Operation
+from kernels import windows
+from kernels.operation import Cost, Operation, in_pytorch
 from kernels.routed_attention import (
     WHO,
-    from_regions,
-    reference,
-    reference_means,
-    reference_selection,
     region_means,
     routed_attention,
     select_regions,
-    to_regions,
 )
 from kernels.routed_attention.register import regions_of
 
@@ -133,7 +129,9 @@ STAGES = {
 def _gathered(qkv_BNC, routes_BRK, grid, region, num_heads, *, qk_dim, scale=None, lepe_weight=None, lepe_bias=None):
     """As the authors' code does it: windows are copied out, and keys gathered out of a tensor expanded R times."""
     B, R, K = routes_BRK.shape
-    q_WTC, kv_WTC = (to_regions(t, grid, region) for t in qkv_BNC.split([qk_dim, qkv_BNC.shape[-1] - qk_dim], -1))
+    q_WTC, kv_WTC = (
+        windows.split(t, *grid[:2], region) for t in qkv_BNC.split([qk_dim, qkv_BNC.shape[-1] - qk_dim], -1)
+    )
     T, width = kv_WTC.shape[1:]
     source = kv_WTC.view(B, 1, R, T, width).expand(-1, R, -1, -1, -1)
     kv = torch.gather(source, 2, routes_BRK.view(B, R, K, 1, 1).expand(-1, -1, -1, T, width))
@@ -142,7 +140,7 @@ def _gathered(qkv_BNC, routes_BRK, grid, region, num_heads, *, qk_dim, scale=Non
     k = k.unflatten(-1, (num_heads, -1)).permute(0, 1, 4, 5, 2, 3).reshape(B * R, num_heads, qk_dim // num_heads, K * T)
     v = v.unflatten(-1, (num_heads, -1)).permute(0, 1, 4, 2, 3, 5).reshape(B * R, num_heads, K * T, -1)
     weights = ((q * (qk_dim**-0.5 if scale is None else scale)) @ k).softmax(-1)
-    o_BNC = from_regions((weights @ v).transpose(1, 2).flatten(2), grid, region)
+    o_BNC = windows.merge((weights @ v).transpose(1, 2).flatten(2), *grid[:2], region)
     if lepe_weight is None:
         return o_BNC
     v_BCHW = qkv_BNC[..., 2 * qk_dim :].unflatten(1, grid[:2]).permute(0, 3, 1, 2).contiguous()
@@ -161,12 +159,11 @@ def _dense(qkv_BNC, routes_BRK, grid, region, num_heads, *, qk_dim, scale=None, 
 ATTENTION = Operation(
     name=WHO,
     run=routed_attention,
-    reference=reference,
     inputs=inputs,
     checks=CHECKS,
     stages=STAGES,
     cost=cost,
-    baselines={"official": _gathered, "pytorch": reference, "sdpa": _dense},
+    baselines={"official": _gathered, "pytorch": in_pytorch(routed_attention), "sdpa": _dense},
 )
 
 
@@ -179,14 +176,6 @@ def routing(
     """Means of the regions, and the regions whose means are most alike."""
     means_BRC = region_means(x_BNC, grid, region, backend=backend)
     return means_BRC, select_regions(means_BRC, means_BRC, topk, x_BNC.shape[2] ** -0.5, backend=backend)
-
-
-def reference_routing(
-    x_BNC: Tensor, grid: tuple[int, ...], region: tuple[int, int], topk: int
-) -> tuple[Tensor, Tensor]:
-    """The same in plain PyTorch."""
-    means_BRC = reference_means(x_BNC, grid, region)
-    return means_BRC, reference_selection(means_BRC, means_BRC, topk, x_BNC.shape[2] ** -0.5)
 
 
 def routing_inputs(
@@ -219,7 +208,6 @@ def routing_cost(
 ROUTING = Operation(
     name="region_routing",
     run=routing,
-    reference=reference_routing,
     inputs=routing_inputs,
     checks={
         "3 of 6 regions of 4x4, padded": {"batch": 2, "grid": (7, 10), "dim": 32, "region": (4, 4), "topk": 3},
@@ -228,6 +216,6 @@ ROUTING = Operation(
     },
     stages=STAGES,
     cost=routing_cost,
-    baselines={"official": reference_routing},
+    baselines={"official": in_pytorch(routing)},
 )
 OPERATIONS = (ATTENTION, ROUTING)

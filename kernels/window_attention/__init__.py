@@ -9,14 +9,17 @@ see each other.
 
 Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.2 and equation 4; without shift and bias:
 DaViT, Ding et al., ECCV 2022, arXiv:2204.03645, section 3.2.
-Shapes: B = batch, N = H·W tokens, C = M·D channels, M = heads, R = windows per image, T = cells of a window.
+Shapes: B = batch, N = H·W tokens, C = M·D channels, M = heads, D = channels per head, R = windows per image,
+W = B·R, T = cells of a window.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import windows
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.heads import merge_heads, split_heads
 from kernels.window_attention.register import attend
 
 WHO = "window_attention"
@@ -52,7 +55,10 @@ def window_attention(
     """
     _check(qkv_BNC, grid, num_heads, window, shift, padding, bias_MTT)
     if not is_fused(WHO, backend, qkv_BNC):
-        return reference(qkv_BNC, grid, num_heads, window, shift=shift, padding=padding, bias_MTT=bias_MTT, scale=scale)
+        heads = split_heads(to_windows(qkv_BNC, grid, window, shift, padding), 3, num_heads)
+        mask_RTT = windows.shift_mask(*grid[:2], tuple(window), tuple(shift), qkv_BNC.device)
+        o_WMTD = definition(*heads, bias_MTT, mask_RTT, scale=scale)
+        return windows.merge(merge_heads(o_WMTD), *grid[:2], window, shift)
     (qkv_BNC,) = autocast(qkv_BNC)
     check_tensors(WHO, {"qkv": qkv_BNC}, {"padding": padding, "bias": bias_MTT})
     head_dim = qkv_BNC.shape[2] // 3 // num_heads
@@ -63,64 +69,54 @@ def window_attention(
     return attend(qkv_BNC, padding, bias_MTT, *grid[:2], num_heads, *window, *shift, scale)
 
 
-def reference(
-    qkv_BNC: Tensor,
-    grid: tuple[int, ...],
-    num_heads: int,
-    window: tuple[int, int],
-    *,
-    shift: tuple[int, int] = (0, 0),
-    padding: Tensor | None = None,
+def definition(
+    q_WMTD: Tensor,
+    k_WMTD: Tensor,
+    v_WMTD: Tensor,
     bias_MTT: Tensor | None = None,
+    mask_RTT: Tensor | None = None,
+    *,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition in plain PyTorch."""
-    qkv_WTC = to_windows(completed(qkv_BNC, grid, window, padding), window, shift)
-    q, k, v = qkv_WTC.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = None if bias_MTT is None else bias_MTT.to(q.dtype)[None]
-    if any(shift):
-        apart_RTT = apart(grid, window, shift, q.device)
-        closed = torch.zeros_like(apart_RTT, dtype=q.dtype).masked_fill_(apart_RTT, float("-inf"))[:, None]
-        mask = (closed if mask is None else closed + mask).repeat(len(qkv_BNC), 1, 1, 1)
-    o_WMTD = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    return from_windows(o_WMTD.transpose(1, 2).flatten(2), grid, window, shift)
+    """`softmax(scale · q kᵀ + bias) v` of heads, (W, M, T, D), among the T cells of each of W = B·R windows.
+
+    Without bias and mask it is attention of any queries on any keys.
+
+    Args:
+        q_WMTD, k_WMTD, v_WMTD: queries, keys and values.
+        bias_MTT: added to the logits of every window; None for none.
+        mask_RTT: of the R windows of a map: bool, True where a pair may attend, or numbers that are added.
+        scale: of the logits; None for D^-1/2.
+    """
+    added = added_to_logits(q_WMTD, bias_MTT, mask_RTT)
+    return F.scaled_dot_product_attention(q_WMTD, k_WMTD, v_WMTD, added, scale=scale)
 
 
-def completed(x_BNC: Tensor, grid: tuple[int, ...], window: tuple[int, int], padding: Tensor | None) -> Tensor:
-    """(B, N, C) → the map (B, H', W', C) of whole windows."""
-    below, right = (-size % side for size, side in zip(grid, window, strict=False))
-    x_BHWC = x_BNC.unflatten(1, grid[:2])
-    if not below and not right:
-        return x_BHWC
-    y_BHWC = F.pad(x_BHWC, (0, 0, 0, right, 0, below))
-    if padding is None:
-        return y_BHWC
-    outside = torch.ones(*y_BHWC.shape[1:3], 1, dtype=torch.bool, device=y_BHWC.device)
+def added_to_logits(q_WMTD: Tensor, bias_MTT: Tensor | None, mask_RTT: Tensor | None) -> Tensor | None:
+    """Bias and mask together: (1, M, T, T) without a mask, (W, M, T, T) with one, None for nothing."""
+    bias = None if bias_MTT is None else bias_MTT.to(q_WMTD.dtype).unsqueeze(0)
+    if mask_RTT is None:
+        return bias
+    closed = mask_RTT
+    if mask_RTT.dtype == torch.bool:
+        closed = torch.zeros_like(mask_RTT, dtype=q_WMTD.dtype).masked_fill_(~mask_RTT, float("-inf"))
+    closed = closed.to(q_WMTD.dtype)[:, None]
+    total = closed if bias is None else closed + bias
+    return total.repeat(q_WMTD.shape[0] // mask_RTT.shape[0], 1, 1, 1)
+
+
+def to_windows(
+    x_BNC: Tensor, grid: tuple[int, ...], window: tuple[int, int], shift: tuple[int, int], padding: Tensor | None = None
+) -> Tensor:
+    """(B, N, C) → the windows (W, T, C) of the map, which `padding` completes, or zeros."""
+    height, width = (windows.padded(size, side) for size, side in zip(grid, window, strict=False))
+    if padding is None or (height, width) == tuple(grid[:2]):
+        return windows.split(x_BNC, *grid[:2], window, shift)
+    x_BHWC = F.pad(x_BNC.unflatten(1, grid[:2]), (0, 0, 0, width - grid[1], 0, height - grid[0]))
+    outside = torch.ones(height, width, 1, dtype=torch.bool, device=x_BNC.device)
     outside[: grid[0], : grid[1]] = False
-    return torch.where(outside, padding.to(x_BNC.dtype), y_BHWC)
-
-
-def to_windows(x_BHWC: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """The map (B, H', W', C) → windows (B·R, T, C)."""
-    x = x_BHWC.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x_BHWC
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
-    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
-
-
-def from_windows(x_WTC: Tensor, grid: tuple[int, ...], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Windows (B·R, T, C) → (B, N, C), without the cells that complete the map."""
-    down, across = (-(-size // side) for size, side in zip(grid, window, strict=False))
-    x = x_WTC.unflatten(1, window).unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    x = x.roll(shift, (1, 2)) if any(shift) else x
-    return x[:, : grid[0], : grid[1]].flatten(1, 2)
-
-
-def apart(grid: tuple[int, ...], window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
-    """Pairs in a shifted window that were not neighbours before the shift: bool (R, T, T)."""
-    sides = [-(-size // side) * side for size, side in zip(grid, window, strict=False)]
-    y, x = (torch.arange(side, device=device) >= side - s for side, s in zip(sides, shift, strict=True))
-    seam_RT = to_windows((2 * y[:, None] + x)[None, ..., None], window, (0, 0))[..., 0]
-    return seam_RT[:, :, None] != seam_RT[:, None, :]
+    completed_BHWC = torch.where(outside, padding.to(x_BNC.dtype), x_BHWC)
+    return windows.split(completed_BHWC.flatten(1, 2), height, width, window, shift)
 
 
 def _check(

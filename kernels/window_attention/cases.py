@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.operation import Cost, Operation
-from kernels.window_attention import WHO, apart, completed, from_windows, reference, to_windows, window_attention
+from kernels import windows
+from kernels.operation import Cost, Operation, in_pytorch
+from kernels.window_attention import WHO, to_windows, window_attention
 from kernels.window_attention.register import windows_of
 
 
@@ -114,17 +115,17 @@ def _official(
     qkv_BNC: Tensor, grid: tuple[int, int], num_heads: int, window: tuple[int, int], *, shift, padding, bias_MTT
 ) -> Tensor:
     """As the authors' codes do it: copies of windows, explicit weights, copies back."""
-    qkv_WTC = to_windows(completed(qkv_BNC, grid, window, padding), window, shift)
+    qkv_WTC = to_windows(qkv_BNC, grid, window, shift, padding)
     W, T, C = qkv_WTC.shape
     q, k, v = qkv_WTC.reshape(W, T, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias_MTT is not None:
         logits = logits + bias_MTT.to(q.dtype)
     if any(shift):
-        far_RTT = apart(grid, window, shift, q.device).to(q.dtype) * -100
-        logits = (logits.view(-1, len(far_RTT), num_heads, T, T) + far_RTT[:, None]).flatten(0, 1)
+        far_RTT = ~windows.shift_mask(*grid, window, shift, q.device) * -100.0
+        logits = (logits.view(-1, len(far_RTT), num_heads, T, T) + far_RTT[:, None].to(q.dtype)).flatten(0, 1)
     o_WTC = (logits.softmax(-1) @ v).transpose(1, 2).reshape(W, T, C // 3)
-    return from_windows(o_WTC, grid, window, shift).contiguous()
+    return windows.merge(o_WTC, *grid, window, shift)
 
 
 def _dense(qkv_BNC: Tensor, grid: tuple[int, int], num_heads: int, *_, **__) -> Tensor:
@@ -136,10 +137,9 @@ def _dense(qkv_BNC: Tensor, grid: tuple[int, int], num_heads: int, *_, **__) -> 
 OPERATION = Operation(
     name=WHO,
     run=window_attention,
-    reference=reference,
     inputs=inputs,
     checks=CHECKS,
     stages=STAGES,
     cost=cost,
-    baselines={"official": _official, "pytorch": reference, "sdpa": _dense},
+    baselines={"official": _official, "pytorch": in_pytorch(window_attention), "sdpa": _dense},
 )

@@ -11,17 +11,16 @@ bilinearly over both; with fewer keys than queries the convolution sees V enlarg
 import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from kernels.agent_attention import MOST_AGENTS
+from kernels.agent_attention import MOST_AGENTS, pooled
 from kernels.agent_attention import agent_attention as fused_agent_attention
+from kernels.agent_attention import definition as agent_heads
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Mixer, Refused, Runs, Site
 from models.attention.agent_bias import AgentBias
-from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.heads import head_channels
 from models.attention.multihead import Core
 from models.attention.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.stripes import lay_out
@@ -122,25 +121,6 @@ def agent_grid(agent_tokens: int | Sequence[int], name: str = "agent_tokens") ->
     )
 
 
-def attend(
-    q_BMND: Tensor,
-    k_BMSD: Tensor,
-    v_BMSD: Tensor,
-    agents_BMAD: Tensor,
-    gather_bias: Tensor | None = None,
-    scatter_bias: Tensor | None = None,
-    scatter_scale: float | None = None,
-) -> Tensor:
-    """`softmax(Q Aᵀ + B2) (softmax(A Kᵀ + B1) V)`, (B, M, N, D), for any agents.
-
-    Args:
-        gather_bias, scatter_bias: B1 and B2, broadcast to (B, M, A, S) and (B, M, N, A); None for none.
-        scatter_scale: of Q Aᵀ, where it is not 1 / √D (AgentSD: D^-0.15).
-    """
-    gathered = F.scaled_dot_product_attention(agents_BMAD, k_BMSD, v_BMSD, gather_bias)
-    return F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered, scatter_bias, scale=scatter_scale)
-
-
 class AgentCore(Core):
     """Pools the agents from the queries, attends through them, and adds a depth-wise convolution of the values.
 
@@ -185,32 +165,21 @@ class AgentCore(Core):
         )  # fmt: skip
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        agents_BMAD = self.pool(q_BMND, grid)
-        x_BMND = attend(q_BMND, k_BMSD, v_BMSD, agents_BMAD, *self.biases(grid, kv_grid, q_BMND.dtype))
-        return x_BMND + self.local(v_BMSD, grid, kv_grid)
+        gather, scatter = self.biases(grid, kv_grid)
+        return agent_heads(
+            q_BMND, k_BMSD, v_BMSD, grid, kv_grid, self.agents, gather_bias=gather, scatter_bias=scatter,
+            weight=self.dwc.weight, bias=self.dwc.bias,
+        )  # fmt: skip
 
-    def pool(self, q_BMND: Tensor, grid: Grid) -> Tensor:
-        """The agents (B, M, A, D): queries averaged over bins of the map, which overlap where they do not divide it."""
-        pooled = F.adaptive_avg_pool2d(heads_to_map(q_BMND, grid), self.agents)
-        return map_to_heads(pooled, self.num_heads).to(q_BMND.dtype)
-
-    def biases(self, grid: Grid, kv_grid: Grid, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def biases(self, grid: Grid, kv_grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """B1 (1, M, A, S) and B2 (1, M, N, A), or None twice."""
         if self.gather_bias is None:
             return None, None
-        gather, scatter = self.gather_bias(kv_grid, self.agents), self.scatter_bias(grid, self.agents)
-        return gather.to(dtype)[None], scatter.to(dtype).mT[None]
-
-    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        """The depth-wise convolution of the values, (B, M, N, D); zero for prefix tokens."""
-        v_BCHW = heads_to_map(v_BMSD, kv_grid)
-        if kv_grid[:2] != grid[:2]:
-            v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
-        return map_to_heads(self.dwc(v_BCHW), self.num_heads, grid.prefix)
+        return self.gather_bias(kv_grid, self.agents)[None], self.scatter_bias(grid, self.agents).mT[None]
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S) on the values, without the convolution; every row sums to one."""
-        agents = self.pool(q_BMND, grid)
-        gather, scatter = (0 if b is None else b for b in self.biases(grid, kv_grid, q_BMND.dtype))
+        agents = pooled(q_BMND, grid, self.agents)
+        gather, scatter = (0 if b is None else b.to(q_BMND.dtype) for b in self.biases(grid, kv_grid))
         to_agents = (agents @ k_BMSD.mT * self.scale + gather).softmax(-1)
         return (q_BMND @ agents.mT * self.scale + scatter).softmax(-1) @ to_agents

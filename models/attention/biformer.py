@@ -20,7 +20,8 @@ from kernels import windows
 from kernels.depthwise_conv import LARGEST
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.precision import full_precision
-from kernels.routed_attention import MOST_SELECTED_FROM, region_means, routed_attention, select_regions
+from kernels.routed_attention import MOST_SELECTED_FROM, means, ranked, region_means, routed_attention, select_regions
+from kernels.routed_attention import definition as routed_regions
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.heads import gated_heads, head_channels, split_heads
 from models.attention.lepe import ConvMixer, LePEAttention, check_lepe, depthwise, enhance
@@ -140,12 +141,13 @@ class BiLevelRoutingAttention(Mixer):
             o = self._forward_fused(x, tiled, size)
             return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
         qkv_BNC = self.qkv(x)
-        routes = self.router(*self._means(x, qkv_BNC, tiled, size), self.scale)
-        # keys and values are gathered apart: the gradient of a split behind the gather would be a copy of all of them
+        routes_BRK, weights_BRK = self.router(*self._means(x, qkv_BNC, tiled, size), self.scale)
         q_BNC, k_BNC, v_BNC = qkv_BNC.split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         q_WTC, k_WTC, v_WTC = (windows.split(t, tiled.height, tiled.width, size) for t in (q_BNC, k_BNC, v_BNC))
-        k_WSC, v_WSC = (gather(self._pool(t, size), *routes) for t in (k_WTC, v_WTC))
-        o_WTC = self._attend(q_WTC, k_WSC, v_WSC)
+        k_WSC, v_WSC = (self._pool(t, size) for t in (k_WTC, v_WTC))
+        o_WTC = routed_regions(
+            q_WTC, k_WSC, v_WSC, routes_BRK, self.num_heads, scale=self.scale, weights_BRK=weights_BRK
+        )
         o = windows.merge(o_WTC, tiled.height, tiled.width, size)
         if self.lepe is not None:
             o = enhance(self.lepe, v_BNC, tiled, o, self.backend)
@@ -228,8 +230,7 @@ class BiLevelRoutingAttention(Mixer):
         exact = qkv_BNC.dtype.itemsize >= 4
         with full_precision(x_BNC.device):
             source = qkv_BNC[..., : 2 * self.qk_dim] if exact else x_BNC.float()
-            mean_BCHW = F.avg_pool2d(to_map(source, tiled), size, ceil_mode=True, count_include_pad=False)
-            mean_BRC = to_tokens(mean_BCHW)
+            mean_BRC = means(source, tiled, size)
             if not exact:
                 weight, bias = (p[: 2 * self.qk_dim].float() for p in (self.qkv.weight, self.qkv.bias))
                 mean_BRC = F.linear(mean_BRC, weight, bias)
@@ -239,10 +240,6 @@ class BiLevelRoutingAttention(Mixer):
         if self.kv_pool is None:
             return x_WTC
         return to_tokens(self.kv_pool(to_map(x_WTC, Grid(*size))))
-
-    def _attend(self, q_WTC: Tensor, k_WSC: Tensor, v_WSC: Tensor) -> Tensor:
-        (q,), (k,), (v,) = (split_heads(t, 1, self.num_heads) for t in (q_WTC, k_WSC, v_WSC))
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
 
     def _check_site(self, site: Site) -> None:
         head_channels(site, even=True)
@@ -277,24 +274,8 @@ class Router(nn.Module):
         with full_precision(q_BRC.device):
             if self.embed is not None:
                 q_BRC, k_BRC = (F.linear(t, self.embed.weight.float(), self.embed.bias.float()) for t in (q_BRC, k_BRC))
-            affinity_BRR = (q_BRC * scale) @ k_BRC.mT
-        # a stable sort, because the order of ties in torch.topk is unspecified and differs between devices
-        best = affinity_BRR.sort(dim=-1, descending=True, stable=True)
-        routes_BRK = best.indices[..., : self.topk]
-        return routes_BRK, None if self.kind == "hard" else best.values[..., : self.topk].softmax(-1)
-
-
-def gather(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None) -> Tensor:
-    """(B·R, S, C) → (B·R, K·S, C): the keys or values of the regions that each region is routed to.
-
-    Whole rows are selected: the backward pass of `torch.gather` on an expanded tensor would allocate R times the map.
-    """
-    B, R, K = routes_BRK.shape
-    rows = routes_BRK + R * torch.arange(B, device=routes_BRK.device).view(B, 1, 1)
-    picked = x_WSC.index_select(0, rows.flatten())
-    if weights_BRK is not None:
-        picked = picked * weights_BRK.to(picked.dtype).reshape(-1, 1, 1)
-    return picked.view(B * R, K * x_WSC.shape[1], x_WSC.shape[2])
+        routes_BRK, affinity_BRK = ranked(q_BRC, k_BRC, self.topk, scale)
+        return routes_BRK, None if self.kind == "hard" else affinity_BRK.softmax(-1)
 
 
 def check_routed(

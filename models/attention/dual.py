@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf import values
 from kernels.channel_attention import channel_attention
-from kernels.precision import full_precision
+from kernels.channel_attention import definition as channel_heads
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import head_channels
 from models.attention.multihead import Core, MultiHead
@@ -77,14 +77,7 @@ class ChannelCore(Core):
         return channel_attention(qkv_BNC, num_heads, scale=self._scale(qkv_BNC.shape[1]))
 
     def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        return q_BMND @ self.channel_matrix(k_BMND, v_BMND).to(q_BMND.dtype).mT
-
-    def channel_matrix(self, k_BMND: Tensor, v_BMND: Tensor) -> Tensor:
-        """Weights (B, M, D, D) of every channel on every channel, in float32."""
-        scale = self._scale(k_BMND.shape[2])
-        with full_precision(k_BMND.device):
-            # sums over thousands of tokens leave the range of float16
-            return ((k_BMND.float() * scale).mT @ v_BMND.float()).softmax(-1)
+        return channel_heads(q_BMND, k_BMND, v_BMND, self._scale(k_BMND.shape[2]))
 
     def _scale(self, tokens: int) -> float:
         return (self.head_dim if self.scale == "head_dim" else tokens) ** -0.5

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from conf import values
 from kernels.depthwise_conv import LARGEST
+from kernels.linear_attention import EPS, focused_features
+from kernels.linear_attention import focused_definition as focused_heads
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from kernels.precision import full_precision
 from models.attention import Grid, Mixer, Runs, Site
-from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.heads import head_channels
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
 from models.attention.options import check_flags, check_odd
 from models.attention.stripes import lay_out
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens
-
-EPS = 1e-6  # of the features and of the denominator, as in the authors' code
 
 
 def focused_linear_attention(
@@ -74,21 +74,6 @@ def focused_linear_attention(
     return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
 
 
-def focus(x_BMND: Tensor, power: float) -> Tensor:
-    """`‖x‖ / ‖xᵖ‖ · xᵖ` over heads and channels together, for positive x: other direction, same length.
-
-    x is divided by its largest channel first. That factor cancels, so the result is the same, but no power leaves the
-    range of the number format: p = 32 or a token of 1e-6 in every channel give 0 / 0 otherwise.
-    """
-    peak = x_BMND.detach().amax((1, 3), keepdim=True)
-    sharp = (x_BMND / peak) ** power
-    return sharp * (_norm(x_BMND / peak) * peak / _norm(sharp))
-
-
-def _norm(x_BMND: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_BMND, dim=(1, 3), keepdim=True)
-
-
 class FocusedLinearCore(Resizable, Core):
     """Focused features, the state f(K)ᵀ V, its reading by every query, and the convolution of the values.
 
@@ -126,26 +111,28 @@ class FocusedLinearCore(Resizable, Core):
 
     def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:
         """(B, N, 3·M·D) → (B, N, M·D); see `models.attention.multihead.Core`."""
-        lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
         return fused_focused_linear_attention(
-            qkv_BNC, grid, num_heads, power=self.power, scale_C=F.softplus(self.scale.float()).flatten(),
-            position_NC=self.position(grid).transpose(1, 2).flatten(2)[0], weight=self.dwc.weight, bias=self.dwc.bias,
-            lepe_weight=lepe_weight, lepe_bias=lepe_bias,
+            qkv_BNC, grid, num_heads, power=self.power, scale_C=self._scale(qkv_BNC.dtype),
+            position_NC=self.position(grid).transpose(1, 2).flatten(2)[0], **self._convolutions(),
         )  # fmt: skip
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device):
-            q, k = self.features(q_BMND, k_BMSD, kv_grid)
-            state_BMDD = k.mT @ (v_BMSD.to(k.dtype) / k.shape[2])
-            x_BMND = q @ state_BMDD / (q @ k.mean(2, keepdim=True).mT + EPS)
-        return x_BMND.to(v_BMSD.dtype) + self.local(v_BMSD, grid, kv_grid)
+        return focused_heads(
+            q_BMND, k_BMSD, v_BMSD, grid, kv_grid, power=self.power, scale_C=self._scale(q_BMND.dtype),
+            position_MSD=self.position(kv_grid)[0], **self._convolutions(),
+        )  # fmt: skip
 
-    def features(self, q_BMND: Tensor, k_BMSD: Tensor, kv_grid: Grid) -> tuple[Tensor, Tensor]:
-        """f(Q) (B, M, N, D) and f(K) (B, M, S, D), in float32 at least."""
-        dtype = torch.promote_types(q_BMND.dtype, torch.float32)
-        scale_MD = F.softplus(self.scale.to(dtype)).view(self.num_heads, 1, -1)
-        k = k_BMSD.to(dtype) + self.position(kv_grid).to(dtype)
-        return tuple(focus((x.relu() + EPS) / scale_MD, self.power) for x in (q_BMND.to(dtype), k))
+    def _scale(self, dtype: torch.dtype) -> Tensor:
+        return F.softplus(self.scale.to(torch.promote_types(dtype, torch.float32))).flatten()
+
+    def _convolutions(self) -> dict[str, Tensor | None]:
+        lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        return {
+            "weight": self.dwc.weight,
+            "bias": self.dwc.bias,
+            "lepe_weight": lepe_weight,
+            "lepe_bias": lepe_bias,
+        }
 
     def position(self, kv_grid: Grid) -> Tensor:
         """The encoding (1, M, S, D) of the keys, resized bicubically to another map; zero for prefix tokens."""
@@ -164,25 +151,11 @@ class FocusedLinearCore(Resizable, Core):
         side = square_side(value.shape[1], "tokens")
         return _resized(value, Grid(side, side), self.kv_grid)
 
-    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        """The depth-wise convolutions of the values, (B, M, N, D); zero for prefix tokens.
-
-        Shortened values are enlarged linearly along the row-major sequence, not over the map, as in the authors' code.
-        """
-        v_BCHW = heads_to_map(v_BMSD, kv_grid)
-        if kv_grid[:2] != grid[:2]:
-            sequence = F.interpolate(v_BCHW.flatten(2), size=grid.cells, mode="linear")
-            v_BCHW = sequence.unflatten(2, grid[:2])
-        weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
-        local_BCHW = F.conv2d(v_BCHW, weight, bias, padding=self.dwc.padding, groups=weight.shape[0])
-        if self.lepe is not None:
-            local_BCHW = local_BCHW + self.lepe(v_BCHW)
-        return map_to_heads(local_BCHW, self.num_heads, grid.prefix)
-
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S) on the values, without the convolution: quadratic, for looking at and for tests."""
         with full_precision(q_BMND.device):
-            q, k = self.features(q_BMND, k_BMSD, kv_grid)
+            scale, position = self._scale(q_BMND.dtype), self.position(kv_grid)[0]
+            q, k = focused_features(q_BMND, k_BMSD, self.power, scale, position)
             weights = q @ k.mT / k.shape[2]
             return weights / (weights.sum(-1, keepdim=True) + EPS)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from kernels.moh_attention import largest, route_heads
+from kernels.moh_attention import joined, largest, route_heads
 from kernels.precision import full_precision
 
 # of the bias of loss-free balancing, per step: Wang et al. 2024, arXiv:2408.15664
@@ -168,11 +168,7 @@ class ReLURouter(HeadRouter):
         scores = wg.relu()
         self._note(wg, scores.detach() > 0)
         gates = self.routed * scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        if not self.shared:
-            return gates, None
-        alpha_1, alpha_2 = (2 * w0.softmax(-1)).split(1, dim=-1)
-        shared = self.shared * w1.softmax(-1) if self.shared > 1 else torch.ones_like(alpha_1)
-        return torch.cat([alpha_1 * shared, alpha_2 * gates], dim=-1), None
+        return joined(gates, w0, w1, self.shared), None
 
     def _adapt(self, uses_E: Tensor, tokens: Tensor) -> None:
         self.bias += BIAS_RATE * (self.routed / self.experts - uses_E / tokens).sign()

@@ -3,33 +3,13 @@
 Shapes: B = batch, N = prefix + H·W tokens, C = channels, M = heads, D = channels per head, H W = map.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import Grid, Refused, Site
-from models.layers.tokens import to_map, to_tokens
-
-
-def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
-    head_dim = x_BNC.shape[2] // (parts * num_heads)
-    return x_BNC.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def merge_heads(x_BMND: Tensor) -> Tensor:
-    """(B, M, N, D) → (B, N, M·D)."""
-    return x_BMND.transpose(1, 2).flatten(2)
-
-
-def heads_to_map(x_BMND: Tensor, grid: Grid) -> Tensor:
-    """(B, M, N, D) → the map (B, M·D, H, W) without prefix tokens, in channels_last memory."""
-    return to_map(merge_heads(x_BMND), grid)
-
-
-def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
-    """(B, M·D, H, W) → (B, M, N, D), with zeros for `prefix` tokens in front."""
-    x_BMND = to_tokens(x_BCHW).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    return F.pad(x_BMND, (0, 0, prefix, 0)) if prefix else x_BMND
+from kernels.heads import heads_to_map as heads_to_map
+from kernels.heads import map_to_heads as map_to_heads
+from kernels.heads import merge_heads as merge_heads
+from kernels.heads import split_heads as split_heads
+from models.attention import Refused, Site
 
 
 def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:

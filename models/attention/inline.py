@@ -12,15 +12,15 @@ and W2 act within each head; in CSWin the mean is that of the block's input befo
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf import values
 from kernels.linear_attention import inline_attention as fused_inline_attention
-from kernels.precision import full_precision
+from kernels.linear_attention import inline_definition as inline_heads
+from kernels.precision import full_precision, wide
 from models.attention import Grid, Mixer, Runs, Site
-from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.heads import head_channels
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
 from models.attention.options import check_flags
@@ -141,31 +141,13 @@ class InLineCore(Core):
         kv_grid: Grid,
         weight_BC33: Tensor | None = None,
     ) -> Tensor:
-        with full_precision(q_BMND.device):
-            dtype = torch.promote_types(q_BMND.dtype, torch.float32)
-            q, k, v = q_BMND.to(dtype), k_BMSD.to(dtype), v_BMSD.to(dtype)
-            if self.feature != "identity":
-                q, k = FEATURES[self.feature](q), FEATURES[self.feature](k)
-            mean_v = v.mean(2, keepdim=True)
-            covariance_BMDD = (k - k.mean(2, keepdim=True)).mT @ ((v - mean_v) / k.shape[2])
-            x_BMND = mean_v + self.scale * q @ covariance_BMDD
-        return x_BMND.to(v_BMSD.dtype) + self.local(v_BMSD, grid, kv_grid, weight_BC33)
-
-    def local(self, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, weight_BC33: Tensor | None = None) -> Tensor:
-        """The convolutions of the values, (B, M, N, D); zero for prefix tokens.
-
-        Shortened values are enlarged bilinearly; the authors' code stops there.
-        """
-        v_BCHW = heads_to_map(v_BMSD, kv_grid)
-        if kv_grid[:2] != grid[:2]:
-            v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
-        B, C = v_BCHW.shape[:2]
-        local_BCHW = v_BCHW.new_zeros(()).expand_as(v_BCHW) if self.lepe is None else self.lepe(v_BCHW)
-        if weight_BC33 is not None and B:  # conv2d refuses no groups
-            weight = weight_BC33.to(v_BCHW.dtype).reshape(B * C, 1, 3, 3)
-            flat = v_BCHW.reshape(1, B * C, *grid[:2])
-            local_BCHW = local_BCHW + F.conv2d(flat, weight, padding=1, groups=B * C).view_as(v_BCHW)
-        return map_to_heads(local_BCHW, self.num_heads, grid.prefix)
+        if self.feature != "identity":
+            q_BMND, k_BMSD = (FEATURES[self.feature](wide(x)) for x in (q_BMND, k_BMSD))
+        lepe_weight, lepe_bias = (None, None) if self.lepe is None else (self.lepe.weight, self.lepe.bias)
+        return inline_heads(
+            q_BMND, k_BMSD, v_BMSD, grid, kv_grid, scale=self.scale, dynamic_weight_BC33=weight_BC33,
+            lepe_weight=lepe_weight, lepe_bias=lepe_bias,
+        )  # fmt: skip
 
     def _lepe_bias(self, o_BNC: Tensor, grid: Grid) -> Tensor:
         bias_NC = self.lepe.bias.expand(grid.cells, -1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
+from kernels.heads import gated
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.options import ratio_of
@@ -144,7 +145,7 @@ class MultiHead(Resizable, Mixer):
         o_BMND = self.core(q, k, v, local, kv_grid, **given)
         if gates_BNM is not None:
             gates, _ = self._split(gates_BNM, grid)
-            o_BMND = o_BMND * gates.transpose(1, 2).unsqueeze(-1)
+            o_BMND = gated(o_BMND, gates)
         o = self.proj(merge_heads(o_BMND))
         return Mixed(
             o if self.window is None else windows.merge(o, grid.height, grid.width, self.window, self.shift), {}

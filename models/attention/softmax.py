@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.moh_attention import moh_attention
-from kernels.window_attention import window_attention
+from kernels.window_attention import added_to_logits, window_attention
+from kernels.window_attention import definition as softmax_heads
 from models.attention import Grid, Refused, Runs, Site
 from models.attention.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.lepe import depthwise
@@ -126,9 +127,8 @@ class SoftmaxCore(Core):
     def forward(
         self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
     ) -> Tensor:
-        bias = self._bias(q_BMND, mask)
-        q, k = self.q_norm(q_BMND), self.k_norm(k_BMND)
-        o_BMND = F.scaled_dot_product_attention(q, k, v_BMND, bias, scale=self.scale)
+        bias = None if self.bias is None else self.bias()
+        o_BMND = softmax_heads(self.q_norm(q_BMND), self.k_norm(k_BMND), v_BMND, bias, mask, scale=self.scale)
         if self.lepe is None:
             return o_BMND
         return o_BMND + map_to_heads(self.lepe(heads_to_map(v_BMND, kv_grid)), v_BMND.shape[1], grid.prefix)
@@ -136,20 +136,8 @@ class SoftmaxCore(Core):
     def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
         """The attention weights (B, M, N, S)."""
         logits = self.q_norm(q_BMND) @ self.k_norm(k_BMND).mT * self.scale
-        bias = self._bias(q_BMND, mask)
-        return (logits if bias is None else logits + bias).softmax(-1)
-
-    def _bias(self, q_BMND: Tensor, mask_RTT: Tensor | None) -> Tensor | None:
-        """What is added to the logits: (1, M, T, T) without a mask, (B·R, M, T, T) with one, None for nothing."""
-        bias = None if self.bias is None else self.bias().to(q_BMND.dtype).unsqueeze(0)
-        if mask_RTT is None:
-            return bias
-        closed = mask_RTT
-        if mask_RTT.dtype == torch.bool:
-            closed = torch.zeros_like(mask_RTT, dtype=q_BMND.dtype).masked_fill_(~mask_RTT, float("-inf"))
-        closed = closed.to(q_BMND.dtype)[:, None]
-        total = closed if bias is None else closed + bias
-        return total.repeat(q_BMND.shape[0] // mask_RTT.shape[0], 1, 1, 1)
+        added = added_to_logits(q_BMND, None if self.bias is None else self.bias(), mask)
+        return (logits if added is None else logits + added).softmax(-1)
 
 
 class RelativePositionBias(Resizable, nn.Module):

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.agent_attention import agent_attention, reference, triton, triton_backward
-from kernels.agent_attention.cases import inputs
+from kernels.agent_attention import agent_attention, triton, triton_backward
+from kernels.agent_attention.cases import OPERATION, inputs
+
+reference = OPERATION.reference
 
 SMALL = {"batch": 3, "grid": (4, 5, 1), "dim": 16, "heads": 1, "agents": (2, 3)}
 

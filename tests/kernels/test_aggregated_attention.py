@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.aggregated_attention import aggregated_attention, reference, triton, triton_backward
+from kernels.aggregated_attention import aggregated_attention, triton, triton_backward
 from kernels.aggregated_attention.cases import OPERATION, inputs
+
+reference = OPERATION.reference
 
 SMALL = {"batch": 1, "grid": (3, 4), "pool": 2, "heads": 1, "head_dim": 8}
 

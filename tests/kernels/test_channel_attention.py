@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.channel_attention import channel_attention, reference
+from kernels.channel_attention import channel_attention
 from kernels.channel_attention import triton as fused
-from kernels.channel_attention.cases import inputs
+from kernels.channel_attention.cases import OPERATION, inputs
+
+reference = OPERATION.reference
 
 
 def heads_of(qkv, num_heads):

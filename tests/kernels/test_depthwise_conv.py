@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.depthwise_conv import depthwise_conv, reference
+from kernels.depthwise_conv import depthwise_conv
 from kernels.depthwise_conv import triton as fused
-from kernels.depthwise_conv.cases import inputs
+from kernels.depthwise_conv.cases import OPERATION, inputs
+
+reference = OPERATION.reference
 
 
 def test_is_conv2d():

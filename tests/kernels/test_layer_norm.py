@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from kernels.depthwise_conv import depthwise_conv
-from kernels.layer_norm import conv_norm, conv_reference
-from kernels.layer_norm.cases import conv_inputs
+from kernels.layer_norm import conv_norm
+from kernels.layer_norm.cases import OPERATION, conv_inputs
+
+conv_reference = OPERATION.reference
 
 
 def test_is_a_convolution_and_a_norm():

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from kernels.linear_attention import cases, focused_linear_attention, inline_attention, linear_attention
+from kernels.linear_attention import cases, focused_linear_attention, inline_attention
 
 
 def heads(x_BNC, num_heads):
@@ -19,15 +18,15 @@ def packed(tokens, dim, batch=1, seed=0):
     return torch.randn(batch, tokens, 3 * dim, generator=torch.Generator().manual_seed(seed))
 
 
-ones = torch.ones
+ones, reference = torch.ones, cases.OPERATION.reference
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (
-            lambda: linear_attention(ones(1, 4, 100), (2, 2), 3),
-            r"linear_attention: qkv must be \(B, N, 3 \* 3 heads \* D\), got \(1, 4, 100\); pass the output of",
+            lambda: inline_attention(ones(1, 4, 100), (2, 2), 3),
+            r"inline_attention: qkv must be \(B, N, 3 \* 3 heads \* D\), got \(1, 4, 100\); pass the output of",
         ),
         (
             lambda: inline_attention(ones(1, 5, 96), (2, 2), 2),
@@ -64,15 +63,11 @@ ones = torch.ones
             r"power must be at least 1, got 0.5; the paper uses 3",
         ),
         (
-            lambda: linear_attention(ones(1, 4, 96), (2, 2), 2, feature="softmax"),
-            r"feature must be relu, elu, identity, got softmax; choose one of them",
-        ),
-        (
-            lambda: linear_attention(ones(1, 4, 96), (2, 2), 2, weight=ones(32, 1, 9, 9)),
+            lambda: focused_linear_attention(ones(1, 4, 96), (2, 2), 2, scale_C=ones(32), weight=ones(16, 1, 9, 9)),
             r"the kernels go up to 7x7 weights, got 9; use backend=torch",
         ),
         (
-            lambda: linear_attention(ones(1, 4, 3 * 160), (2, 2), 1),
+            lambda: inline_attention(ones(1, 4, 3 * 160), (2, 2), 1),
             r"the kernels take at most 128 channels per head, got 160; use more heads",
         ),
     ],
@@ -80,16 +75,6 @@ ones = torch.ones
 def test_refuses(call, text):
     with pytest.raises(ValueError, match=text):
         call()
-
-
-def test_linear_equals_the_quadratic_weights():
-    """Rows of weights φ(q)·φ(k) over their sum: what linear attention reorders."""
-    qkv = packed(35, 48, batch=2)
-    q, k, v = (heads(x, 2) for x in qkv.chunk(3, -1))
-    weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
-    wanted = (weights / weights.sum(-1, keepdim=True)) @ v
-    found = linear_attention(qkv, (5, 7), 2, feature="elu")
-    assert error(heads(found, 2), wanted) < 1e-5
 
 
 def test_inline_equals_the_papers_subtraction():
@@ -128,7 +113,7 @@ def test_stays_finite_where_no_channel_is_positive(dtype, power):
     out = focused_linear_attention(qkv, (2, 3), 2, power=power, scale_C=scale)
     gradients = torch.autograd.grad(out.float().square().sum(), [qkv, scale])
     assert all(t.isfinite().all() for t in (out, *gradients))
-    assert error(out, cases.focused_reference(qkv.double(), (2, 3), 2, power=power, scale_C=scale)) < 0.01
+    assert error(out, reference(qkv.double(), (2, 3), 2, power=power, scale_C=scale)) < 0.01
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 48, 96])
@@ -136,18 +121,19 @@ def test_head_widths(head_dim):
     inputs = cases.focused_inputs("cpu", torch.float32, batch=1, grid=(3, 5), heads=2, dim=2 * head_dim, kernel=0)
     found = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
     doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    wanted = torch.autograd.grad(cases.focused_reference(**doubled).sin().sum(), inputs["qkv_BNC"])[0]
+    wanted = torch.autograd.grad(reference(**doubled).sin().sum(), inputs["qkv_BNC"])[0]
     assert error(found, wanted.double()) < 1e-5
 
 
 def test_shares_of_the_tokens_are_added(monkeypatch):
     """As on a large map: several shares per image, and heads in groups."""
-    from kernels.linear_attention import triton as fused
+    from kernels.linear_attention import triton, triton_backward
 
     inputs = cases.focused_inputs("cpu", torch.float32, batch=2, grid=(9, 10), heads=3, dim=48, kernel=0)
     wanted = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
-    monkeypatch.setattr(fused, "shares", lambda B, N, M, BT, span, together: (BT, -(-N // BT), 2, 2))
-    assert not fused.tiles("state", 16, 90)["BT"] >= 90
+    for module in (triton, triton_backward):
+        monkeypatch.setattr(module, "shares", lambda B, N, M, BT, span, together: (BT, -(-N // BT), 2, 2))
+    assert not triton.tiles("state", 16, 90)["BT"] >= 90
     found = torch.autograd.grad(focused_linear_attention(**inputs).sin().sum(), inputs["qkv_BNC"])[0]
     assert error(found, wanted.double()) < 1e-5
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.moh_attention import moh_attention, reference, register, route_heads, route_reference
-from kernels.moh_attention.cases import inputs, route_inputs
+from kernels.moh_attention import moh_attention, register, route_heads
+from kernels.moh_attention.cases import OPERATION, ROUTER, inputs, route_inputs
+
+reference, route_reference = OPERATION.reference, ROUTER.reference
 
 SMALL = {"batch": 2, "tokens": 20, "heads": 3, "head_dim": 16, "shared": 1, "active": 2}
 

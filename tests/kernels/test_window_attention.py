@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.window_attention import reference, triton, triton_backward, window_attention
+from kernels.window_attention import triton, triton_backward, window_attention
 from kernels.window_attention.cases import OPERATION, inputs
+
+reference = OPERATION.reference
 
 LARGE = {"batch": 1, "grid": (8, 8), "heads": 1, "window": (9, 8), "head_dim": 16, "padding": True, "bias": True}
 

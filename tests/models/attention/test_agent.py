@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from kernels.agent_attention import attend_through, local, pooled
 from models.attention import Grid, Refused, Site
-from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid, attend
+from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid
 from models.attention.multihead import MultiHead
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(4, 4, 2)]
@@ -86,7 +87,7 @@ def test_matrix_times_values_plus_convolution_is_forward(grid: Grid, options: di
     module, x = mixer(grid, **options), tokens(grid)
     weights, v = module.attention_matrix(x, grid), heads_of(module, x, grid)[2]
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    heads = weights @ v + module.core.local(v, grid, grid)
+    heads = weights @ v + local(v, grid, grid, module.core.dwc.weight, module.core.dwc.bias)
     torch.testing.assert_close(module(x, grid).x, module.proj(heads.transpose(1, 2).flatten(2)))
 
 
@@ -96,7 +97,7 @@ def test_matrix_with_shortened_keys() -> None:
     _, _, v, kv_grid = module._project(x, grid)
     weights = module.attention_matrix(x, grid)
     assert kv_grid == Grid(3, 4) and weights.shape == (2, 2, 40, 12)
-    heads = weights @ v + module.core.local(v, grid, kv_grid)
+    heads = weights @ v + local(v, grid, kv_grid, module.core.dwc.weight, module.core.dwc.bias)
     torch.testing.assert_close(module(x, grid).x, module.proj(heads.transpose(1, 2).flatten(2)))
 
 
@@ -132,9 +133,9 @@ def test_class_tokens_are_attended_but_are_no_agents_and_stay_out_of_the_convolu
     q, _, v = heads_of(module, x, grid)
     moved = q.clone()
     moved[:, :, :2] += 1.0
-    torch.testing.assert_close(module.core.pool(moved, grid), module.core.pool(q, grid))
-    local = module.core.local(v, grid, grid)
-    assert local[:, :, :2].eq(0).all() and local[:, :, 2:].ne(0).all()
+    torch.testing.assert_close(pooled(moved, grid, (3, 3)), pooled(q, grid, (3, 3)))
+    convolved = local(v, grid, grid, module.core.dwc.weight, module.core.dwc.bias)
+    assert convolved[:, :, :2].eq(0).all() and convolved[:, :, 2:].ne(0).all()
     other = x.clone()
     other[:, 0] += 1.0
     assert (module(other, grid).x - module(x, grid).x)[:, 2:].abs().max() > 1e-4
@@ -227,7 +228,7 @@ def test_given_agents_and_a_scale_of_their_own() -> None:
     q, k, v = (tokens(Grid(3, 4), 8).unsqueeze(1) + shift for shift in (0.0, 0.5, 1.0))
     agents = q[:, :, :5]
     expected = (q @ agents.mT * 0.7).softmax(-1) @ ((agents @ k.mT / 8**0.5).softmax(-1) @ v)
-    torch.testing.assert_close(attend(q, k, v, agents, scatter_scale=0.7), expected)
+    torch.testing.assert_close(attend_through(q, k, v, agents, scatter_scale=0.7), expected)
 
 
 @pytest.mark.parametrize(

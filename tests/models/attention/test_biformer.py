@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.routed_attention import gathered
 from models.attention import Accepts, Grid, Refused, Site, check
-from models.attention.biformer import BiLevelRoutingAttention, biformer_attention, gather
+from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.lepe import ConvMixer, LePEAttention
 from models.factory import instantiate
 from models.layers.tokens import to_map, to_tokens
@@ -165,8 +166,8 @@ def test_compiles_without_a_graph_break() -> None:
 def test_gathering_selects_whole_regions_of_the_same_image() -> None:
     kv = torch.arange(2 * 3 * 2).view(6, 2, 1).float()
     routes = torch.tensor([[[2], [0], [1]], [[0], [0], [2]]])
-    assert gather(kv, routes, None).flatten().tolist() == [4, 5, 0, 1, 2, 3, 6, 7, 6, 7, 10, 11]
-    halved = gather(kv, routes, torch.full((2, 3, 1), 0.5))
+    assert gathered(kv, routes, None).flatten().tolist() == [4, 5, 0, 1, 2, 3, 6, 7, 6, 7, 10, 11]
+    halved = gathered(kv, routes, torch.full((2, 3, 1), 0.5))
     assert halved.flatten().tolist() == [2, 2.5, 0, 0.5, 1, 1.5, 3, 3.5, 3, 3.5, 5, 5.5]
 
 
@@ -174,7 +175,7 @@ def test_the_backward_pass_of_gathering_allocates_no_copy_per_region() -> None:
     """Largest tensor made in the backward pass: the gathered keys and values, not R times the map."""
     regions, keys, dim, topk = 49, 4, 8, 2
     kv = torch.randn(regions, keys, dim, requires_grad=True)
-    picked = gather(kv, torch.randint(regions, (1, regions, topk)), None)
+    picked = gathered(kv, torch.randint(regions, (1, regions, topk)), None)
     largest = 0
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

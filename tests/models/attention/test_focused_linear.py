@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from kernels.linear_attention import focus, focused_features, focused_local
 from models.attention import Grid, Refused, Site
-from models.attention.focused_linear import FocusedLinearCore, focus, focused_linear_attention
+from models.attention.focused_linear import FocusedLinearCore, focused_linear_attention
 from models.attention.multihead import MultiHead
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(4, 4, 2)]
@@ -36,6 +37,11 @@ def without_local(module: MultiHead) -> MultiHead:
     """The convolution off: what remains is linear attention alone."""
     torch.nn.init.zeros_(module.core.dwc.weight), torch.nn.init.zeros_(module.core.dwc.bias)
     return module
+
+
+def local(core: FocusedLinearCore, v: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+    convolutions = [(conv.weight, conv.bias) for conv in (core.dwc, core.lepe) if conv is not None]
+    return focused_local(v, grid, kv_grid, *convolutions)
 
 
 @pytest.mark.parametrize("power", [1, 2, 2.5, 3, 4])
@@ -70,7 +76,7 @@ def test_matrix_times_values_plus_convolution_is_forward(options: dict) -> None:
     _, _, v, kv_grid = heads_of(module, x, grid)
     weights = module.attention_matrix(x, grid)
     assert weights.shape == (2, 2, 40, kv_grid.tokens) and weights.ge(0).all()
-    heads = weights @ v + module.core.local(v, grid, kv_grid)
+    heads = weights @ v + local(module.core, v, grid, kv_grid)
     torch.testing.assert_close(module(x, grid).x, module.proj(heads.transpose(1, 2).flatten(2)))
 
 
@@ -92,7 +98,7 @@ def test_no_power_leaves_the_range_of_float32(power: float) -> None:
     core = FocusedLinearCore(2, 4, grid, power=power)
     out = core(q, q, q, grid, grid)
     out.pow(2).mean().backward()
-    features = core.features(q, q, grid)[0]
+    features = focused_features(q, q, power, F.softplus(core.scale).flatten())[0]
     assert out.isfinite().all() and q.grad.isfinite().all() and features.isfinite().all()
     lengths = ((q.relu() + 1e-6) / F.softplus(torch.zeros(()))).pow(2).sum((1, 3))
     torch.testing.assert_close(features.pow(2).sum((1, 3)), lengths)
@@ -133,7 +139,7 @@ def test_the_convolution_restores_the_rank() -> None:
     module, x = mixer(grid, dim=8, heads=2), tokens(grid, 8, batch=1)
     q, k, _, _ = heads_of(module, x, grid)
     assert torch.linalg.matrix_rank(module.core.matrix(q, k, grid, grid)).max() <= 4
-    shifts = module.core.local(torch.eye(36, dtype=torch.float64).view(36, 1, 36, 1).expand(-1, 2, -1, 4), grid, grid)
+    shifts = local(module.core, torch.eye(36, dtype=torch.float64).view(36, 1, 36, 1).expand(-1, 2, -1, 4), grid, grid)
     local_NN = (shifts[:, 0, :, 0] - module.core.dwc.bias[0]).mT  # the convolution of one channel as an N×N matrix
     total = module.core.matrix(q, k, grid, grid)[0, 0] + local_NN
     assert torch.linalg.matrix_rank(total) > 30
@@ -161,8 +167,8 @@ def test_shortened_values_are_enlarged_along_the_sequence() -> None:
     v = tokens(Grid(2, 3)).unflatten(2, (2, 8)).transpose(1, 2)
     sequence = F.interpolate(v.transpose(1, 2).flatten(2).mT, size=24, mode="linear")
     large = sequence.mT.unflatten(2, (2, 8)).transpose(1, 2)
-    expected = module.core.local(large, Grid(4, 6), Grid(4, 6))
-    torch.testing.assert_close(module.core.local(v, Grid(4, 6), Grid(2, 3)), expected)
+    expected = local(module.core, large, Grid(4, 6), Grid(4, 6))
+    torch.testing.assert_close(local(module.core, v, Grid(4, 6), Grid(2, 3)), expected)
 
 
 def test_position_encoding_is_exact_on_the_map_of_training_and_smooth_on_others() -> None:

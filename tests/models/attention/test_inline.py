@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear_attention import inline_local
 from models.attention import Grid, Site
 from models.attention.heads import merge_heads
 from models.attention.inline import FEATURES, InLineCore, inline_attention
@@ -28,6 +29,11 @@ def tokens(grid: Grid, dim: int = 16, batch: int = 2) -> Tensor:
 def heads_of(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     return tuple(torch.randn(2, 2, grid.tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+
+
+def local(core: InLineCore, v: Tensor, grid: Grid, weight_BC33: Tensor | None = None) -> Tensor:
+    lepe = (None, None) if core.lepe is None else (core.lepe.weight, core.lepe.bias)
+    return inline_local(v, grid, grid, weight_BC33, *lepe)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -61,9 +67,9 @@ def test_queries_of_one_direction_are_told_apart() -> None:
 def test_matrix_times_values_plus_convolutions_is_forward(grid: Grid, options: dict) -> None:
     module, x = mixer(grid, **options), tokens(grid)
     v = module.qkv(x).chunk(3, -1)[2].unflatten(2, (2, 8)).transpose(1, 2)
-    local = module.core.local(v, grid, grid, **module.core.context(x))
-    assert (local[:, :, : grid.prefix] == 0).all()
-    heads = module.attention_matrix(x, grid).double() @ v + local
+    convolved = local(module.core, v, grid, **module.core.context(x))
+    assert (convolved[:, :, : grid.prefix] == 0).all()
+    heads = module.attention_matrix(x, grid).double() @ v + convolved
     torch.testing.assert_close(module(x, grid).x, module.proj(merge_heads(heads)), rtol=1e-5, atol=1e-5)
 
 
@@ -84,7 +90,7 @@ def test_every_image_makes_a_convolution_of_its_own_per_channel() -> None:
         map_ = v[image, 1:].T.view(1, 16, 4, 5)
         expected = F.conv2d(map_, weights[image].unsqueeze(1), padding=1, groups=16)[0].flatten(1).T
         heads = v.unflatten(2, (2, 8)).transpose(1, 2)
-        got = merge_heads(module.core.local(heads, grid, grid, weights))[image, 1:]
+        got = merge_heads(local(module.core, heads, grid, weights))[image, 1:]
         torch.testing.assert_close(got, expected)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import windows
+from kernels.agent_attention import attend_through
 from models.attention import Grid, Site
-from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid, attend
+from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid
 from models.attention.heads import split_heads
 from models.attention.multihead import MultiHead
 from models.checkpoints.names.agent import authors
@@ -162,7 +163,7 @@ class AgentSD(nn.Module):
         x, agents = x_BNC[:, : self.tokens], x_BNC[:, self.tokens :]
         projected = [self.to_q(x), self.to_k(x), self.to_v(x), self.to_q(agents)]
         q, k, v, a = (split_heads(y, 1, self.heads)[0] for y in projected)
-        o_BMND = attend(q, k, v, a, scatter_scale=self.scatter_scale) + self.shortcut * v
+        o_BMND = attend_through(q, k, v, a, scatter_scale=self.scatter_scale) + self.shortcut * v
         return self.to_out[0](o_BMND.transpose(1, 2).flatten(2))
 
 
