@@ -82,9 +82,10 @@ class Backbone(Trunk):
 
     def forward(self, images, return_losses=False):
         """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,)."""
-        x_BNC, grid, losses = self.forward_tokens(images)
-        logits = self.classify(x_BNC, grid)
-        return (logits, losses) if return_losses else logits
+        maps, losses = self._forward_stages(images)
+        x_BNC, grid = maps[-1]
+        logits = self.classify(self.norm(x_BNC), grid)
+        return (logits, stacked(losses)) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:
         """The tokens (B, N, C) of the last stage as they are pooled, their map, and the auxiliary losses.
@@ -96,7 +97,7 @@ class Backbone(Trunk):
         return self.norm(x_BNC), grid, stacked(losses)
 
     def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """Logits (B, num_classes) from what `forward_tokens` gave."""
+        """Logits (B, num_classes) from what `forward_tokens` gives."""
         return self.head(self.pool(x_BNC, grid))
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -95,15 +95,13 @@ class Stage(nn.Module):
 
     def forward(self, x_BNC: Tensor, grid: tuple, *given: Tensor) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
         x, losses = x_BNC, []
+        recompute = self.gradient_checkpointing and self.training
         if self.downsample is not None:
-            x, grid = self._run(self.downsample, x, grid)
+            x, grid = recomputed(self.downsample, x, grid) if recompute else self.downsample(x, grid)
         for block in self.blocks:
-            x, loss = self._run(block, x, grid, *given)
+            x, loss = recomputed(block, x, grid, *given) if recompute else block(x, grid, *given)
             losses.append(loss)
         return x, grid, losses
-
-    def _run(self, module: nn.Module, *inputs: object) -> tuple:
-        return recomputed(module, *inputs) if self.gradient_checkpointing and self.training else module(*inputs)
 
 
 def recomputed(module: nn.Module, *inputs: object) -> tuple:
