@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conf import families
 from models import create_model
 from models.attention import Grid
 from models.attention.softmax import softmax_attention
 from models.backbones.base import Pyramid
 from models.backbones.pvt import PVT
-from models.cost import multiply_adds, parameters
 from models.layers.tokens import to_map, to_tokens
 
 # millions of parameters and billions of multiply-adds at 224 pixels, table 2 of the paper
@@ -26,11 +26,9 @@ def images(*size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_and_multiply_adds(name):
-    with torch.device("meta"):
-        model = create_model(name)
-    millions, billions = SIZES[name]
-    assert round(parameters(model) / 1e6, 1) == millions
-    assert round(multiply_adds(model, (224, 224)) / 1e9, 1) == billions
+    """As recorded, which tests/models/test_tables.py counts."""
+    counted = families.models()[name]["counted"]
+    assert (round(counted["parameters"] / 1e6, 1), round(counted["multiply_adds"] / 1e9, 1)) == SIZES[name]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 64)])
