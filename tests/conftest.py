@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 KERNELS = TESTS / "kernels"
 # quick tests with much to say, so that a mistake shows within seconds
-FIRST = ("test_floors.py", "conf", "models/attention/test_contract.py", "models/layers", "data/test_configs.py")
+FIRST = (
+    "test_floors.py",
+    "conf",
+    "contract",
+    "models/attention/test_contract.py",
+    "models/layers",
+    "data/test_configs.py",
+)
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 

@@ -31,7 +31,7 @@ def same(inputs: dict, tolerance: float = 1e-5) -> None:
         assert (found - exact).norm() <= tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("head", [16, 24, 48, 64, 72, 96, 128])
+@pytest.mark.parametrize("head", [24, 128, *(pytest.param(n, marks=pytest.mark.full) for n in (16, 48, 64, 72, 96))])
 @pytest.mark.parametrize("region", [(2, 2), (3, 6)], ids=["dense", "lists"])
 def test_takes_any_head_width(head, region, poisoned):
     same(shaped(grid=(4, 6), dim=head, region=region, topk=1))
