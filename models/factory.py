@@ -24,7 +24,7 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
         if part is None:
             raise UserError(_unknown(name, key, cfg))
         part[key] = merged(f"create_model: {name}", key, part[key], value)
-    model = build(cfg)
+    model = build_model(cfg)
     if not features_only:
         return model
     from models.backbones.base import Pyramid
@@ -84,7 +84,7 @@ def compose_model(name: str, attention: str | None = None) -> DictConfig:
     return cfg
 
 
-def build(cfg: DictConfig) -> nn.Module:
+def build_model(cfg: DictConfig) -> nn.Module:
     """The module of a composed configuration; a misfit is the plain `ValueError` of the part that found it."""
     try:
         return instantiate(cfg.model)

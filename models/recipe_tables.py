@@ -64,11 +64,11 @@ def counted(name: str) -> tuple[str, str]:
     from conf.compose import compose_run
     from models.backbones.base import pair
     from models.cost import multiply_adds, parameters
-    from models.factory import build
+    from models.factory import build_model
 
     cfg, _ = compose_run([f"recipe={name}"])
     with torch.device("meta"):
-        model = build(cfg)
+        model = build_model(cfg)
     return _cost(parameters(model), multiply_adds(model, pair(cfg.image_size)))
 
 

@@ -19,7 +19,7 @@ from conf import recipes
 from conf.compose import compose_run
 from data.augment import Augment
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
-from models.factory import build
+from models.factory import build_model
 from models.tasks.schedule import Schedule
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
@@ -162,7 +162,7 @@ def composed(name: str):
 def model_of(name: str) -> torch.nn.Module:
     """Without memory."""
     with torch.device("meta"):
-        return build(composed(name)[0])
+        return build_model(composed(name)[0])
 
 
 def test_the_recipes_are_the_published_ones():

@@ -17,8 +17,8 @@ from torch import nn
 from conf.errors import UserError
 from models.attention import AttentionFactory
 from models.backbones.base import check_counts
-from models.backbones.hierarchical import Hierarchical, Place, check_lists
-from models.backbones.stages import heads_of, per_stage
+from models.backbones.hierarchical import Hierarchical, Slot, check_lists
+from models.backbones.stages import per_stage, whole_heads
 from models.layers.block import Stage
 from models.layers.downsample import PoolDownsample
 from models.layers.mbconv import MBConvBlock, MBConvDownsample, init_convolutions
@@ -61,11 +61,11 @@ class CoAtNet(Hierarchical):
         if not set(strides) <= {1, 2}:
             raise UserError(f"CoAtNet: strides must be 1 or 2, got {list(strides)}; set model.strides")
         mixers = per_stage("CoAtNet", attention, attention_stages, len(dims))[: max(attention_stages) + 1]
-        heads = [heads_of("CoAtNet", dim, head_dim) if s in attention_stages else 1 for s, dim in enumerate(dims)]
+        heads = [whole_heads("CoAtNet", dim, head_dim) if s in attention_stages else 1 for s, dim in enumerate(dims)]
         self.before, self.steps, self.attention_stages = [stem_dim, *dims[:-1]], list(strides), list(attention_stages)
         super().__init__(mixers, *args, dims=dims, depths=depths, num_heads=heads, **options)
 
-    def stage(self, s: int, places: list[Place]) -> Stage:
+    def stage(self, s: int, places: list[Slot]) -> Stage:
         """One MBConv per place, of which the first also changes resolution and channels; or blocks of attention."""
         if s in self.attention_stages:
             return Stage([self.block(*place) for place in places], self.between(s))

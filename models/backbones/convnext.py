@@ -15,7 +15,7 @@ from torch import nn
 from models.attention import AttentionFactory, Site
 from models.backbones.base import check_counts
 from models.backbones.hierarchical import Hierarchical
-from models.backbones.stages import heads_of, per_stage
+from models.backbones.stages import per_stage, whole_heads
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.downsample import ConvDownsample
 
@@ -50,7 +50,7 @@ class ConvNeXt(Hierarchical):
     ) -> None:
         check_counts("ConvNeXt", head_dim=head_dim)
         mixers = [f or convolution for f in per_stage("ConvNeXt", attention, attention_stages, len(dims))]
-        heads = [heads_of("ConvNeXt", dim, head_dim) for dim in dims]
+        heads = [whole_heads("ConvNeXt", dim, head_dim) for dim in dims]
         super().__init__(mixers, *args, dims=dims, num_heads=heads, **options)
 
     def block(self, site: Site, mixer: nn.Module, rate: float) -> nn.Module:

@@ -18,7 +18,7 @@ from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.stem import PatchStem
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """What a family makes a block of."""
 
     site: Site
@@ -100,7 +100,7 @@ class Hierarchical(Backbone, ABC):
         shared = {"mlp_ratio": self.mlp_ratios[site.stage], "layer_scale": self.layer_scale, "norm_eps": self.norm_eps}
         return Block(site.dim, mixer, drop_path=rate, **shared, **own)
 
-    def stage(self, s: int, places: list[Place]) -> Stage:
+    def stage(self, s: int, places: list[Slot]) -> Stage:
         """Its blocks, behind what lies between it and the stage before."""
         return self.stage_type([self.block(*place) for place in places], self.between(s) if s else None)
 
@@ -139,7 +139,7 @@ class Hierarchical(Backbone, ABC):
         depths: Sequence[int],
         num_heads: Sequence[int],
         drop_path: float,
-    ) -> list[Place]:
+    ) -> list[Slot]:
         """Every block in order, its mixer, and its drop path rate, which grows linearly from 0 at the first."""
         options = [
             {"positioned": self.positioned, "measured_in": self.trained_on and cells(self.trained_on, stride)}
@@ -154,7 +154,7 @@ class Hierarchical(Backbone, ABC):
         mixers = iter(build(attention, [site for site, mixes in zip(sites, mixed, strict=True) if mixes]))
         rates = drop_path_rates(drop_path, len(sites))
         return [
-            Place(site, next(mixers) if mixes else None, rate)
+            Slot(site, next(mixers) if mixes else None, rate)
             for site, mixes, rate in zip(sites, mixed, rates, strict=True)
         ]
 

@@ -6,7 +6,7 @@ from conf.errors import UserError
 from models.attention import AttentionFactory
 
 
-def heads_of(who: str, dim: int, head_dim: int) -> int:
+def whole_heads(who: str, dim: int, head_dim: int) -> int:
     """How many heads of `head_dim` channels make up `dim`."""
     if dim % head_dim:
         raise UserError(

@@ -16,9 +16,7 @@ class ConvNeXtBlock(nn.Module):
     Args:
         dim: channels C.
         mixer: `(x, grid) -> Mixed`.
-        mlp_ratio: hidden channels of the MLP over C.
-        drop_path: probability that a sample skips the branch in training.
-        layer_scale: initial value of the learned scale per channel; None for no scale.
+        mlp_ratio, drop_path, layer_scale: see `models.layers.block.Block`; they are about the one branch.
     """
 
     def __init__(

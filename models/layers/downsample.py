@@ -22,9 +22,9 @@ class PatchMerging(nn.Module):
     that of the authors' code: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:

@@ -16,14 +16,14 @@ from models.layers.tokens import to_map, to_tokens
 class MBConv(nn.Module):
     """shortcut(x) + project(SE(depth-wise(expand(BN(x))))), on maps (B, C, H, W); GELU after both inner norms.
 
-    The bottleneck has `expansion` times the output channels, the squeeze a quarter of the output channels. With
+    The bottleneck has four times the output channels, the squeeze a quarter of the output channels. With
     `stride` 2 the depth-wise convolution halves the map and the shortcut is max pooling, then a 1×1 convolution.
     The paper puts the stride on the first 1×1 convolution, which would drop three pixels of four unseen.
     """
 
-    def __init__(self, dim: int, out_dim: int, *, stride: int = 1, expansion: int = 4, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, out_dim: int, *, stride: int = 1, drop_path: float = 0.0) -> None:
         super().__init__()
-        hidden = expansion * out_dim
+        hidden = 4 * out_dim
         self.stride = stride
         self.body = nn.Sequential(
             nn.BatchNorm2d(dim),

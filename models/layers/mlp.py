@@ -31,11 +31,11 @@ class ConvGLU(nn.Module):
     goes, so that the parameters are about those of an MLP with `hidden`. Prefix tokens are not expected.
     """
 
-    def __init__(self, dim: int, hidden: int, kernel_size: int = 3) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         hidden = 2 * hidden // 3
         self.fc1 = nn.Linear(dim, 2 * hidden)
-        self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:

@@ -22,19 +22,18 @@ class SpatialReduction(nn.Module):
     Args:
         dim: channels C.
         ratio: side s of the squares that become one token.
-        norm_eps: of the LayerNorm.
 
     Raises:
         ValueError: a ratio below 1.
     """
 
-    def __init__(self, dim: int, ratio: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
         if ratio < 1:
             raise UserError(f"SpatialReduction: ratio must be at least 1, got {ratio}; 1 keeps every token")
         self.ratio = ratio
         self.conv = nn.Conv2d(dim, dim, ratio, stride=ratio)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def reduced(self, grid: tuple) -> tuple:
         """The map of keys and values for a map of queries; the same type as `grid`."""
@@ -53,19 +52,18 @@ class PooledReduction(nn.Module):
     Args:
         dim: channels C.
         size: side of the pooled map.
-        norm_eps: of the LayerNorm.
 
     Raises:
         ValueError: a size below 1.
     """
 
-    def __init__(self, dim: int, size: int = 7, norm_eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, size: int = 7) -> None:
         super().__init__()
         if size < 1:
             raise UserError(f"PooledReduction: size must be at least 1, got {size}; the paper uses 7")
         self.size = size
         self.conv = nn.Conv2d(dim, dim, 1)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def reduced(self, grid: tuple) -> tuple:
         """The map of keys and values for a map of queries; the same type as `grid`."""

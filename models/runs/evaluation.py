@@ -15,7 +15,7 @@ from models.attention.backend import describe
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.cost import example_inputs, multiply_adds, parameters
 from models.runs.initial import in_our_names
-from models.runs.preflight import build, check_data, quiet, resolved
+from models.runs.preflight import check_data, part_of, quiet, resolved
 from models.runs.report import print_table, write_json
 from models.runs.resume import differences
 from models.runs.training import title
@@ -36,13 +36,13 @@ def evaluate(cfg: DictConfig) -> float:
     quiet()
     given = resolved(cfg)
     weights = _of_file(cfg, given) if Path(cfg.ckpt).is_file() else _of_directory(cfg, given)
-    data = build(cfg, "data")
+    data = part_of(cfg, "data")
     _check_number(weights.num_classes, data)
     check_data(data, training=False)
     _check_classes(weights.classes, data)
     model, ema = (_model(cfg, weights, ema) for ema in (False, True))
     task = _task(given, model, ema, data)
-    trainer = build(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
+    trainer = part_of(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
     if trainer.is_global_zero:
         print(describe(model, trainer.strategy.root_device))
     figures = trainer.validate(task, data, verbose=False)[0]
@@ -209,7 +209,7 @@ def _model(cfg: DictConfig, weights: Weights, ema: bool) -> nn.Module | None:
         state = weights.load(ema)
         if state is None:
             return None
-        model = build(cfg, "model")
+        model = part_of(cfg, "model")
         model.load_state_dict(state)
     except (OSError, RuntimeError) as error:
         raise UserError(str(error)) from error

@@ -115,7 +115,7 @@ def check_data(data: pl.LightningDataModule, training: bool = True) -> None:
         raise UserError(str(error)) from error
 
 
-def build(cfg: DictConfig, key: str, **extra: Any) -> Any:
+def part_of(cfg: DictConfig, key: str, **extra: Any) -> Any:
     """Instantiates one part of the configuration; what a user got wrong in it becomes a `UserError`."""
     try:
         return instantiate(cfg[key], **extra)

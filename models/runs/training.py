@@ -23,11 +23,11 @@ from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.initial import check_given, start_from
 from models.runs.preflight import (
-    build,
     check_data,
     check_monitor,
     check_settings,
     lock_folder,
+    part_of,
     quiet,
     resolved,
 )
@@ -84,9 +84,9 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
     if checkpoint is None:
         check_given(config)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    task = build(cfg, "task")
+    task = part_of(cfg, "task")
     origin = _origin(config, task, checkpoint)
-    data = build(cfg, "data")
+    data = part_of(cfg, "data")
     check_data(data)
     check_monitor(config, task)
     task.prepare(data)
@@ -118,11 +118,11 @@ def _origin(config: dict[str, Any], task: pl.LightningModule, checkpoint: Path |
 
 
 def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: RunProgress) -> pl.Trainer:
-    callbacks = [*filter(None, build(cfg, "callbacks").values()), progress.throughput, progress]
+    callbacks = [*filter(None, part_of(cfg, "callbacks").values()), progress.throughput, progress]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.describe_run(run_dir, config)
-    return build(
+    return part_of(
         cfg,
         "trainer",
         callbacks=callbacks,

@@ -26,7 +26,7 @@ def test_a_stride_pools_the_shortcut():
 
 
 def test_widths_follow_the_output_channels():
-    shapes = [tuple(m.weight.shape) for m in MBConv(8, 12, expansion=4).modules() if isinstance(m, nn.Conv2d)]
+    shapes = [tuple(m.weight.shape) for m in MBConv(8, 12).modules() if isinstance(m, nn.Conv2d)]
     assert shapes == [(48, 8, 1, 1), (48, 1, 3, 3), (3, 48, 1, 1), (48, 3, 1, 1), (12, 48, 1, 1), (12, 8, 1, 1)]
 
 
