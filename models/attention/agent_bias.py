@@ -43,8 +43,8 @@ class AgentBias(Resizable, nn.Module):
     def forward(self, grid: Grid, agents: tuple[int, int]) -> Tensor:
         """(M, A, N) for this map and these agents, prefix tokens first."""
         block_MAHW = F.interpolate(self._to_agents(self.block, agents), size=grid[:2], mode="bilinear")
-        row_MAH = _resized(self._to_agents(self.row, agents), grid.height)
-        column_MAW = _resized(self._to_agents(self.column, agents), grid.width)
+        row_MAH = _stretched(self._to_agents(self.row, agents), grid.height)
+        column_MAW = _stretched(self._to_agents(self.column, agents), grid.width)
         bias_MAN = (block_MAHW + row_MAH[..., None] + column_MAW[..., None, :]).flatten(2)
         if self.prefix is None:
             return bias_MAN
@@ -63,7 +63,7 @@ class AgentBias(Resizable, nn.Module):
         if value.shape[1] != math.prod(self.agents):
             side = square_side(value.shape[1], "agents")
             value = _resampled(value, (side, side), self.agents)
-        return _resized(value, getattr(self, name).shape[-1]) if name in ("row", "column") else value
+        return _stretched(value, getattr(self, name).shape[-1]) if name in ("row", "column") else value
 
 
 def _resampled(table: Tensor, agents: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -74,5 +74,5 @@ def _resampled(table: Tensor, agents: tuple[int, int], new: tuple[int, int]) -> 
     return F.interpolate(flat, size=new, mode="bilinear").flatten(2).transpose(1, 2).unflatten(2, table.shape[2:])
 
 
-def _resized(table_MAL: Tensor, length: int) -> Tensor:
+def _stretched(table_MAL: Tensor, length: int) -> Tensor:
     return table_MAL if table_MAL.shape[-1] == length else F.interpolate(table_MAL, size=length, mode="linear")

@@ -10,7 +10,7 @@ from kernels.dispatch import INTERPRETED
 from models.attention import Mixer, Runs, mixers_of
 
 
-def describe(model: nn.Module, device: torch.device) -> str:
+def describe_backend(model: nn.Module, device: torch.device) -> str:
     """One line: which operations run as Triton kernels, which in PyTorch, and why.
 
     Raises:

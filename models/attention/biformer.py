@@ -130,7 +130,7 @@ class BiLevelRoutingAttention(Mixer):
         self._check_site(site)
         self.scale = self.qk_dim**-0.5
         self.qkv = nn.Linear(site.dim, 2 * self.qk_dim + site.dim)
-        self.router = Router(self.qk_dim, topk, routing)
+        self.router = RegionRouter(self.qk_dim, topk, routing)
         self.kv_pool = kv_pool
         self.lepe = depthwise(site.dim, lepe_kernel)
         self.proj = nn.Linear(site.dim, site.dim) if output_projection else nn.Identity()
@@ -257,7 +257,7 @@ class BiLevelRoutingAttention(Mixer):
             )
 
 
-class Router(nn.Module):
+class RegionRouter(nn.Module):
     """The `topk` regions of highest affinity, ties to the lowest index, and the weights of soft routing.
 
     Called with mean queries and keys (B, R, C) it gives indices (B, R, K), best first, and weights (B, R, K) or None.

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.attention.backend import describe
+from models.attention.backend import describe_backend
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.cost import example_inputs, multiply_adds, parameters
 from models.runs.initial import in_our_names
@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> float:
     task = _task(given, model, ema, data)
     trainer = part_of(cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
     if trainer.is_global_zero:
-        print(describe(model, trainer.strategy.root_device))
+        print(describe_backend(model, trainer.strategy.root_device))
     figures = trainer.validate(task, data, verbose=False)[0]
     size = data.evaluation.size or data.image_size
     with trainer.precision_plugin.forward_context():

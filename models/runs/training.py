@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
 from conf.names import short
-from models.attention.backend import describe
+from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.callbacks.guard import NonFinite
 from models.callbacks.preemption import Stopped
@@ -97,7 +97,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
     accumulate(config, trainer, data)
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
-    attention = describe(task.model, trainer.strategy.root_device)
+    attention = describe_backend(task.model, trainer.strategy.root_device)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step)
     return Run(trainer, task, data, progress, checkpoint, step, [attention, *origin])
 

@@ -12,7 +12,7 @@ from models import create_model, list_attentions
 from models.attention import Grid, Refused, Site, build, check
 from models.attention.agent import agent_attention
 from models.attention.aggregated import aggregated_attention
-from models.attention.backend import describe
+from models.attention.backend import describe_backend
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
@@ -194,17 +194,17 @@ def test_the_line_says_what_runs_where(monkeypatch):
     model = create_model("swin_32px", attention="dual", num_classes=10)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("models.attention.backend.INTERPRETED", False)
-    assert describe(model, cpu) == "attention in PyTorch: Triton kernels run on CUDA devices, this is a CPU"
-    line = describe(model, cuda)
+    assert describe_backend(model, cpu) == "attention in PyTorch: Triton kernels run on CUDA devices, this is a CPU"
+    line = describe_backend(model, cuda)
     assert "window_attention in Triton (" in line and "channel_attention in Triton (" in line
     plain = create_model("vit_32px", num_classes=10)
-    assert describe(plain, cuda) == (
+    assert describe_backend(plain, cuda) == (
         "attention: scaled_dot_product_attention in PyTorch (dense attention is PyTorch's own fused kernel)"
     )
     forced = nn.Sequential(dual_attention(SITE, backend="triton"))
     with pytest.raises(ValueError, match=r"attention.backend=triton: Triton kernels run on CUDA devices, got cpu"):
-        describe(forced, cpu)
-    assert "(attention.backend=torch)" in describe(nn.Sequential(dual_attention(SITE, backend="torch")), cuda)
+        describe_backend(forced, cpu)
+    assert "(attention.backend=torch)" in describe_backend(nn.Sequential(dual_attention(SITE, backend="torch")), cuda)
 
 
 def test_a_gpu_backend_on_a_cpu_is_one_error(command):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import create_model
-from models.attention.biformer import Router
+from models.attention.biformer import RegionRouter
 from models.attention.moh import MoHAttention
 from models.backbones.base import Pyramid
 from models.checkpoints import convert, export
@@ -112,7 +112,7 @@ def test_routes_are_the_authors(name):
     model, module = ours(name)
     module.load_state_dict(convert(reference.weights(name), model))
     routes = []
-    for router in (m for m in module.modules() if isinstance(m, Router)):
+    for router in (m for m in module.modules() if isinstance(m, RegionRouter)):
         router.register_forward_hook(lambda *args: routes.append(args[-1][0].sort(dim=-1).values.numpy()))
     module.eval()(reference.model_input(name))
     recorded = {key: value for key, value in reference.arrays(name).items() if key.startswith("routing_")}
