@@ -1,8 +1,7 @@
 """Checks of single values that a user may set, each with one wording.
 
 Every function gives the value back, or raises `UserError`: "<who>: <name> must be <what>, got <value>; <fix>". `what`
-replaces the usual words where an option may also be something else, e.g. "a positive number or all". A setting that
-asks for itself has no name: "seed: must be …".
+replaces the usual words where an option may also be something else, e.g. "a positive number or all".
 """
 
 import math
@@ -29,7 +28,7 @@ def refuse(who: str, name: str, what: str, value: Any, fix: str) -> NoReturn:
     Raises:
         UserError: always.
     """
-    raise UserError(f"{who}: {f'{name} ' if name else ''}must be {what}, got {value!r}; {fix}")
+    raise UserError(f"{who}: {name} must be {what}, got {value!r}; {fix}")
 
 
 def whole(who: str, name: str, value: Any, at_least: int = 1, *, fix: str, what: str = "") -> int:
@@ -53,10 +52,10 @@ def number(who: str, name: str, value: Any, at_least: float = 0, *, fix: str, wh
     return value
 
 
-def fraction(who: str, name: str, value: Any, *, fix: str, below_one: bool = False, what: str = "") -> float:
-    """A number between 0 and 1, which may be 1 itself unless `below_one`."""
-    if not is_number(value, 0, 1) or (below_one and value == 1):
-        refuse(who, name, what or ("in [0, 1)" if below_one else "in [0, 1]"), value, fix)
+def fraction(who: str, name: str, value: Any, *, fix: str, what: str = "") -> float:
+    """A number between 0 and 1."""
+    if not is_number(value, 0, 1):
+        refuse(who, name, what or "a number between 0 and 1", value, fix)
     return value
 
 
@@ -71,7 +70,7 @@ def choice(who: str, name: str, value: Any, known: Iterable[str], *, fix: str) -
     """One of a few words."""
     known = list(known)
     if not isinstance(value, str) or value not in known:
-        refuse(who, name, f"one of {', '.join(known)}", value, fix)
+        refuse(who, name, " or ".join(known) if len(known) == 2 else f"one of {', '.join(known)}", value, fix)
     return value
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.errors import UserError
-from conf.values import is_number, is_whole
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -68,10 +67,10 @@ class Augment:
         """What is wrong with the values, one entry each."""
         found = []
         for name in ("hflip", "erasing", "mix_probability", "switch_probability"):
-            if not is_number(getattr(self, name), 0, 1):
+            if not _number(getattr(self, name), 0, 1):
                 found.append(f"{name}={getattr(self, name)!r}, expected a probability between 0 and 1")
         for name, high in (("shift", 0.5), ("color_jitter", 1), ("mixup", 100), ("cutmix", 100)):
-            if not is_number(getattr(self, name), 0, high):
+            if not _number(getattr(self, name), 0, high):
                 found.append(f"{name}={getattr(self, name)!r}, expected a number between 0 and {high}")
         if self.scale is not None and not _interval(self.scale, 1):
             found.append(f"scale={self.scale!r}, expected two areas such as [0.08, 1], at most 1")
@@ -79,7 +78,7 @@ class Augment:
             found.append(f"ratio={self.ratio!r}, expected two aspect ratios such as [0.75, 1.33]")
         if self.interpolation not in INTERPOLATIONS:
             found.append(f"interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
-        if not is_whole(self.repeated):
+        if not isinstance(self.repeated, int) or isinstance(self.repeated, bool) or self.repeated < 1:
             found.append(f"repeated={self.repeated!r}, expected a whole number from 1")
         if not isinstance(self.erase_mixed, bool):
             found.append(f"erase_mixed={self.erase_mixed!r}, expected true or false")
@@ -104,7 +103,11 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if hasattr(v, "__iter__") and not isinstance(v, str) else v for key, v in values.items()}
 
 
+def _number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
 def _interval(value: Any, high: float) -> bool:
     if not isinstance(value, tuple) or len(value) != 2:
         return False
-    return all(is_number(v, 0, high) for v in value) and 0 < value[0] <= value[1]
+    return all(_number(v, 0, high) for v in value) and 0 < value[0] <= value[1]

@@ -1,11 +1,10 @@
 """The pre-flight: what can be wrong with settings and data, found before training and without decoding images."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conf.values import is_whole
 from data.sources.imagefolder import ImageFolder
 from data.token_labels import LabelMaps
 
@@ -22,11 +21,11 @@ def setting_problems(data: "ImageData") -> list[str]:
     """Wrong types and ranges of the module's own arguments."""
     found = []
     for name in ("num_classes", "image_size", "batch_size"):
-        if not is_whole(getattr(data, name), 1):
+        if not _whole(getattr(data, name), 1):
             found.append(f"data.{name}: got {getattr(data, name)!r}; give a whole number from 1")
-    if not is_whole(data.seed, 0):
+    if not _whole(data.seed, 0):
         found.append(f"seed: got {data.seed!r}; give a whole number from 0")
-    if data.workers != "auto" and not is_whole(data.workers, 0):
+    if data.workers != "auto" and not _whole(data.workers, 0):
         found.append(f"data.workers: got {data.workers!r}; give a whole number from 0, or auto")
     if data.on_error not in ("raise", "skip"):
         found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
@@ -121,3 +120,7 @@ def some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -16,7 +16,6 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from conf.values import is_whole
 from data.augment import INTERPOLATIONS, Augment, checked
 
 
@@ -49,7 +48,7 @@ class Evaluation:
         found = []
         for name in ("size", "resize"):
             value = getattr(self, name)
-            if value is not None and not is_whole(value):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 found.append(f"eval.{name}={value!r}, expected pixels (a whole number from 1) or null")
         fraction = self.crop_fraction
         if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):

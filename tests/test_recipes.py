@@ -103,11 +103,7 @@ def test_one_recipe_of_every_paper_and_backbone_is_run():
     assert {b for b in backbones for name in SMALL if f"/{b}_" in name} == backbones
 
 
-# these differ from others of SMALL in the backbone alone, which is trained elsewhere
-ALIKE = {"biformer/tiny_in1k", "agent/swin_tiny_in1k", "flatten/pvt_tiny_in1k", "dit/s_2_in1k"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full if n in ALIKE else []) for n in SMALL])
+@pytest.mark.parametrize("name", SMALL)
 def test_two_steps_and_an_evaluation(name, command, images, tmp_path):
     """Two optimizer steps of two accumulated batches each, on images that fit, then the verdict of eval.py."""
     data = ["data=imagefolder", f"data.root={images}"]

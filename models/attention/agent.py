@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.values import is_whole
 from kernels.agent_attention import MOST_AGENTS, pooled
 from kernels.agent_attention import agent_attention as fused_agent_attention
 from kernels.agent_attention import definition as agent_heads
@@ -110,7 +109,7 @@ def _agents_on(grid: Grid, agent_tokens: int | str | Sequence[int], site: Site) 
 def agent_grid(agent_tokens: int | Sequence[int], name: str = "agent_tokens") -> tuple[int, int]:
     """Height and width of the grid of agents, from a square number or from both sides."""
     sides = tuple(agent_tokens) if isinstance(agent_tokens, Sequence) else (agent_tokens,)
-    whole = all(map(is_whole, sides))
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
     if whole and not isinstance(agent_tokens, str):
         if len(sides) == 2:
             return sides

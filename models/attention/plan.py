@@ -5,7 +5,6 @@ Agent-Swin-T is [all, all, all, 0] (AAAB in its authors' code), Agent-Swin-B [al
 
 from collections.abc import Sequence
 
-from conf.values import is_whole
 from models.attention import AttentionFactory, Mixer, Refused, Site
 
 
@@ -35,7 +34,7 @@ def first_blocks(
             f"blocks={list(blocks)} has no entry for stage {site.stage}", "give attention.blocks one entry per stage"
         )
     count = blocks[site.stage]
-    if count != "all" and (not is_whole(count, 0) or count > site.depth):
+    if count != "all" and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= site.depth):
         raise Refused(
             f"blocks={list(blocks)} asks for {count!r} of {site.depth} blocks in stage {site.stage}",
             "use numbers of blocks up to the depth of the stage, or all",

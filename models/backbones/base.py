@@ -9,7 +9,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from conf import values
 from conf.errors import UserError
 from models.attention import Grid
 from models.layers.tokens import to_map
@@ -153,14 +152,17 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def pair(image_size: int | Sequence[int], name: str = "image_size") -> tuple[int, int]:
     """Height and width in pixels, from one number or two."""
-    what = "pixels, one positive number or two"
-    return values.pair(name, "", image_size, what=what, fix=f"e.g. {name}=224")
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"{name}: must be pixels, one positive number or two, got {image_size!r}; e.g. {name}=224")
+    return sides
 
 
-def check_counts(who: str, **counts: int) -> None:
+def check_counts(who: str, **values: int) -> None:
     """Refuses counts that are no whole numbers of at least 1."""
-    for name, value in counts.items():
-        values.whole(who, name, value, fix=f"set model.{name}")
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{who}: {name} must be a whole number of at least 1, got {value!r}; set model.{name}")
 
 
 def init_weights(module: nn.Module) -> None:
@@ -173,5 +175,6 @@ def init_weights(module: nn.Module) -> None:
 
 def classifier(dim: int, num_classes: int) -> nn.Module:
     """The last layer: Linear, or Identity for 0 classes."""
-    values.whole("num_classes", "", num_classes, 0, what="0 (no head) or more", fix="set model.num_classes")
+    if num_classes < 0:
+        raise UserError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
     return nn.Linear(dim, num_classes) if num_classes else nn.Identity()

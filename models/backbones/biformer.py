@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from conf import values
+from conf.errors import UserError
 from models.attention import Site
 from models.backbones.hierarchical import Hierarchical
 from models.layers.block import Block
@@ -39,7 +39,8 @@ class BiFormer(Hierarchical):
     only_patch_size = 4
 
     def __init__(self, *args: Any, layout: str = "biformer", **options: Any) -> None:
-        values.choice("BiFormer", "layout", layout, LAYOUTS, fix="set model.layout")
+        if layout not in LAYOUTS:
+            raise UserError(f"BiFormer: layout must be {' or '.join(LAYOUTS)}, got {layout!r}; set model.layout")
         self.overlapping = self.positioned = layout == "biformer"
         super().__init__(*args, **options)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from conf import values
 from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Site, build
 from models.backbones.base import Trunk, check_counts, pair, stacked
@@ -67,7 +66,7 @@ class DiT(Trunk):
         counts = {"latent_stride": latent_stride, "in_channels": in_channels, "patch_size": patch_size}
         counts |= {} if head_dim is None else {"head_dim": head_dim}
         check_counts("DiT", num_classes=num_classes, dim=dim, depth=depth, **counts)
-        values.fraction("DiT", "class_dropout", class_dropout, below_one=True, fix="set model.class_dropout")
+        check_dropout(class_dropout)
         if not mlp_ratio > 0:
             raise UserError(f"DiT: mlp_ratio must be a number above 0, got {mlp_ratio!r}; set model.mlp_ratio")
         self.num_classes, self.class_dropout, self.learn_sigma = num_classes, class_dropout, learn_sigma
@@ -220,3 +219,9 @@ def heads_of_blocks(num_heads: int | Sequence[int], depth: int) -> list[int]:
     for count in heads:
         check_counts("DiT", num_heads=count)
     return heads
+
+
+def check_dropout(value: float) -> None:
+    """Refuses what is no share of the labels."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(f"DiT: class_dropout must be in [0, 1), got {value!r}; set model.class_dropout")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf import values
+from conf.errors import UserError
 from models.attention import Grid
 from models.backbones.hierarchical import Hierarchical
 from models.layers.downsample import ConvDownsample
@@ -47,7 +47,8 @@ class PVT(Hierarchical):
     def __init__(
         self, *args: Any, mlp_ratios: Sequence[float], class_token: bool = True, norm: str = "used", **options: Any
     ) -> None:
-        values.choice("PVT", "norm", norm, NORMS, fix="set model.norm")
+        if norm not in NORMS:
+            raise UserError(f"PVT: norm must be one of {', '.join(NORMS)}, got {norm!r}; set model.norm")
         self.last_prefix, self.use_of_norm = int(class_token), norm
         super().__init__(*args, mlp_ratio=mlp_ratios, **options)
 

@@ -20,7 +20,6 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conf import values
 from conf.errors import UserError
 from models.checkpoints.format.codec import decode, encode, plain_tensor
 from models.checkpoints.format.directory import (
@@ -129,9 +128,11 @@ class Checkpoints(Callback):
         keep: int = 1,
         dirpath: str | None = None,
     ) -> None:
-        values.choice("Checkpoints", "mode", mode, ("max", "min"), fix="set checkpoint.mode")
+        if mode not in ("max", "min"):
+            raise UserError(f"Checkpoints: mode must be 'max' or 'min', got {mode!r}")
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
-            values.whole("Checkpoints", name, value, 0, fix=f"set checkpoint.{name}")
+            if type(value) is not int or value < 0:
+                raise UserError(f"Checkpoints: {name} must be an integer of at least 0, got {value!r}")
         self.every_n_steps, self.monitor, self.mode, self.keep = every_n_steps, monitor, mode, keep
         self.directory = Path(dirpath) if dirpath is not None else None
         self.config: dict[str, Any] = {}

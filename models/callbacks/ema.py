@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conf import values
 from conf.errors import UserError
 from models.callbacks.after_step import AfterStep
 from models.callbacks.checkpoint import EMA_KEY
@@ -34,7 +33,8 @@ class EMA(AfterStep):
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True, gamma: float = 1.0, power: float = 2 / 3) -> None:
-        values.fraction("EMA", "decay", decay, below_one=True, fix="set callbacks.ema.decay")
+        if not 0 <= decay < 1:
+            raise UserError(f"EMA: decay must be in [0, 1), got {decay!r}")
         if gamma <= 0 or power <= 0:
             raise UserError(f"EMA: gamma and power must be greater than 0, got {gamma!r} and {power!r}")
         self.decay, self.warmup, self.gamma, self.power = decay, warmup, gamma, power

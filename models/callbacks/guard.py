@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from conf import values
+from conf.errors import UserError
 from models.callbacks.checkpoint import Checkpoints
 
 # A moment of training in one integer, so that the first one survives a minimum: the epoch above, the step below.
@@ -30,9 +30,8 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None:
-            fix = "leave it null, or give a whole number"
-            values.whole("NonFiniteGuard", "every_n_steps", every_n_steps, what="at least 1 or null", fix=fix)
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+            raise UserError(f"NonFiniteGuard: every_n_steps must be at least 1 or null, got {every_n_steps!r}")
         self.every_n_steps = every_n_steps
         self._first: Tensor | None = None  # moment of the first bad loss, int64 on the device
         self._interval = 1

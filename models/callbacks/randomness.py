@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from conf import values
 from conf.errors import UserError
 
 
@@ -20,7 +19,9 @@ class StepRandomness(Callback):
     """Seeds torch, NumPy and `random` before every training batch from (seed, epoch, batch number, rank)."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = values.whole("StepRandomness", "seed", seed, 0, fix="set seed=0, for instance")
+        if type(seed) is not int or seed < 0:
+            raise UserError(f"StepRandomness: seed must be an integer of at least 0, got {seed!r}")
+        self.seed = seed
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conf import values
 from conf.errors import UserError
 
 
@@ -136,6 +135,7 @@ def linear_diffusion(steps: int = 1000) -> Diffusion:
     Raises:
         ValueError: too few steps for that noise.
     """
-    values.whole("diffusion", "steps", steps, 21, what="a whole number above 20", fix="set task.diffusion_steps")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps <= 20:
+        raise UserError(f"diffusion: steps must be a whole number above 20, got {steps!r}; set task.diffusion_steps")
     scale = 1000 / steps
     return Diffusion(torch.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=torch.float64))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf import values as checks
 from conf.errors import UserError
 from models.diffusion import Diffusion, Noise, chain, check_chain, spaced
 from models.diffusion.latents import Autoencoder, Pixels
@@ -60,9 +59,17 @@ class Sampling:
             value = getattr(sampling, name)
             if name == "guided_channels" and value is None:
                 continue
-            checks.whole("sampling", name, value, least, fix=f"set task.sampling.{name}")
-        what = "a number of at least 0 (1: none)"
-        scale = checks.number("sampling", "guidance", sampling.guidance, what=what, fix="set task.sampling.guidance")
+            if type(value) is not int or value < least:
+                raise UserError(
+                    f"sampling: {name} must be a whole number of at least {least}, got {value!r}; "
+                    f"set task.sampling.{name}"
+                )
+        scale = sampling.guidance
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale >= 0:
+            raise UserError(
+                f"sampling: guidance must be a number of at least 0 (1: none), got {scale!r}; "
+                "set task.sampling.guidance"
+            )
         if scale != 1 and model.class_dropout == 0:
             raise UserError(
                 f"sampling: guidance needs a model that was trained without a class too, got guidance={scale} with "
@@ -93,9 +100,11 @@ class Score:
             ValueError: an unknown key, or a value out of range.
         """
         score = _of(cls, "score", values)
-        if score.samples is not None:
-            what = "a whole number of at least 1, or null for no score"
-            checks.whole("score", "samples", score.samples, what=what, fix="set task.score.samples")
+        if score.samples is not None and (type(score.samples) is not int or score.samples < 1):
+            raise UserError(
+                f"score: samples must be a whole number of at least 1, or null for no score, got {score.samples!r}; "
+                "set task.score.samples"
+            )
         return score
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from conf import values
+from conf.errors import UserError
 from models.diffusion.process import Diffusion, Step
 
 METHODS = ("ddpm", "ddim")
@@ -67,8 +67,12 @@ def check_chain(method: str, eta: float) -> None:
     Raises:
         ValueError: no such method, or eta out of range.
     """
-    values.choice("sampling", "method", method, METHODS, fix="set task.sampling.method")
-    values.fraction("sampling", "eta", eta, fix="set task.sampling.eta")
+    if method not in METHODS:
+        raise UserError(
+            f"sampling: method must be one of {', '.join(METHODS)}, got {method!r}; set task.sampling.method"
+        )
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise UserError(f"sampling: eta must be in [0, 1], got {eta!r}; set task.sampling.eta")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from conf import values
+from conf.errors import UserError
 from models.layers.mlp import ConvMlp
 from models.layers.position import ConvPosition
 
@@ -142,6 +142,6 @@ def scale(dim: int, initial: float | None) -> nn.Module:
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """From 0 at the first block to `rate` at the last, linearly."""
-    what = "a probability in [0, 1)"
-    values.fraction("drop_path", "", rate, below_one=True, what=what, fix="set model.drop_path")
+    if isinstance(rate, str) or not 0 <= rate < 1:
+        raise UserError(f"drop_path: must be a probability in [0, 1), got {rate!r}; set model.drop_path")
     return [rate * i / max(depth - 1, 1) for i in range(depth)]

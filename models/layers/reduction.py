@@ -9,7 +9,7 @@ Shapes: B = batch, N = H·W tokens, S = tokens of the shortened map, C = channel
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conf import values
+from conf.errors import UserError
 from models.layers.tokens import to_map, to_tokens
 
 
@@ -29,7 +29,9 @@ class SpatialReduction(nn.Module):
 
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
-        self.ratio = values.whole("SpatialReduction", "ratio", ratio, fix="1 keeps every token")
+        if ratio < 1:
+            raise UserError(f"SpatialReduction: ratio must be at least 1, got {ratio}; 1 keeps every token")
+        self.ratio = ratio
         self.conv = nn.Conv2d(dim, dim, ratio, stride=ratio)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
@@ -57,7 +59,9 @@ class PooledReduction(nn.Module):
 
     def __init__(self, dim: int, size: int = 7) -> None:
         super().__init__()
-        self.size = values.whole("PooledReduction", "size", size, fix="the paper uses 7")
+        if size < 1:
+            raise UserError(f"PooledReduction: size must be at least 1, got {size}; the paper uses 7")
+        self.size = size
         self.conv = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 

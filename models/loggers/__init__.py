@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from conf import values
+from conf.errors import UserError
 from models.loggers.metrics_csv import MetricsCSV
 from models.loggers.weights_and_biases import open_wandb
 
@@ -24,7 +24,8 @@ def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, 
         resume_step: the optimizer step that the run continues from; later rows of an existing metrics.csv are dropped.
     """
     name = settings["name"]
-    values.choice("logger", "name", name, NAMES, fix="set logger=csv, for instance")
+    if name not in NAMES:
+        raise UserError(f"logger: name must be one of {', '.join(NAMES)}, got {name!r}; set logger=csv, for instance")
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step)]
     if name == "wandb" and rank_zero_only.rank == 0:
         loggers += open_wandb(settings, run_dir, config)

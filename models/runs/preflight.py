@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities import rank_zero_only
 
-from conf import values
 from conf.errors import UserError, reason
 from conf.names import short
 from models.factory import cause_of, instantiate
@@ -68,7 +67,8 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_settings(config: dict[str, Any]) -> None:
     """What no single part can judge, before anything is built."""
     seed, precision = config["seed"], str(config["trainer"]["precision"])
-    values.whole("seed", "", seed, 0, fix="set seed=0, for instance")
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed: must be a whole number of at least 0, got {seed!r}; set seed=0, for instance")
     if precision in ("16-true", "bf16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
             "trainer: weights are kept in 32 bits (half precision loses small updates and averages), "
@@ -81,8 +81,10 @@ def check_trainer(settings: dict[str, Any]) -> None:
     """Counts that Lightning would stumble over later."""
     for name, least in [("max_epochs", 0), ("accumulate_grad_batches", 1), ("check_val_every_n_epoch", 1)]:
         value = settings.get(name)
-        if value is not None and (name, value) != ("max_epochs", -1):
-            values.whole("trainer", name, value, least, fix=f"set trainer.{name}")
+        if value is not None and (type(value) is not int or (value < least and (name, value) != ("max_epochs", -1))):
+            raise UserError(
+                f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
+            )
 
 
 def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from conf import values
+from conf.errors import UserError
 from models.tasks.generation import Generation
 
 FILE = "samples.npz"
@@ -34,9 +34,11 @@ def check_samples(count: Any) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    if count is not None:
-        what = "a whole number of at least 1, or null for no file"
-        values.whole("eval", "samples", count, what=what, fix="set samples=50000, for instance")
+    if count is not None and (type(count) is not int or count < 1):
+        raise UserError(
+            f"eval: samples must be a whole number of at least 1, or null for no file, got {count!r}; "
+            "set samples=50000, for instance"
+        )
 
 
 def show_samples(

@@ -11,10 +11,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from conf import values
 from conf.errors import UserError
 from models.tasks.effective_batch import images_per_step, scaled_rate
-from models.tasks.schedule import Schedule, check_schedule
+from models.tasks.schedule import Schedule, check_number, check_schedule
 
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
 
@@ -54,8 +53,10 @@ class Task(pl.LightningModule):
         super().__init__()
         _check_settings(model, optimizer, schedule)
         for name, how in (auxiliary or {}).items():
-            key = f"auxiliary.{name}.reduction"
-            values.choice("task", key, how["reduction"], sorted(REDUCTIONS), fix=f"set task.{key}")
+            if how["reduction"] not in REDUCTIONS:
+                raise UserError(
+                    f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
+                )
         self.model = model
         self.optimizer, self.schedule, self.auxiliary = dict(optimizer), dict(schedule), auxiliary or {}
         self.metrics = nn.ModuleDict({"raw": metrics(), "ema": metrics()})
@@ -162,7 +163,7 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
     """
     for name in ("lr", "reference_batch", "weight_decay", "layer_decay"):
         if optimizer.get(name) is not None:
-            values.number("optimizer", name, optimizer[name], fix=f"set optimizer.{name}")
+            check_number("optimizer", name, optimizer[name])
     check_schedule(schedule)
     if optimizer:
         try:

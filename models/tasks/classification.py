@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from conf import values
 from conf.errors import UserError
 from models.tasks.base import Task
+from models.tasks.schedule import check_number
 from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
 
@@ -52,8 +52,9 @@ class Classification(Task):
                 f"task: classification needs a model that names the class of an image, got {type(model).__name__}, "
                 "which generates images; set task=generation, or choose another model"
             )
-        values.fraction("task", "label_smoothing", label_smoothing, below_one=True, fix="set task.label_smoothing")
-        values.number("task", "token_weight", token_weight, fix="set task.token_weight")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing")
+        check_number("task", "token_weight", token_weight)
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight

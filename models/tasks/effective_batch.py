@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from conf import recipes, values
+from conf import recipes
 from conf.errors import UserError
 
 
@@ -32,7 +32,8 @@ def accumulate(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningDa
     images, given = config["global_batch"], config["trainer"]["accumulate_grad_batches"]
     if images is None:
         return
-    values.whole("global_batch", "", images, fix="set global_batch=1024")
+    if type(images) is not int or images < 1:
+        raise UserError(f"global_batch: must be a whole number of at least 1, got {images!r}; set global_batch=1024")
     at_once = data.batch_size * trainer.world_size
     if images % at_once:
         raise UserError(_does_not_fit(images, data.batch_size, trainer.world_size))

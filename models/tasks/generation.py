@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from conf import values
 from conf.errors import UserError
 from models.diffusion import Noise, linear_diffusion, training_losses
 from models.diffusion.latents import latents_of
@@ -71,9 +70,11 @@ class Generation(Task):
         latents = latents_of(autoencoder, model)
         settings = Sampling.build(sampling, diffusion, model)
         score = Score.build(score)
-        if sample_every_n_epochs is not None:
-            name, what = "sample_every_n_epochs", "a whole number of at least 1, or null for the end only"
-            values.whole("task", name, sample_every_n_epochs, what=what, fix=f"set task.{name}")
+        if sample_every_n_epochs is not None and (type(sample_every_n_epochs) is not int or sample_every_n_epochs < 1):
+            raise UserError(
+                "task: sample_every_n_epochs must be a whole number of at least 1, or null for the end only, "
+                f"got {sample_every_n_epochs!r}; set task.sample_every_n_epochs"
+            )
         super().__init__(model, optimizer, schedule, metrics=_metrics, **shared)
         self.diffusion, self.latents, self.seed = diffusion, latents, seed
         self.sample_every_n_epochs = sample_every_n_epochs

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from conf import values
 from conf.errors import UserError
 
 SCHEDULES = ("cosine", "constant", "step", "poly")
@@ -71,13 +70,23 @@ def check_schedule(settings: dict[str, Any]) -> None:
     """
     for name in (*EPOCHS, "warmup_lr", "min_lr"):
         if settings.get(name) is not None:
-            values.number("schedule", name, settings[name], fix=f"set schedule.{name}")
-    values.choice("schedule", "sched", settings.get("sched", "cosine"), SCHEDULES, fix="set schedule.sched")
+            check_number("schedule", name, settings[name])
+    if settings.get("sched", "cosine") not in SCHEDULES:
+        raise UserError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {settings['sched']!r}")
     interval = settings.get("interval", "step")
-    values.choice("schedule", "interval", interval, INTERVALS, fix="set schedule.interval")
+    if interval not in INTERVALS:
+        raise UserError(
+            f"schedule: interval must be one of {', '.join(INTERVALS)}, got {interval!r}; set schedule.interval"
+        )
     for name in EPOCHS if interval == "epoch" else ():
         if (settings.get(name) or 0) % 1:
             raise UserError(
                 f"schedule: {name} must be a whole number where the rate changes once per epoch, "
                 f"got {settings[name]!r}; set schedule.{name}, or schedule.interval=step"
             )
+
+
+def check_number(group: str, name: str, value: Any) -> None:
+    """Refuses what is no number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise UserError(f"{group}: {name} must be a number of at least 0, got {value!r}; set {group}.{name}")

@@ -226,7 +226,7 @@ def test_the_configuration_serves_small_maps() -> None:
         ({"topk": "most"}, "topk must be a positive number or all, got 'most'"),
         ({"num_regions": 0}, "num_regions must be a whole number of at least 1, got 0; set attention.num_regions"),
         ({"lepe_kernel": 4}, "lepe_kernel must be odd, got 4; give 3 or 5"),
-        ({"padding": "none"}, "padding must be one of input, qkv, got 'none'; set attention.padding"),
+        ({"padding": "none"}, "padding must be input or qkv, got 'none'; set attention.padding"),
         (
             {"routing": "softly"},
             "routing must be one of hard, soft_detached, soft, soft_learned, got 'softly'",
@@ -273,7 +273,7 @@ def test_what_has_no_routes_or_matrix_says_so() -> None:
 
 def test_wrong_lepe_input() -> None:
     with pytest.raises(
-        ValueError, match=r"LePEAttention: lepe_input must be one of x, v, got 'q'; set attention.lepe_input"
+        ValueError, match=r"LePEAttention: lepe_input must be x or v, got 'q'; set attention.lepe_input"
     ):
         LePEAttention(site(7, 7), lepe_input="q")
     with pytest.raises(ValueError, match="lepe_kernel must be odd, got 4; give 3 or 5, or 0 for none"):

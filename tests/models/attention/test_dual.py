@@ -164,7 +164,7 @@ def test_class_tokens_are_refused_in_every_block(block: int) -> None:
         ),
         ({"cpe_kernel": 2}, "dual: cpe_kernel must be odd, got 2; give 3, or 0 for no position encoding"),
         ({"cpe_kernel": -1}, "dual: cpe_kernel must be odd, got -1"),
-        ({"scale": "none"}, "dual: scale must be one of head_dim, tokens, got 'none'; set attention.scale"),
+        ({"scale": "none"}, "dual: scale must be head_dim or tokens, got 'none'; set attention.scale"),
     ],
 )
 def test_meaningless_options(options: dict, message: str) -> None:

@@ -220,7 +220,7 @@ def test_an_undecided_router_has_entropy_1_and_no_margin() -> None:
     ("options", "text"),
     [
         ({"router": "top1"}, "moh: router must be one of softmax, relu, l2, got 'top1'; set attention.router"),
-        ({"balance": "no"}, "moh: balance must be one of loss, bias, got 'no'; set attention.balance"),
+        ({"balance": "no"}, "moh: balance must be loss or bias, got 'no'; set attention.balance"),
         ({"router": "relu"}, "router=relu is balanced by a bias, got balance=loss; set attention.balance=bias"),
         ({"router": "l2", "backend": "triton"}, "router=l2 has no Triton kernel, got backend=triton"),
         (

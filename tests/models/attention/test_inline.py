@@ -182,10 +182,7 @@ def test_an_empty_batch() -> None:
             {"feature": "elu"},
             r"inline_attention: feature must be one of identity, relu, leaky_relu, exp, got 'elu'; set",
         ),
-        (
-            {"residual_input": "x"},
-            r"inline_attention: residual_input must be one of normed, stream, got 'x'; set",
-        ),
+        ({"residual_input": "x"}, r"inline_attention: residual_input must be normed or stream, got 'x'; set attention"),
         ({"window": 2, "stripe": 2}, r"window, stripe and shortened keys exclude each other; set all but one of these"),
         ({"sr_ratio": 2, "stripe": 2}, r"window, stripe and shortened keys exclude each other"),
         ({"sr_ratio": [2]}, None),

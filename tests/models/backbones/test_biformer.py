@@ -94,7 +94,7 @@ def test_smaller_maps_are_padded_to_the_grid_of_regions():
 
 
 def test_what_cannot_be_built():
-    with pytest.raises(ValueError, match=r"BiFormer: layout must be one of biformer, swin, got 'cswin'; set"):
+    with pytest.raises(ValueError, match=r"BiFormer: layout must be biformer or swin, got 'cswin'; set model.layout"):
         create_model("biformer_tiny", layout="cswin")
     with pytest.raises(ValueError, match=r"topk=60 is more than the 7x7 regions of a 56x56 map; set attention.topk to"):
         create_model("biformer_tiny", topk=[60, 4, 16, "all"])

@@ -224,9 +224,9 @@ def test_lightning_has_nothing_to_warn_about_its_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "match"),
     [
-        ({"mode": "best"}, "mode must be one of max, min, got 'best'"),
-        ({"every_n_steps": -1}, "every_n_steps must be a whole number of at least 0, got -1"),
-        ({"keep": 1.5}, "keep must be a whole number of at least 0, got 1.5"),
+        ({"mode": "best"}, "mode must be 'max' or 'min', got 'best'"),
+        ({"every_n_steps": -1}, "every_n_steps must be an integer of at least 0, got -1"),
+        ({"keep": 1.5}, "keep must be an integer of at least 0, got 1.5"),
     ],
 )
 def test_arguments_are_checked(keywords, match):

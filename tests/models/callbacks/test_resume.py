@@ -200,7 +200,7 @@ def test_step_randomness_depends_on_counters_alone(tmp_path):
 
 
 def test_step_randomness_refuses_what_it_cannot_count():
-    with pytest.raises(ValueError, match="StepRandomness: seed must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="StepRandomness: seed must be an integer of at least 0, got -1"):
         StepRandomness(-1)
     with pytest.raises(ValueError, match="must be a named tuple with the fields epoch and number, got tuple"):
         StepRandomness(0).on_train_batch_start(None, None, (1, 2), 0)

@@ -46,8 +46,8 @@ def test_pooling_gives_the_same_map_from_every_map(grid: Grid) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (SpatialReduction, "SpatialReduction: ratio must be a whole number of at least 1, got 0; 1 keeps every token"),
-        (PooledReduction, "PooledReduction: size must be a whole number of at least 1, got 0; the paper uses 7"),
+        (SpatialReduction, "SpatialReduction: ratio must be at least 1, got 0; 1 keeps every token"),
+        (PooledReduction, "PooledReduction: size must be at least 1, got 0; the paper uses 7"),
     ],
 )
 def test_refuses_sizes_below_one(make: type, message: str) -> None:
