@@ -93,7 +93,9 @@ def randomised(mixer: nn.Module) -> nn.Module:
 
 @pytest.mark.fused
 @pytest.mark.parametrize("name", MECHANISMS)
-@pytest.mark.parametrize("grid", [Grid(8, 8), Grid(5, 7)], ids=["8x8", "5x7"])
+@pytest.mark.parametrize(
+    "grid", [pytest.param(Grid(8, 8), id="8x8", marks=pytest.mark.full), pytest.param(Grid(5, 7), id="5x7")]
+)
 def test_the_backend_changes_nothing_beyond_rounding(name, grid):
     (mixer,) = build(MECHANISMS[name], [SITE])
     assert mixer.runs().fused
@@ -118,8 +120,13 @@ def test_class_tokens_take_the_same_path(name):
     assert_same(fused, plain)
 
 
+def quick(names, chosen) -> list:
+    """Test cases; interpreted, each takes seconds, so all but the chosen are for `make test-all`."""
+    return [pytest.param(name, marks=[] if name in chosen else pytest.mark.full) for name in names]
+
+
 @pytest.mark.fused
-@pytest.mark.parametrize("attention", list_attentions())
+@pytest.mark.parametrize("attention", quick(list_attentions(), ["agent", "biformer", "dual", "moh", "window"]))
 def test_whole_models_agree(attention):
     torch.manual_seed(0)
     model = create_model("coatnet_32px", attention=attention, num_classes=10).eval()
@@ -151,7 +158,10 @@ def test_models_of_the_papers_agree(name, heads):
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("name", ["swin", "channel groups", "agents", "focused", "routed", "heads routed", "conv"])
+@pytest.mark.parametrize(
+    "name",
+    quick(["swin", "channel groups", "agents", "focused", "routed", "heads routed", "conv"], ["swin", "heads routed"]),
+)
 def test_autocast_agrees(name):
     """The two paths round at different places; bfloat16 carries not quite 3 digits."""
     mixer = randomised(MECHANISMS[name](SITE)).eval()
