@@ -152,9 +152,10 @@ class Maps:
         self.prefix, self.grids, self.origins = prefix, {}, {}
 
     def __call__(self, embed: nn.Module, images: tuple[Tensor], patches: Tensor) -> None:
-        sides = patches.shape[1:3] if patches.ndim == 4 else embed.grid_size  # a model of one size gives (B, H·W, C)
-        grid = Grid(*sides, prefix=self.prefix)
-        self.grids[grid.tokens] = grid
+        # a model of one size gives (B, H·W, C)
+        height, width = patches.shape[1:3] if patches.ndim == 4 else embed.grid_size
+        # Dynamo of torch 2.10 takes no property of a tuple as a key
+        self.grids[self.prefix + height * width] = Grid(height, width, self.prefix)
 
     def hand(self, mixer: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict]:
         """What timm's block calls its attention with, as a mixer is called."""

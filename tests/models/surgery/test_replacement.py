@@ -140,7 +140,7 @@ def test_a_vit_gives_its_mixers_the_true_map():
 
 
 def test_a_swin_gives_its_mixers_the_true_map():
-    model = swin(dynamic_img_size=True)
+    model = swin(strict_img_size=False)
     replace(model, [window_attention, Noted])
     model(images(36, 52))
     model.set_input_size((64, 40))
@@ -201,13 +201,15 @@ def test_a_mechanism_may_be_replaced_again():
     assert len(model.patch_embed._forward_hooks) == 1
 
 
-@pytest.mark.parametrize("make", [vit, swin])
-def test_gradients_are_the_same_with_checkpointing(make):
+@pytest.mark.parametrize(
+    ("make", "any_size"), [(vit, {"dynamic_img_size": True}), (swin, {"strict_img_size": False})], ids=["vit", "swin"]
+)
+def test_gradients_are_the_same_with_checkpointing(make, any_size):
     """Two sizes are on their way at once: a block that runs again must find the map of its own pass."""
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = make(dynamic_img_size=True)
+        model = make(**any_size)
         replace(model, agent_attention)
         random(model).train().set_grad_checkpointing(checkpointing)
         for block in [module for module in model.modules() if hasattr(module, "drop_prob")]:
