@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,9 +204,10 @@ def main(arguments: list[str]) -> None:
     failed = False
     for page in arguments:
         shutil.rmtree("outputs", ignore_errors=True)
+        before = time.process_time()
         try:
             run_page(page)
-            print(f"{page}: done", flush=True)
+            print(f"{page}: done in {time.process_time() - before:.0f} s of processor time", flush=True)
         except AssertionError as error:
             failed = True
             print(f"{page}: FAILED {error}", flush=True)
