@@ -55,7 +55,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path)
     except Exception as error:
         # safetensors reports a full disk as its own error; the caller handles storage errors by their type.
-        if "I/O error" in str(error) or "os error" in str(error):
+        if any(words in str(error) for words in ("I/O error", "os error", "IoError")):  # IoError: older
             raise OSError(f"{path.name}: {error}") from error
         raise
     sync(path)
