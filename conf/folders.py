@@ -1,4 +1,4 @@
-"""Class folders on disk: ``<root>/{train,val}/<class>/…``, looked at without importing anything heavy.
+"""Class folders on disk: `<root>/{train,val}/<class>/…`, looked at without importing anything heavy.
 
 The number of classes is needed while a configuration is composed, before torch is imported.
 """
@@ -15,18 +15,18 @@ SHOWN = 8  # entries named when a folder is not what it should be
 
 
 def count_class_folders(root: str | os.PathLike | None) -> int:
-    """Number of class folders. Raises ``ValueError`` as ``class_folders`` does."""
+    """Number of class folders. Raises `ValueError` as `class_folders` does."""
     return len(class_folders(root, class_split(root)))
 
 
 def class_split(root: str | os.PathLike | None) -> str:
-    """The split whose folders are the classes: ``train``, or ``val`` where there is no ``train``, for evaluation."""
+    """The split whose folders are the classes: `train`, or `val` where there is no `train`, for evaluation."""
     lone = bool(root) and Path(root, "val").is_dir() and not Path(root, "train").is_dir()
     return "val" if lone else "train"
 
 
 def class_folders(root: str | os.PathLike | None, split: str) -> list[str]:
-    """Sorted names of the class folders in ``root/split``; names that begin with a dot are not classes.
+    """Sorted names of the class folders in `root/split`; names that begin with a dot are not classes.
 
     Raises:
         ValueError: no root, no such folder, no split in it, no class in that; says where it looked and what is there.
@@ -50,7 +50,7 @@ def class_folders(root: str | os.PathLike | None, split: str) -> list[str]:
 
 
 def image_files(folder: str | os.PathLike) -> Iterator[str]:
-    """Paths of the images under ``folder``, relative to it, at any depth, sorted; hidden files are left out."""
+    """Paths of the images under `folder`, relative to it, at any depth, sorted; hidden files are left out."""
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         inside = os.path.relpath(place, folder)

@@ -1,15 +1,15 @@
 """Data modules: what a run reads, and how it becomes batches on the device.
 
     sources/*        where images come from: map-style splits of (PIL image, label)
-    augment.py       what training may change about an image (plain values from ``conf/augment/*.yaml``)
+    augment.py       what training may change about an image (plain values from `conf/augment/*.yaml`)
     transforms.py    PIL image -> uint8 tensor, on the CPU, in the loader's workers
-    sampler.py       which images make which batch: a pure function of the seed and the epoch
+    order/*          which images make which batch: a pure function of the seed and the epoch
     token_labels.py  label maps beside the images, cropped with them and resampled to a model's tokens
     dataset.py       one draw of the sampler -> one sample, its augmentation seeded by the draw alone
     device.py        uint8 -> normalised float, mixup, cutmix and random erasing, where the images are
-    module.py        ``ImageData``, the Lightning data module that puts these together
+    module.py        `ImageData`, the Lightning data module that puts these together
 
-This file imports nothing heavy, so that ``conf.folders`` can count classes while a configuration is being composed.
+This file imports nothing heavy: a command line that only composes does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any

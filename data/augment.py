@@ -1,7 +1,7 @@
-"""What training may change about an image: the plain values of ``conf/augment/*.yaml``, checked.
+"""What training may change about an image: the plain values of `conf/augment/*.yaml`, checked.
 
-Everything is off by default. The first group acts on single images in the loader's workers (``transforms.py``), the
-second on batches where they lie (``device.py``), the third on the order (``sampler.py``).
+Everything is off by default. The first group acts on single images in the loader's workers (`transforms.py`), the
+second on batches where they lie (`device.py`), the third on the order (`sampler.py`).
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 class Augment:
     """One augmentation recipe.
 
-    ``scale`` and ``ratio``: area (share of the image) and aspect ratio of a random crop, resized to the image size;
-    without ``scale`` the whole image is resized and its centre taken. ``shift``: the largest displacement in each
-    direction, as a share of the image size, black outside. ``hflip``: probability of a mirror image.
-    ``rand_augment``: a timm policy, e.g. ``rand-m9-mstd0.5-inc1``. ``color_jitter``: strength for brightness,
+    `scale` and `ratio`: area (share of the image) and aspect ratio of a random crop, resized to the image size;
+    without `scale` the whole image is resized and its centre taken. `shift`: the largest displacement in each
+    direction, as a share of the image size, black outside. `hflip`: probability of a mirror image.
+    `rand_augment`: a timm policy, e.g. `rand-m9-mstd0.5-inc1`. `color_jitter`: strength for brightness,
     contrast and saturation; usual policies replace it.
 
-    ``erasing``: probability of erasing a rectangle, filled with noise. ``mixup`` and ``cutmix``: Beta parameters, 0
-    switches off; ``mix_probability`` per batch, ``switch_probability`` of cutmix when both are on. Mixed targets are
-    soft but not smoothed: smoothing belongs to the loss. ``erase_mixed``: erase after mixing, as timm's loader does,
+    `erasing`: probability of erasing a rectangle, filled with noise. `mixup` and `cutmix`: Beta parameters, 0
+    switches off; `mix_probability` per batch, `switch_probability` of cutmix when both are on. Mixed targets are
+    soft but not smoothed: smoothing belongs to the loss. `erase_mixed`: erase after mixing, as timm's loader does,
     instead of before.
 
-    ``repeated``: appearances of an image in a row (repeated augmentation); 1 is ordinary training.
+    `repeated`: appearances of an image in a row (repeated augmentation); 1 is ordinary training.
     """
 
     interpolation: str = "bicubic"
@@ -88,7 +88,7 @@ class Augment:
 
 
 def checked(kind: type, who: str, where: str, values: Mapping[str, Any]) -> Any:
-    """``kind(**values)`` when the keys exist and its ``problems()`` are none; else one error that lists them all."""
+    """`kind(**values)` when the keys exist and its `problems()` are none; else one error that lists them all."""
     known = [field.name for field in dataclasses.fields(kind)]
     problems = [f"unknown key {key}, known are {', '.join(known)}" for key in values if key not in known]
     built = kind(**{key: value for key, value in values.items() if key in known})

@@ -12,11 +12,11 @@ from data.order.sampler import Draw
 
 
 class TokenLabels(NamedTuple):
-    """Label maps as they leave the loader. Shapes: ``B`` images, ``K`` best classes in each of ``h × w`` cells.
+    """Label maps as they leave the loader. Shapes: `B` images, `K` best classes in each of `h × w` cells.
 
-    ``scores`` float32 (B, K, h, w) and ``classes`` int32 (B, K, h, w) are mirrored where the image is.
-    ``boxes`` float32 (B, 4): left, top, right and bottom of what the image shows, as shares of the whole map. One
-    sample has the same without ``B``.
+    `scores` float32 (B, K, h, w) and `classes` int32 (B, K, h, w) are mirrored where the image is.
+    `boxes` float32 (B, 4): left, top, right and bottom of what the image shows, as shares of the whole map. One
+    sample has the same without `B`.
     """
 
     scores: Tensor
@@ -25,13 +25,13 @@ class TokenLabels(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a task receives. Shapes: ``B`` images of ``H × W`` pixels.
+    """What a task receives. Shapes: `B` images of `H × W` pixels.
 
-    ``images`` are uint8 (B, 3, H, W) from the loader; float32, normalised, channels_last in memory after the device
-    stage. ``labels`` are int64 (B,); after mixup or cutmix float32 (B, num_classes), rows summing to 1.
-    ``indices`` int64 (B,) are positions in the source. ``epoch`` is the epoch that the batch belongs to, 0 in
-    evaluation. ``number`` is the batch's number in its epoch, 0-based and the same on all ranks. ``token_labels``
-    are ``None`` without label maps; after the device stage float32 (B, rows, columns, num_classes), a distribution
+    `images` are uint8 (B, 3, H, W) from the loader; float32, normalised, channels_last in memory after the device
+    stage. `labels` are int64 (B,); after mixup or cutmix float32 (B, num_classes), rows summing to 1.
+    `indices` int64 (B,) are positions in the source. `epoch` is the epoch that the batch belongs to, 0 in
+    evaluation. `number` is the batch's number in its epoch, 0-based and the same on all ranks. `token_labels`
+    are `None` without label maps; after the device stage float32 (B, rows, columns, num_classes), a distribution
     for each token of the model's last map.
     """
 
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch:
-    """Stacks samples into a uint8 batch; ``None`` stands for an unreadable image that ``on_error: skip`` left out.
+    """Stacks samples into a uint8 batch; `None` stands for an unreadable image that `on_error: skip` left out.
 
     Raises:
         ValueError: all images of the batch were left out: training on nothing is an error, not a smaller batch.

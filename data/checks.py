@@ -53,7 +53,7 @@ def trainer_problems(trainer: "pl.Trainer | None") -> list[str]:
 
 
 def data_problems(data: "ImageData", world: int, training: bool = True) -> list[str]:
-    """What the source lacks for these settings, with ``world`` processes; evaluation needs no training images."""
+    """What the source lacks for these settings, with `world` processes; evaluation needs no training images."""
     names = ("train", "val") if training else ("val",)
     try:
         splits, classes = {name: getattr(data.source, name) for name in names}, list(data.source.classes)

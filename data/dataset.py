@@ -42,9 +42,9 @@ class Samples(Dataset[Sample | None]):
     Args:
         split: map-style source of (PIL image, label).
         transform: PIL image to uint8 (3, H, W).
-        seed: names the augmentation together with the draw; ``None`` for a transform without randomness.
-        skips: where unreadable images are reported; ``None`` raises instead.
-        label_maps: of the split; they take a ``TrainTransform``, which says what an image shows.
+        seed: names the augmentation together with the draw; `None` for a transform without randomness.
+        skips: where unreadable images are reported; `None` raises instead.
+        label_maps: of the split; they take a `TrainTransform`, which says what an image shows.
     """
 
     def __init__(

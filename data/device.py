@@ -61,7 +61,7 @@ class DeviceStage:
             )
 
     def __call__(self, batch: Batch, training: bool, rank: int = 0, token_grid: tuple[int, int] | None = None) -> Batch:
-        """Normalises; in training also makes token targets for ``token_grid``, mixes and erases.
+        """Normalises; in training also makes token targets for `token_grid`, mixes and erases.
 
         Raises:
             ValueError: the images are not uint8 (B, 3, H, W): normalised twice, nothing would fail but the result; or

@@ -1,8 +1,8 @@
-"""``ImageData``: a source, an augmentation and a sampler as a Lightning data module, built from ``conf/data/*.yaml``.
+"""`ImageData`: a source, an augmentation and a sampler as a Lightning data module, built from `conf/data/*.yaml`.
 
 Resuming: the state is the position (epoch, batch) of the next batch to be processed. Lightning restores it before
 loaders exist, the sampler starts there, and the images that follow are those that an uninterrupted run would have
-seen, bit for bit, whatever the number of workers. Use ``use_distributed_sampler=False`` in the trainer.
+seen, bit for bit, whatever the number of workers. Use `use_distributed_sampler=False` in the trainer.
 """
 
 import os
@@ -46,24 +46,24 @@ class ImageData(pl.LightningDataModule):
     """Images with labels.
 
     Args:
-        source: where images come from (``data.sources``).
+        source: where images come from (`data.sources`).
         num_classes: known before data is read, because the model needs it.
         image_size: height and width of training images in pixels.
         batch_size: images per process and batch, in training and evaluation.
         seed: names order and augmentation.
-        augment: values of ``data.augment.Augment``.
-        eval: values of ``data.transforms.Evaluation``.
+        augment: values of `data.augment.Augment`.
+        eval: values of `data.transforms.Evaluation`.
         mean, std: per channel, of images scaled to 0 … 1.
-        workers: loader processes per training process, or ``auto``: none for an embedded source, else one per CPU
+        workers: loader processes per training process, or `auto`: none for an embedded source, else one per CPU
             core that this process may count on, at most 8.
         drop_last: leave out the last training batch of an epoch when it is not full.
-        on_error: ``raise`` names the unreadable image and stops; ``skip`` reports it once and trains without it
+        on_error: `raise` names the unreadable image and stops; `skip` reports it once and trains without it
             (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
         root: the folder of a source that has one, for messages and for counting classes.
-        token_labels: the folder of label maps for the training images (``data.token_labels``).
+        token_labels: the folder of label maps for the training images (`data.token_labels`).
 
-    A task that trains with label maps sets ``token_grid``, rows and columns of its model's tokens, before training.
+    A task that trains with label maps sets `token_grid`, rows and columns of its model's tokens, before training.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """Different training images that ``on_error=skip`` has left out so far, over all workers of this process."""
+        """Different training images that `on_error=skip` has left out so far, over all workers of this process."""
         return self._skips.count if self._skips is not None else 0
 
     def check(self, training: bool = True) -> None:

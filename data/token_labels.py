@@ -3,14 +3,14 @@
 Source: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021
 (arXiv 2104.10858). Their annotator is NFNet-F6: the 5 highest logits of each of 18 × 18 cells of the whole image.
 
-A file per training image, ``<token_labels>/<class>/<image stem>.npz``, the folders and stems those of the images:
+A file per training image, `<token_labels>/<class>/<image stem>.npz`, the folders and stems those of the images:
 
     scores   float16 or float32 (K, h, w): logits of the K best classes of each cell, not probabilities
     classes  integers (K, h, w): which classes these are, each once in a cell
 
 K, h and w are those of the first file throughout. A class that is not named has logit 0, as in the authors' code,
 which applies the softmax after the map is resampled. One of their files becomes one of ours by
-``scores, classes = torch.load(file).numpy()`` and ``numpy.savez(out, scores=scores, classes=classes.astype("int16"))``.
+`scores, classes = torch.load(file).numpy()` and `numpy.savez(out, scores=scores, classes=classes.astype("int16"))`.
 
 Maps follow the crop and the mirror of the image. They do not follow the rotations, shears and translations of
 RandAugment; the authors' maps do, and they augment before they crop. The authors hand (row, column) to RoIAlign, which
@@ -69,7 +69,7 @@ class LabelMaps:
 
         Raises:
             UnreadableTokenLabels: the file is missing, damaged, of another shape than the first one, or holds something
-                else than finite scores of different classes below ``num_classes``.
+                else than finite scores of different classes below `num_classes`.
         """
         path = self.path(index)
         try:
@@ -101,7 +101,7 @@ class LabelMaps:
         return None
 
     def crop(self, index: int, view: View) -> TokenLabels:
-        """The map of an image with the part of it that a view shows. Raises as ``read`` does."""
+        """The map of an image with the part of it that a view shows. Raises as `read` does."""
         scores, classes = self.read(index)
         left, top, right, bottom = view.box
         if view.mirrored:
@@ -120,7 +120,7 @@ def _unreadable(problem: str, got: str) -> UnreadableTokenLabels:
 
 
 def token_targets(labels: TokenLabels, grid: tuple[int, int], num_classes: int) -> Tensor:
-    """Distributions (B, rows, columns, num_classes) for the tokens of ``grid``: RoIAlign of logits, then softmax."""
+    """Distributions (B, rows, columns, num_classes) for the tokens of `grid`: RoIAlign of logits, then softmax."""
     scores_BKhw, classes_BKhw, boxes_B4 = labels
     batch, _, height, width = scores_BKhw.shape
     maps = scores_BKhw.new_zeros(batch, num_classes, height, width).scatter_(1, classes_BKhw.long(), scores_BKhw)

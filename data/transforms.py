@@ -1,7 +1,7 @@
 """From a PIL image to a uint8 tensor (3, H, W), on the CPU: the training and the evaluation transform.
 
 torchvision's functions act on PIL images here, so results equal those of the usual PIL pipelines. RandAugment is
-timm's. Randomness comes from the global generators, which ``dataset.py`` seeds for each sample.
+timm's. Randomness comes from the global generators, which `dataset.py` seeds for each sample.
 """
 
 import functools
@@ -23,9 +23,9 @@ from data.augment import INTERPOLATIONS, Augment, checked
 class Evaluation:
     """How an image is prepared for evaluation.
 
-    ``size``: height and width in pixels; the training size when ``None``. ``resize``: the shorter side before the
-    centre crop, in pixels; ``size / crop_fraction``, rounded down, when ``None``. ``squash``: both sides become that
-    long, whatever the aspect ratio. ``crop_fraction``: when ``None`` 0.875, and 1 (the whole image) when squashed.
+    `size`: height and width in pixels; the training size when `None`. `resize`: the shorter side before the
+    centre crop, in pixels; `size / crop_fraction`, rounded down, when `None`. `squash`: both sides become that
+    long, whatever the aspect ratio. `crop_fraction`: when `None` 0.875, and 1 (the whole image) when squashed.
     """
 
     size: int | None = None
@@ -81,7 +81,7 @@ class EvaluationTransform:
 class View(NamedTuple):
     """What a training image shows of the original: a box, mirrored or not.
 
-    ``box``: left, top, right and bottom as shares of the original's width and height.
+    `box`: left, top, right and bottom as shares of the original's width and height.
     """
 
     box: tuple[float, float, float, float]
@@ -132,19 +132,19 @@ class TrainTransform:
 
 
 def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """The box that ``resize_and_crop`` shows, but for its rounding to whole pixels."""
+    """The box that `resize_and_crop` shows, but for its rounding to whole pixels."""
     left, top = (max(0, 1 - min(width, height) / side) / 2 for side in (width, height))
     return left, top, 1 - left, 1 - top
 
 
 def resize_and_crop(image: Image.Image, size: int, mode: InterpolationMode) -> Image.Image:
-    """The shorter side resized to ``size`` pixels, then the centre square."""
+    """The shorter side resized to `size` pixels, then the centre square."""
     image = F.resize(image, [size], mode)
     return image if image.size == (size, size) else F.center_crop(image, [size, size])
 
 
 def shift(image: Image.Image, pixels: int) -> Image.Image:
-    """Moves the image by up to ``pixels`` in each direction, black where nothing was."""
+    """Moves the image by up to `pixels` in each direction, black where nothing was."""
     left, top = random.randint(0, 2 * pixels), random.randint(0, 2 * pixels)
     width, height = image.size
     return ImageOps.expand(image, pixels).crop((left, top, left + width, top + height))

@@ -112,7 +112,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def image_tree(tmp_path):
-    """A function that writes ``root/{train,val}/<class>/<i>.png`` of plain colours and returns ``root``."""
+    """A function that writes `root/{train,val}/<class>/<i>.png` of plain colours and returns `root`."""
 
     from PIL import Image
 

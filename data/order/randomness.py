@@ -15,14 +15,14 @@ ORDER, AUGMENT, MIX, NOISE = range(4)  # the purpose is part of the name, so two
 
 
 def generator(*name: int) -> np.random.Generator:
-    """A NumPy generator that depends on ``name`` (non-negative integers) only."""
+    """A NumPy generator that depends on `name` (non-negative integers) only."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(name)))
 
 
 def seed_all(*name: int, device: torch.device | None = None) -> None:
-    """Seeds ``random``, NumPy, torch's CPU generator and, if given, the generator of a CUDA ``device``.
+    """Seeds `random`, NumPy, torch's CPU generator and, if given, the generator of a CUDA `device`.
 
-    torchvision draws from torch, timm from ``random`` and NumPy. ``torch.manual_seed`` is not used: before CUDA is
+    torchvision draws from torch, timm from `random` and NumPy. `torch.manual_seed` is not used: before CUDA is
     initialised it records a stack trace per call, which costs more than the augmentation.
     """
     words = np.random.SeedSequence(name).generate_state(4)

@@ -1,13 +1,13 @@
 """Which images make which batch: a pure function of the seed and the epoch, split over the processes.
 
-Training batches are global: batch ``b`` of an epoch holds the same images however many processes share it, and
-process ``r`` of ``W`` takes every ``W``-th of them. The order does not depend on workers or on earlier epochs, so a
+Training batches are global: batch `b` of an epoch holds the same images however many processes share it, and
+process `r` of `W` takes every `W`-th of them. The order does not depend on workers or on earlier epochs, so a
 run resumes in the middle of an epoch by starting at a batch number, and nothing else has to be stored.
 
-Repeated augmentation (``repeats=3``) follows Hoffer et al., "Augment your batch", CVPR 2020 (arXiv 1901.09335), in
-the form that DeiT trains with (arXiv 2012.12877): each image appears ``repeats`` times in a row, so the copies fall
+Repeated augmentation (`repeats=3`) follows Hoffer et al., "Augment your batch", CVPR 2020 (arXiv 1901.09335), in
+the form that DeiT trains with (arXiv 2012.12877): each image appears `repeats` times in a row, so the copies fall
 on different processes, and the epoch ends after as many samples as there are images; an epoch sees about
-``1 / repeats`` of the images. As there, the number of samples is rounded down to a multiple of 256 (when there are
+`1 / repeats` of the images. As there, the number of samples is rounded down to a multiple of 256 (when there are
 that many). Copies here differ by their augmentation even when one process takes them all.
 """
 
@@ -23,7 +23,7 @@ REPEAT_ROUND = 256  # DeiT's rounding of the epoch under repeated augmentation, 
 
 
 class Draw(NamedTuple):
-    """One sample to read: image ``index`` in ``epoch``, for the ``repeat``-th time, in batch ``number``."""
+    """One sample to read: image `index` in `epoch`, for the `repeat`-th time, in batch `number`."""
 
     epoch: int
     index: int
@@ -44,10 +44,10 @@ class EpochBatchSampler(Sampler[list[Draw]]):
             repeated augmentation too a batch is the same on one device that accumulates as on many.
         drop_last: leave out the last batch when it is not full. When kept, it is split as evenly as possible and
             still left out when some process would get nothing.
-        shuffle: ``False`` keeps the source's order in every epoch (overfitting on the first batches).
+        shuffle: `False` keeps the source's order in every epoch (overfitting on the first batches).
 
-    ``start_batch`` (and ``start_epoch``, if set) apply to the next iteration only: batches before them are skipped
-    without being read. ``len()`` is always the full epoch.
+    `start_batch` (and `start_epoch`, if set) apply to the next iteration only: batches before them are skipped
+    without being read. `len()` is always the full epoch.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
 
     @property
     def sampler(self) -> "EpochBatchSampler":
-        """Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``, not on the batch sampler itself."""
+        """Lightning calls `set_epoch` on `loader.batch_sampler.sampler`, not on the batch sampler itself."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -114,7 +114,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
 
 
 class EvaluationBatchSampler(Sampler[list[Draw]]):
-    """All images once, in order: process ``rank`` takes ``rank``, ``rank + world``, … without padding.
+    """All images once, in order: process `rank` takes `rank`, `rank + world`, … without padding.
 
     No image is seen twice, so figures do not depend on the number of processes; processes may differ by one image
     and hence by one batch, so a task reduces its metrics once at the end, not per batch.

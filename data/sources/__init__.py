@@ -18,12 +18,12 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB image and its label. Raises ``UnreadableImage``, naming the file."""
+        """An RGB image and its label. Raises `UnreadableImage`, naming the file."""
         ...
 
 
 class Source(Protocol):
-    """What ``ImageData`` reads from. ``embedded`` sources are small and in memory: workers would only cost time."""
+    """What `ImageData` reads from. `embedded` sources are small and in memory: workers would only cost time."""
 
     embedded: bool
 

@@ -41,7 +41,7 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB copy of ``image``; see the module for what happens to other modes."""
+    """An 8-bit RGB copy of `image`; see the module for what happens to other modes."""
     if image.mode == "RGB":
         image.load()
         return image.copy() if getattr(image, "is_animated", False) else image

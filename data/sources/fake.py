@@ -9,7 +9,7 @@ from data.order.randomness import NOISE, generator
 
 
 class FakeSplit:
-    """Image ``i`` is noise that depends on (seed, split, i) only; its label is ``i`` modulo the classes."""
+    """Image `i` is noise that depends on (seed, split, i) only; its label is `i` modulo the classes."""
 
     def __init__(self, length: int, num_classes: int, size: int, seed: int, split: int) -> None:
         self.size, self.seed, self.split = size, seed, split

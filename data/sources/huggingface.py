@@ -1,7 +1,7 @@
-"""Data sets in the format of Hugging Face ``datasets``: from the hub, from a folder of images or from Parquet files.
+"""Data sets in the format of Hugging Face `datasets`: from the hub, from a folder of images or from Parquet files.
 
-Images are decoded here, not by ``datasets``, so that all sources treat modes and orientation alike. The data set is
-map-style: prepared once in the cache of ``datasets``, then read in any order.
+Images are decoded here, not by `datasets`, so that all sources treat modes and orientation alike. The data set is
+map-style: prepared once in the cache of `datasets`, then read in any order.
 """
 
 import os
@@ -33,18 +33,18 @@ class HuggingFaceSplit:
 
 
 class HuggingFace:
-    """A data set that ``datasets.load_dataset`` can read; the package is imported when data is first read.
+    """A data set that `datasets.load_dataset` can read; the package is imported when data is first read.
 
     Args:
-        path: a hub id (``uoft-cs/cifar10``), or the name of a format (``parquet``, ``imagefolder``) with ``data_dir``
-            or ``data_files``.
+        path: a hub id (`uoft-cs/cifar10`), or the name of a format (`parquet`, `imagefolder`) with `data_dir`
+            or `data_files`.
         name: configuration of the data set, if it has several.
         data_dir, data_files: where the files of a format are; one of them is required for a format, because
-            ``datasets`` would search the whole working directory otherwise.
-        train, val: names of the splits; ``train[:90%]`` and the like are understood.
-        image, label: columns; found by their types when ``None``.
+            `datasets` would search the whole working directory otherwise.
+        train, val: names of the splits; `train[:90%]` and the like are understood.
+        image, label: columns; found by their types when `None`.
         revision: commit or tag on the hub, to keep a result reproducible.
-        cache_dir: where ``datasets`` keeps prepared data; its own default when ``None``.
+        cache_dir: where `datasets` keeps prepared data; its own default when `None`.
     """
 
     embedded = False
@@ -154,7 +154,7 @@ class HuggingFace:
 
 
 def _plain(files: Any) -> Any:
-    """Plain containers for OmegaConf's, which ``datasets`` does not know."""
+    """Plain containers for OmegaConf's, which `datasets` does not know."""
     if isinstance(files, Mapping):
         return {key: _plain(value) for key, value in files.items()}
     if files is None or isinstance(files, str):

@@ -1,7 +1,7 @@
-"""A folder per class: ``root/{train,val}/<class>/<image>``, torchvision's layout.
+"""A folder per class: `root/{train,val}/<class>/<image>`, torchvision's layout.
 
-Classes are the folders of ``train`` in alphabetical order; ``val`` may lack some but not add any. Evaluation alone
-needs no ``train``: classes are then the folders of ``val``. Files and folders that begin with a dot are left out.
+Classes are the folders of `train` in alphabetical order; `val` may lack some but not add any. Evaluation alone
+needs no `train`: classes are then the folders of `val`. Files and folders that begin with a dot are left out.
 """
 
 import os
@@ -37,7 +37,7 @@ class FolderSplit:
         return len(self.labels)
 
     def relative_path(self, index: int) -> str:
-        """``<class>/<image>``."""
+        """`<class>/<image>`."""
         return os.fsdecode(self.files[index].item())
 
     def path(self, index: int) -> str:
@@ -51,7 +51,7 @@ class ImageFolder:
     """Images in class folders; the folders are read when a split is first asked for.
 
     Args:
-        root: the folder that holds ``train`` and ``val``.
+        root: the folder that holds `train` and `val`.
     """
 
     embedded = False
@@ -61,7 +61,7 @@ class ImageFolder:
 
     @cached_property
     def classes(self) -> list[str]:
-        """Raises ``ValueError`` when the tree is not as expected."""
+        """Raises `ValueError` when the tree is not as expected."""
         return class_folders(self.root, class_split(self.root))
 
     @cached_property

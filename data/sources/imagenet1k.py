@@ -1,4 +1,4 @@
-"""ImageNet-1k (ILSVRC 2012) in class folders named by WordNet id, e.g. ``n01440764``.
+"""ImageNet-1k (ILSVRC 2012) in class folders named by WordNet id, e.g. `n01440764`.
 
 Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015 (arXiv 1409.0575).
 The alphabetical order of the ids is the class order of all published checkpoints, so a folder with other names, or
@@ -17,11 +17,11 @@ WORDNET_ID = re.compile(r"n\d{8}")
 
 
 class ImageNet1k(ImageFolder):
-    """``root/{train,val}/n01440764/….JPEG``, 1000 classes."""
+    """`root/{train,val}/n01440764/….JPEG`, 1000 classes."""
 
     @cached_property
     def classes(self) -> list[str]:
-        """Raises ``ValueError`` unless there are exactly 1000 folders named by WordNet id."""
+        """Raises `ValueError` unless there are exactly 1000 folders named by WordNet id."""
         names, folder = super().classes, self._folder(class_split(self.root))
         wrong = [name for name in names if not WORDNET_ID.fullmatch(name)]
         if wrong:

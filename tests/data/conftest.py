@@ -10,7 +10,7 @@ import torch
 class Recorder(pl.LightningModule):
     """One linear layer on the mean colour; keeps (epoch, number, indices, images, labels) of all training batches.
 
-    ``save_at`` maps a count of training batches to the checkpoint written after that batch.
+    `save_at` maps a count of training batches to the checkpoint written after that batch.
     """
 
     def __init__(self, save_at: dict[int, Path] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Every ``conf/data/*.yaml`` and ``conf/augment/*.yaml``: a new file is tested without adding a line here."""
+"""Every `conf/data/*.yaml` and `conf/augment/*.yaml`: a new file is tested without adding a line here."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``ImageData`` under Lightning: epochs, stages, workers, and runs without surprises."""
+"""`ImageData` under Lightning: epochs, stages, workers, and runs without surprises."""
 
 import pytest
 import torch
