@@ -1,5 +1,6 @@
 """What Hydra reads: conf/, where a row of a table stands for the file of a model or a plan, and recipes/ beside it."""
 
+from os.path import relpath
 from typing import Any
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -10,7 +11,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from conf import families
+from conf import families, recipes
 
 MODEL, PLAN, RECIPE = "model/", "attention/plan/", "recipe/"
 GIVEN = {
@@ -82,7 +83,9 @@ class _ConfPath(SearchPathPlugin):
 
 def _place(config_path: str) -> str:
     """Where below conf/ it stands; recipes/ is beside."""
-    return f"../recipes/{config_path.removeprefix('recipe')}" if f"{config_path}/".startswith(RECIPE) else config_path
+    if not f"{config_path}/".startswith(RECIPE):
+        return config_path
+    return f"{relpath(recipes.ROOT, families.CONF)}/{config_path.removeprefix('recipe')}"
 
 
 def _rows(config_path: str) -> tuple[dict[str, Any], str]:

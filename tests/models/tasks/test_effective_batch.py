@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -139,8 +138,7 @@ def recipe(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "tiny.yaml").write_text("global_batch: 48\noptimizer: {lr: 0.002, reference_batch: 96}\n")
     monkeypatch.setattr(recipes, "ROOT", tmp_path / "recipes")
-    yield "paper/tiny"
-    ConfigStore.instance().repo.get("recipe", {}).pop("paper", None)
+    return "paper/tiny"
 
 
 def test_another_batch_than_the_recipes_is_said(recipe):
