@@ -11,6 +11,7 @@ import random
 import runpy
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,9 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session", autouse=True)
 def _compositions():
     """What `create_model` composes is composed once in a process: a fifth of a second, asked for thousands of times."""
+    if find_spec("hydra") is None:  # the tests of kernels ask for torch and Triton alone
+        yield
+        return
     from conf import families
     from models import factory
 
@@ -113,7 +117,6 @@ def command(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def image_tree(tmp_path):
     """A function that writes `root/{train,val}/<class>/<i>.png` of plain colours and returns `root`."""
-
     from PIL import Image
 
     def make(classes=("bee", "ant"), train=3, val=2, size=(12, 10)) -> Path:
