@@ -6,7 +6,6 @@ both; `pytest tests/kernels` alone is interpreted by itself.
 """
 
 import os
-import pickle
 import random
 import runpy
 import sys
@@ -38,6 +37,15 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_ignore_collect(collection_path):
+    """A file whose tests this process does not run is not imported, which takes longer than some of them."""
+    if collection_path.suffix != ".py" or _gpu():
+        return None
+    fused = collection_path.is_relative_to(KERNELS) or "mark.fused" in collection_path.read_text()
+    both = fused and not collection_path.is_relative_to(KERNELS)
+    return True if not both and fused != (os.environ.get("TRITON_INTERPRET") == "1") else None
+
+
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: not any(item.path.is_relative_to(TESTS / first) for first in FIRST))
     if _gpu():
@@ -59,27 +67,19 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compositions():
-    """What `create_model` composes is composed once in a process: a fifth of a second, asked for thousands of times."""
-    if find_spec("hydra") is None:  # the tests of kernels ask for torch and Triton alone
+def _compositions(tmp_path_factory):
+    """What `create_model` composes is composed once for all processes of a run; the tests of kernels need no Hydra."""
+    if find_spec("hydra") is None:
         yield
         return
-    from conf import families
     from models import factory
+    from tests import compositions
 
-    compose, tables, known = factory.compose_run, families.tables, {}
-
-    def remembered(overrides):
-        key = tuple(overrides)
-        if families.tables is not tables:  # those of a test
-            return compose(overrides)
-        if key not in known:
-            known[key] = pickle.dumps(compose(overrides))
-        return pickle.loads(known[key])
-
-    factory.compose_run = remembered
+    base = tmp_path_factory.getbasetemp()
+    compositions.share((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compositions")
+    factory.compose_run = compositions.compose_once
     yield
-    factory.compose_run = compose
+    factory.compose_run = compositions.compose_run
 
 
 def _gpu() -> bool:

@@ -33,8 +33,11 @@ def chosen(model: str, attention: str) -> list:
 
 
 PAIRS = [pytest.param(m, a, id=f"{m}-{a}", marks=chosen(m, a)) for m in MODELS for a in list_attentions()]
+# a wide map finds what takes height for width; the square ones, which most tests use, follow in `make test-all`
 IN_SHAPES = [
-    pytest.param((*pair.values, shape), id=f"{pair.id}-{shape}", marks=pair.marks) for pair in PAIRS for shape in SHAPES
+    pytest.param((*pair.values, shape), id=f"{pair.id}-{shape}", marks=[*pair.marks, *marks])
+    for pair in PAIRS
+    for shape, marks in {"wide": [], "square": [pytest.mark.full]}.items()
 ]
 
 

@@ -103,7 +103,12 @@ def test_one_recipe_of_every_paper_and_backbone_is_run():
     assert {b for b in backbones for name in SMALL if f"/{b}_" in name} == backbones
 
 
-@pytest.mark.parametrize("name", SMALL)
+# every kind of task, loss and checkpoint; the others differ in the backbone
+QUICK = ("biformer/tiny_in1k", "biformer/base_token_labels_in1k", "agent/swin_tiny_in1k", "moh/transnext_small_75_in1k")
+QUICK += ("dit/s_2_in1k",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.full) for n in SMALL])
 def test_two_steps_and_an_evaluation(name, command, images, tmp_path):
     """Two optimizer steps of two accumulated batches each, on images that fit, then the verdict of eval.py."""
     data = ["data=imagefolder", f"data.root={images}"]

@@ -16,11 +16,11 @@ from timm.optim import create_optimizer_v2
 from torchvision.transforms import InterpolationMode, v2
 
 from conf import recipes
-from conf.compose import compose_run
 from data.augment import Augment
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 from models.factory import build_model
 from models.tasks.schedule import Schedule
+from tests.compositions import compose_once
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
 NAMES = [name for name in recipes.names() if name.endswith("_in1k")]  # published; the others are ours
@@ -155,7 +155,7 @@ EVERY = pytest.mark.parametrize("name", sorted(ROWS), scope="module")
 
 @functools.cache
 def composed(name: str):
-    return compose_run([f"recipe={name}"])
+    return compose_once([f"recipe={name}"])
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def test_results_that_are_not_in_a_table_are_marked():
 
 
 def test_fine_tuning_names_what_it_starts_from():
-    found = {name: composed(name)[0].get("fine_tunes") for name in NAMES}
+    found = {name: recipes.load(name).get("fine_tunes") for name in NAMES}
     tuned = {name for name in NAMES if name.endswith("_384_in1k")}
     assert {name for name, source in found.items() if source} == tuned and len(tuned) == 6
     assert all(found[name] == name.replace("_384", "") for name in tuned)

@@ -95,9 +95,9 @@ def test_a_stopped_run_continues_exactly(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("epochs", "top1"), [(3, 0.33), pytest.param(10, 0.85, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("epochs", "top1"), [(2, 0.3), pytest.param(10, 0.85, marks=pytest.mark.full)])
 def test_the_default_learns_digits(command, tmp_path, epochs, top1):
-    """The whole default reaches 99 % in 30 epochs; a third of it, here, measured 90.6 %, a tenth 42.5 %."""
+    """The whole default reaches 99 % in 30 epochs; a third of it, here, measured 90.6 %, two of them 36.7 %."""
     status, _, err = command("train", "logger=none", f"trainer.max_epochs={epochs}", "run.name=learn")
     assert status == 0, err
     assert json.loads((tmp_path / "outputs/learn/metrics.json").read_text())["best/val/top1"] >= top1
