@@ -35,6 +35,7 @@ def test_a_training_step_updates_the_weights_and_uses_all_losses():
     assert not steps.inference().requires_grad
 
 
+@pytest.mark.full
 def test_steps_are_counted_fused_against_eager(bench):
     """Windows of Swin are fused, and PyTorch copies them: the whole step shows it."""
     status, output, _, rows = bench("--model", "swin_32px", "--batch", "4")

@@ -91,8 +91,20 @@ def randomised(mixer: nn.Module) -> nn.Module:
     return mixer
 
 
+def quick(names, chosen) -> list:
+    """Test cases; interpreted, each takes seconds, so all but the chosen are for `make test-all`."""
+    return [pytest.param(name, marks=[] if name in chosen else pytest.mark.full) for name in names]
+
+
+# the same kernels in another layout, or a second router: the slowest of them
+ALIKE = {
+    *("agents in windows", "focused in windows", "focused in stripes", "inline in windows", "inline in stripes"),
+    *("heads of neighbours routed", "routed, no lepe"),
+}
+
+
 @pytest.mark.fused
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", quick(MECHANISMS, MECHANISMS.keys() - ALIKE))
 @pytest.mark.parametrize(
     "grid", [pytest.param(Grid(8, 8), id="8x8", marks=pytest.mark.full), pytest.param(Grid(5, 7), id="5x7")]
 )
@@ -120,13 +132,8 @@ def test_class_tokens_take_the_same_path(name):
     assert_same(fused, plain)
 
 
-def quick(names, chosen) -> list:
-    """Test cases; interpreted, each takes seconds, so all but the chosen are for `make test-all`."""
-    return [pytest.param(name, marks=[] if name in chosen else pytest.mark.full) for name in names]
-
-
 @pytest.mark.fused
-@pytest.mark.parametrize("attention", quick(list_attentions(), ["agent", "biformer", "dual", "moh", "window"]))
+@pytest.mark.parametrize("attention", quick(list_attentions(), ["dual", "moh", "window"]))
 def test_whole_models_agree(attention):
     torch.manual_seed(0)
     model = create_model("coatnet_32px", attention=attention, num_classes=10).eval()
@@ -141,7 +148,11 @@ def test_whole_models_agree(attention):
 @pytest.mark.fused
 @pytest.mark.parametrize(
     ("name", "heads"),
-    [("biformer_tiny", [1, 2, 2, 4]), ("biformer_stl_nchw", [1, 2, 2, 4]), ("davit_tiny", [1, 1, 2, 2])],
+    [
+        pytest.param("biformer_tiny", [1, 2, 2, 4], marks=pytest.mark.full),
+        pytest.param("biformer_stl_nchw", [1, 2, 2, 4], marks=pytest.mark.full),
+        ("davit_tiny", [1, 1, 2, 2]),
+    ],
 )
 def test_models_of_the_papers_agree(name, heads):
     """With every kernel they use, also position encoding and norm in one; outputs and all gradients."""
