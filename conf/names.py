@@ -7,6 +7,10 @@ from pathlib import Path
 from conf import families
 
 CONF = Path(__file__).parent
+# a mechanism is composed of these, each a group `attention/<part>`
+PARTS = ("layout", "pre", "transform", "score", "bias", "weights", "factor", "value")
+# other places where a paper changes a model, each a group of its own
+PLACES = ("gate", "pool", "head", "reducer", "reparam", "initializer")
 
 
 def groups() -> list[str]:
@@ -19,9 +23,15 @@ def options(group: str) -> list[str]:
     if group == "model":
         return list(families.models())
     plans = [f"plan/{name}" for name in families.plans()] if group == "attention" else []
-    return sorted(
-        plans + [path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).glob("**/*.yaml")]
-    )
+    folder = CONF / group
+    found = folder.glob("*.yaml") if group == "attention" else folder.glob("**/*.yaml")
+    shared = (folder / "plan").glob("*.yaml") if group == "attention" else ()
+    return sorted(plans + [path.relative_to(folder).with_suffix("").as_posix() for path in (*found, *shared)])
+
+
+def group_of(part: str) -> str:
+    """The group of conf/ that offers a part of a mechanism, or what goes in another place, by the name of it."""
+    return f"attention/{part}" if part in PARTS else part
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from conf import families, recipes
+from conf.names import PLACES
 
 MODEL, PLAN, RECIPE = "model/", "attention/plan/", "recipe/"
 GIVEN = {
@@ -19,6 +20,12 @@ GIVEN = {
     "attention": "${attention}",
     "image_size": "${image_size}",
     "num_classes": "${data.num_classes}",
+    **{place: f"${{{place}}}" for place in PLACES},
+    "gate_at": "mixer",
+    "activation": None,
+    "norm": None,
+    "wiring": None,
+    "downsample": None,
 }
 
 

@@ -15,14 +15,15 @@ from conf.errors import UserError
 
 def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
     """See `models.create_model`."""
-    cfg = compose_model(name, attention)
-    settings = {"num_classes": 1000, **settings}
+    parts = {key: value for key, value in settings.items() if _is_part(key, value)}
+    cfg = compose_model(name, attention, parts)
+    settings = {"num_classes": 1000, **{key: value for key, value in settings.items() if key not in parts}}
     if "image_size" in settings:
         cfg.image_size = settings.pop("image_size")
     for key, value in settings.items():
         part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
         if part is None:
-            raise UserError(_unknown(name, key, cfg))
+            raise UserError(_unknown(name, key, value, cfg))
         part[key] = merged(f"create_model: {name}", key, part[key], value)
     model = build_model(cfg)
     if not features_only:
@@ -51,12 +52,27 @@ def merged(who: str, key: str, old: Any, new: Any) -> Any:
     return OmegaConf.merge(old, dict(new))
 
 
+def _is_part(key: str, value: Any) -> bool:
+    """Whether a setting chooses a part of the mechanism or of another place: by its name, or as a run stored it."""
+    if key not in (*names.PARTS, *names.PLACES):
+        return False
+    return value in names.options(names.group_of(key)) if isinstance(value, str) else "_target_" in (value or ())
+
+
 def _settings(part: Any) -> set[str]:
     """The keys of a model or an attention that may be set; a list of mechanisms has none."""
-    return {key for key in part if not key.startswith("_")} if isinstance(part, DictConfig) else set()
+    return (
+        {key for key in part if not key.startswith("_") and key not in names.PLACES}
+        if isinstance(part, DictConfig)
+        else set()
+    )
 
 
-def _unknown(name: str, key: str, cfg: DictConfig) -> str:
+def _unknown(name: str, key: str, value: Any, cfg: DictConfig) -> str:
+    if key in (*names.PARTS, *names.PLACES):
+        offered = names.options(names.group_of(key))
+        near = names.nearest(str(value), offered)
+        return f"create_model: there is no {key} {value!r}{near}; available: {', '.join(offered)}"
     known, options = _settings(cfg.model), _settings(cfg.attention)
     text = f"create_model: {name} has no setting {key!r}{names.nearest(key, known | options)} "
     if within := [part for part in sorted(options) if key in _settings(cfg.attention[part])]:
@@ -66,8 +82,13 @@ def _unknown(name: str, key: str, cfg: DictConfig) -> str:
     )
 
 
-def compose_model(name: str, attention: str | None = None) -> DictConfig:
-    """The part of the training configuration that makes a model: `model`, `attention`, `image_size`."""
+def compose_model(name: str, attention: str | None = None, parts: Mapping[str, Any] | None = None) -> DictConfig:
+    """The part of the training configuration that makes a model: `model`, `attention`, `image_size`, other places.
+
+    Args:
+        name, attention: what `model=` and `attention=` take.
+        parts: by the name of its group (`layout`, `gate`), the name of a part or the node that a run stored.
+    """
     for kind, chosen in [("model", name), ("attention", attention)]:
         if not isinstance(chosen, str | None):
             listed = ", ".join(names.options(kind))
@@ -77,10 +98,15 @@ def compose_model(name: str, attention: str | None = None) -> DictConfig:
                 f"create_model: there is no {kind} {chosen!r}{names.nearest(chosen, names.options(kind))} "
                 f"available: {', '.join(names.options(kind))}"
             )
-    cfg, _ = compose_run([f"model={name}", *([f"attention={attention}"] if attention else [])])
+    named = {key: value for key, value in (parts or {}).items() if isinstance(value, str)}
+    chosen = [f"model={name}", *([f"attention={attention}"] if attention else [])]
+    cfg, _ = compose_run(chosen + [f"{names.group_of(key)}={value}" for key, value in named.items()])
     with open_dict(cfg):
-        for key in set(cfg) - {"model", "attention", "image_size", "data"}:
+        for key in set(cfg) - {"model", "attention", "image_size", "data", *names.PLACES}:
             del cfg[key]
+        for key, value in (parts or {}).items():
+            if key not in named:
+                (cfg if key in names.PLACES else cfg.attention)[key] = value
     return cfg
 
 

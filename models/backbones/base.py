@@ -3,18 +3,30 @@
 Shapes: B = batch, N = tokens, C = channels, H W = map.
 """
 
+from abc import ABCMeta
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.attention import Grid
+from models.backbones.furnish import PLACES, furnish
 from models.layers.tokens import to_map
 
 
-class Trunk(nn.Module):
+class Furnished(ABCMeta):
+    """Every backbone also takes what `furnish` puts into it once it is built: `gate`, `pool`, `norm` and so on."""
+
+    def __call__(cls, *args: Any, **options: Any) -> "Trunk":
+        places = {name: options.pop(name) for name in PLACES & options.keys() - cls.own}
+        model = super().__call__(*args, **options)
+        furnish(model, **places)
+        return model
+
+
+class Trunk(nn.Module, metaclass=Furnished):
     """Stem and stages: what a classifier and a pyramid of the same family have in common.
 
     Attributes that a family sets in its constructor:
@@ -23,7 +35,10 @@ class Trunk(nn.Module):
         channels, strides: of the map that each stage ends with.
         undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
             authors' codes of most families.
+        own: what of `furnish` the constructor of the family takes itself.
     """
+
+    own: frozenset[str] = frozenset()
 
     stem: nn.Module
     stages: nn.ModuleList

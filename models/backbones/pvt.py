@@ -40,6 +40,7 @@ class PVT(Hierarchical):
         ValueError: an unknown norm, and what `Hierarchical` refuses.
     """
 
+    own = frozenset({"norm"})
     norm_eps = 1e-6
     order = ("stages", "stem")
     undecayed = ("bias.table", "class_token")

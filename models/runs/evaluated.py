@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from conf import recipes
 from conf.compose import compose_run
 from conf.errors import UserError
+from conf.names import PLACES
 
 CHOICES = ("recipe", "model", "attention", "data")
 # what an evaluation of samples takes from the task that a model was trained with
@@ -67,7 +68,7 @@ def _of_file(arguments: dict[str, str]) -> dict:
 def _composed(arguments: dict[str, str]) -> dict:
     """What an evaluation takes from a recipe, or from a model and data that are named."""
     cfg, choices = compose_run([f"{key}={arguments[key]}" for key in (*CHOICES, "task") if key in arguments])
-    kept = ("seed", "image_size", "attention", "model", "augment", "data")
+    kept = ("seed", "image_size", "attention", *PLACES, "model", "augment", "data")
     node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
     _without_token_labels(node["data"])
     node["run"] = {key: choices.get(key) for key in CHOICES}
