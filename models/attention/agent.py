@@ -20,9 +20,9 @@ from kernels.agent_attention import definition as agent_heads
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Mixer, Refused, Runs, Site
 from models.attention.agent_bias import AgentBias
-from models.attention.heads import head_channels
+from models.attention.contract.heads import head_channels
+from models.attention.contract.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.multihead import Core
-from models.attention.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.stripes import lay_out
 
 SIDES = (3, 4, 7, 7)  # of the papers' grids of agents, stage by stage

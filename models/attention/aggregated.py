@@ -21,9 +21,9 @@ from kernels.aggregated_attention import aggregated_attention as aggregated_head
 from kernels.dispatch import WIDEST_HEAD
 from kernels.precision import full_precision
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention.contract.heads import head_channels, split_heads
+from models.attention.contract.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.cosine import ContinuousPositionBias, cosine_attention, measured_in
-from models.attention.heads import head_channels, split_heads
-from models.attention.options import check_flags, check_odd, check_whole, for_stage
 from models.layers.tokens import to_map, to_tokens
 
 

@@ -23,9 +23,9 @@ from kernels.precision import full_precision
 from kernels.routed_attention import MOST_SELECTED_FROM, means, ranked, region_means, routed_attention, select_regions
 from kernels.routed_attention import definition as routed_regions
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
-from models.attention.heads import gated_heads, head_channels, split_heads
+from models.attention.contract.heads import gated_heads, head_channels, split_heads
+from models.attention.contract.options import check_flags, check_whole, for_stage
 from models.attention.lepe import ConvMixer, LePEAttention, check_lepe, depthwise, enhance
-from models.attention.options import check_flags, check_whole, for_stage
 from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")

@@ -18,9 +18,9 @@ from conf import values
 from conf.errors import UserError
 from kernels.precision import full_precision
 from models.attention import Accepts, Grid, Runs, Site
-from models.attention.heads import head_channels
+from models.attention.contract.heads import head_channels
+from models.attention.contract.options import check_flags, check_whole
 from models.attention.multihead import Core, MultiHead
-from models.attention.options import check_flags, check_whole
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
 EPSILON = 1e-6

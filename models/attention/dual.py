@@ -15,9 +15,9 @@ from conf import values
 from kernels.channel_attention import channel_attention
 from kernels.channel_attention import definition as channel_heads
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
-from models.attention.heads import head_channels
+from models.attention.contract.heads import head_channels
+from models.attention.contract.options import check_flags
 from models.attention.multihead import Core, MultiHead
-from models.attention.options import check_flags
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
 

@@ -22,10 +22,10 @@ from kernels.linear_attention import focused_definition as focused_heads
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from kernels.precision import full_precision
 from models.attention import Grid, Mixer, Runs, Site
-from models.attention.heads import head_channels
+from models.attention.contract.heads import head_channels
+from models.attention.contract.options import check_flags, check_odd
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
-from models.attention.options import check_flags, check_odd
 from models.attention.stripes import lay_out
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens

@@ -20,10 +20,10 @@ from kernels.linear_attention import inline_attention as fused_inline_attention
 from kernels.linear_attention import inline_definition as inline_heads
 from kernels.precision import full_precision, wide
 from models.attention import Grid, Mixer, Runs, Site
-from models.attention.heads import head_channels
+from models.attention.contract.heads import head_channels
+from models.attention.contract.options import check_flags
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
-from models.attention.options import check_flags
 from models.attention.stripes import lay_out
 
 FEATURES = {  # φ

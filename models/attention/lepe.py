@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conf import values
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
-from models.attention.heads import gated_heads, head_channels, split_heads
+from models.attention.contract.heads import gated_heads, head_channels, split_heads
 
 INPUTS = ("x", "v")
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from conf import values
 from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract.options import check_flags, for_stage
 from models.attention.head_router import ROUTERS
-from models.attention.options import check_flags, for_stage
 
 BALANCES = ("loss", "bias")
 Heads = int | float | Sequence[int | float]

@@ -18,8 +18,8 @@ from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.heads import gated
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
-from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
-from models.attention.options import ratio_of
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.contract.options import ratio_of
 from models.layers.reduction import PooledReduction, SpatialReduction
 from models.layers.resizable import Resizable
 

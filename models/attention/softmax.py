@@ -15,10 +15,10 @@ from kernels.moh_attention import moh_attention
 from kernels.window_attention import added_to_logits, window_attention
 from kernels.window_attention import definition as softmax_heads
 from models.attention import Grid, Refused, Runs, Site
-from models.attention.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
+from models.attention.contract.options import check_flags, check_whole, ratio_of, window_of
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core, MultiHead, reduction
-from models.attention.options import check_flags, check_whole, ratio_of, window_of
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
-from models.attention.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.contract.options import check_flags, ratio_of, stripe_of, window_of
 from models.attention.multihead import Core, MultiHead, reduction
-from models.attention.options import check_flags, ratio_of, stripe_of, window_of
 from models.attention.softmax import SoftmaxCore
 
 MakeCore = Callable[[int, Grid, Grid], Core]  # heads, map of the queries, map of the keys

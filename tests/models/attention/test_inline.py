@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kernels.linear_attention import inline_local
 from models.attention import Grid, Site
-from models.attention.heads import merge_heads
+from models.attention.contract.heads import merge_heads
 from models.attention.inline import FEATURES, InLineCore, inline_attention
 from models.layers.block import Block
 

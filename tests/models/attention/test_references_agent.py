@@ -13,7 +13,7 @@ from kernels import windows
 from kernels.agent_attention import attend_through
 from models.attention import Grid, Site
 from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid
-from models.attention.heads import split_heads
+from models.attention.contract.heads import split_heads
 from models.attention.multihead import MultiHead
 from models.checkpoints.names.agent import authors
 from models.layers.block import Block

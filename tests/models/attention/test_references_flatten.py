@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kernels import windows
 from models.attention import Grid, Site
+from models.attention.contract.heads import split_heads
 from models.attention.focused_linear import FocusedLinearCore, focused_linear_attention
-from models.attention.heads import split_heads
 from models.attention.multihead import MultiHead
 
 State = dict[str, Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Grid, Site
-from models.attention.heads import merge_heads, split_heads
+from models.attention.contract.heads import merge_heads, split_heads
 from models.attention.inline import InLineCore, inline_attention
 from models.checkpoints.names.inline import authors
 from models.layers.block import Block

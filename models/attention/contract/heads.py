@@ -9,7 +9,7 @@ from kernels.heads import heads_to_map as heads_to_map
 from kernels.heads import map_to_heads as map_to_heads
 from kernels.heads import merge_heads as merge_heads
 from kernels.heads import split_heads as split_heads
-from models.attention import Refused, Site
+from models.attention.contract import Refused, Site
 
 
 def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:

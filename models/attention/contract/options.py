@@ -8,7 +8,7 @@ from typing import Any
 
 from conf import values
 from conf.errors import UserError
-from models.attention import Grid, Refused, Site
+from models.attention.contract import Grid, Refused, Site
 
 STAGE_OF_VIT = 2  # see `for_stage`
 

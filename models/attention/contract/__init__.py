@@ -1,0 +1,126 @@
+"""The attention contract: what a mechanism is given, what it returns, and what may be asked of it.
+
+A backbone describes each place where tokens are mixed with a `Site`; a factory makes a `Mixer` of it, called as
+`mixer(x, grid)`. All that is optional about a mixer has a default here, and nothing about it changes once it is built.
+
+Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M = heads, D = channels per head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from models.layers.grid import Grid as Grid
+
+BACKENDS = ("auto", "triton", "torch")
+KINDS = frozenset({"vit", "hierarchical", "convnet", "hybrid"})
+
+
+class Site(NamedTuple):
+    """One place in a backbone where a mixer goes; the backbone fills it in."""
+
+    dim: int  # C
+    num_heads: int  # M
+    grid: Grid  # at the training resolution; a forward pass may bring another one
+    stage: int  # 0-based
+    block: int  # 0-based within the stage
+    depth: int  # blocks in the stage
+    kind: str  # one of KINDS
+    positioned: bool = False  # whether the blocks of the backbone encode positions by convolution themselves
+    head_dim: int | None = None  # D where it is not C / M: the inner width M·D then differs from C
+    measured_in: tuple[int, int] | None = None  # the map whose distances position biases measure; None: `grid`
+
+
+class Mixed(NamedTuple):
+    """What a mixer returns."""
+
+    x: Tensor  # (B, N, C), as the input
+    losses: dict[str, Tensor]  # scalar auxiliary losses with gradient, by name; {} when there are none
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a mixer can take.
+
+    prefix: whether class tokens in front of the map take part ("attended") or cannot be handled ("refused").
+    kinds: the kinds of backbone it makes sense in.
+    gates: whether `forward(x, grid, gates)` multiplies its heads by per-token gates (B, N, M), as MoH needs.
+    """
+
+    prefix: str = "attended"
+    kinds: frozenset[str] = KINDS
+    gates: bool = True
+
+
+class Runs(NamedTuple):
+    """How a mixer computes on a GPU: by one of our Triton kernels, or in PyTorch.
+
+    operation: the module of `kernels`, or what PyTorch calls it.
+    fused: whether it is a Triton kernel.
+    reason: why it is not, where a user may ask.
+    """
+
+    operation: str
+    fused: bool
+    reason: str = ""
+
+
+class Refused(UserError):
+    """Raised by a mechanism for a site that it cannot serve: the reason, and the setting that mends it."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(f"{reason}; {fix}")
+        self.reason, self.fix = reason, fix
+
+
+class Mixer(nn.Module):
+    """A mixer of tokens: output and input have the same shape, for any grid and batch size.
+
+    Called as `mixer(x_BNC, grid, gates_BNM=None) -> Mixed`; one whose `reads_stream` is true also takes `stream_BNC`.
+
+    Args:
+        site: the place that it is built for, kept as `site`.
+        backend: "auto" (a Triton kernel where there is one for a GPU, else PyTorch), "triton" (refused where it would
+            not be the kernel) or "torch"; the results agree to rounding.
+
+    Attributes:
+        accepts: what it can take.
+        reads_stream: whether it is also given the input of the block before its norm, as `stream_BNC`.
+        prenorm: whether a ConvNeXt gives it normalised tokens, and a residual around it, as a transformer does.
+        has_queries: whether `queries` gives the queries of every token, as a router may need.
+    """
+
+    accepts = Accepts()
+    reads_stream = False
+    prenorm = True
+    has_queries = False
+
+    def __init__(self, site: Site, backend: str = "auto") -> None:
+        super().__init__()
+        self.site, self.backend = site, backend
+
+    def runs(self, gated: bool = False) -> Runs:
+        """How it computes on a GPU when `backend` is "auto", with or without gates of heads."""
+        return Runs(type(self).__name__, False, "it is written in PyTorch")
+
+    def queries(self, x_BNC: Tensor) -> Tensor:
+        """Queries (B, M, N, D) of the tokens, whatever tokens they see.
+
+        Raises:
+            TypeError: it has none, see `has_queries`.
+        """
+        raise TypeError(f"queries: {type(self).__name__} has no queries of each token")
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, S) of every query on every key.
+
+        Raises:
+            TypeError: it has no matrix.
+        """
+        raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
+
+
+AttentionFactory = Callable[[Site], Mixer]
