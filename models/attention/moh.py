@@ -69,6 +69,7 @@ class MoHAttention(Mixer):
         shared, routed = resolve_heads(site.num_heads, *counts)
         self.mixer = core(site)
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
+        self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
         who = type(self.mixer).__name__
         if not self.accepts.gates:
             raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")
@@ -85,9 +86,15 @@ class MoHAttention(Mixer):
         return self.mixer.runs(gated=True)
 
     def forward(
-        self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
+        self,
+        x_BNC: Tensor,
+        grid: Grid,
+        gates_BNM: Tensor | None = None,
+        stream_BNC: Tensor | None = None,
+        carry: Any = None,
     ) -> Mixed:
         given = {"stream_BNC": stream_BNC} if self.reads_stream else {}
+        given |= {"carry": carry} if self.carries else {}
         queries = self.mixer.queries(x_BNC) if self.router.reads_queries else None
         gates, balance = self.router(x_BNC, queries)
         if gates_BNM is not None:
@@ -95,7 +102,8 @@ class MoHAttention(Mixer):
         mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **given)
         if balance is None or not self.training:
             return mixed
-        return Mixed(mixed.x, {**mixed.losses, "load_balance": balance + mixed.losses.get("load_balance", 0.0)})
+        losses = {**mixed.losses, "load_balance": balance + mixed.losses.get("load_balance", 0.0)}
+        return mixed._replace(losses=losses)
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Of the gated attention, before the gates."""

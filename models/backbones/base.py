@@ -70,9 +70,9 @@ class Trunk(nn.Module, metaclass=Furnished):
 
     def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
         x, grid = self.stem(images)
-        maps, losses = [], []
+        maps, losses, carry = [], [], {}
         for stage in self.stages:
-            x, grid, of_stage = stage(x, grid)
+            x, grid, of_stage, carry = stage(x, grid, carry=carry)
             maps.append((x, grid))
             losses += of_stage
         return maps, losses

@@ -15,6 +15,7 @@ from models.attention import Grid, Site
 from models.backbones.hierarchical import Hierarchical
 from models.layers.block import Block, Stage
 from models.layers.downsample import ConvDownsample, overlapping
+from models.layers.gated import Carry
 from models.layers.mbconv import init_convolutions
 from models.layers.stem import PatchStem
 
@@ -26,9 +27,9 @@ class NormedStage(Stage):
         super().__init__(blocks, downsample)
         self.norm = nn.LayerNorm(blocks[-1].norm1.normalized_shape, eps=blocks[-1].norm1.eps)
 
-    def forward(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid, list[dict[str, Tensor]]]:
-        x, grid, losses = super().forward(x_BNC, grid)
-        return self.norm(x), grid, losses
+    def forward(self, x_BNC: Tensor, grid: Grid, carry: Carry | None = None) -> tuple:
+        x, *rest = super().forward(x_BNC, grid, carry=carry)
+        return self.norm(x), *rest
 
 
 class PVTv2(Hierarchical):

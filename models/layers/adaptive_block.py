@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.layers.gated import Carry, call, carries, gated
+
 
 class AdaptiveBlock(nn.Module):
     """x + gate · mix(norm(x) · (1 + scale) + shift), then the same around an MLP.
 
     Shift, scale and gate of both branches are one linear function of the condition, which starts at zero: at first the
-    block changes nothing.
+    block changes nothing. `gate` and `gate_at` are those of `models.layers.block.Block`.
 
     Args:
         dim: channels C.
@@ -29,14 +31,27 @@ class AdaptiveBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.modulation = nn.Linear(dim, 6 * dim)
         self.reads_stream = mixer.reads_stream
+        self.gate, self.gate_at = None, "mixer"
 
-    def forward(self, x_BNC: Tensor, grid: tuple, condition_BC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The condition comes through its SiLU, which is the same for all blocks."""
+    @property
+    def carries(self) -> bool:
+        """Whether it takes and returns what its parts carry from block to block."""
+        return carries(self.attn, self.gate)
+
+    def forward(self, x_BNC: Tensor, grid: tuple, condition_BC: Tensor, carry: Carry | None = None) -> tuple:
+        """Tokens and losses; given `carry`, also what is carried on.
+
+        The condition comes through its SiLU, which is the same for all blocks.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BC)[:, None].chunk(6, dim=-1)
         x, y = x_BNC, modulated_norm(x_BNC, shift_1, scale_1)
-        mixed, losses = self.attn(y, grid, stream_BNC=x) if self.reads_stream else self.attn(y, grid)
+        given = {"stream_BNC": x} if self.reads_stream else {}
+        mixed, *kept = call(self.attn, carry, y, grid, **given)
+        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
         x = x + gate_1 * mixed
-        return x + gate_2 * self.mlp(modulated_norm(x, shift_2, scale_2)), losses
+        hidden, *kept = gated(self, "mlp", self.mlp(modulated_norm(x, shift_2, scale_2)), grid, *kept)
+        x, losses, on = gated(self, "block", x + gate_2 * hidden, grid, *kept)
+        return (x, losses) if carry is None else (x, losses, on)
 
 
 class AdaptiveHead(nn.Module):

@@ -5,6 +5,7 @@ Shapes: B = batch, N = tokens, C = channels.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
+from models.layers.gated import Carry, call, carries, gated
 from models.layers.mlp import ConvMlp
 from models.layers.position import ConvPosition
 
@@ -20,7 +22,8 @@ from models.layers.position import ConvPosition
 class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
 
-    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)).
+    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)). A `gate`, where one is put, weights what `gate_at`
+    names: what comes out of the mixer or of the MLP, or the block's output.
 
     Args:
         dim: channels C.
@@ -60,18 +63,31 @@ class Block(nn.Module):
             hidden = int(dim * mlp_ratio)
             self.mlp = ConvMlp(dim, hidden, mlp_kernel) if mlp_kernel else Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
+        self.gate, self.gate_at = None, "mixer"
 
-    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def carries(self) -> bool:
+        """Whether it takes and returns what its parts carry from block to block."""
+        return carries(self.attn, self.gate)
+
+    def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
+        """Tokens and losses; given `carry`, also what is carried on."""
         x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
-        mixed, losses = self.attn(y, grid, stream_BNC=x) if self.reads_stream else self.attn(y, grid)
+        given = {"stream_BNC": x} if self.reads_stream else {}
+        mixed, *kept = call(self.attn, carry, y, grid, **given)
+        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
         x = x + self.drop_path(self.scale1(mixed))
         if self.post_norm:
             x = self.norm1(x)
         if self.mlp is None:
-            return (x if self.mlp_position is None else self.mlp_position(x, grid)), losses
-        x, y = self._positioned(x, grid, self.mlp_position, self.norm2)
-        x = x + self.drop_path(self.scale2(self.mlp(y, grid) if self.mlp_kernel else self.mlp(y)))
-        return (self.norm2(x) if self.post_norm else x), losses
+            x = x if self.mlp_position is None else self.mlp_position(x, grid)
+        else:
+            x, y = self._positioned(x, grid, self.mlp_position, self.norm2)
+            hidden, *kept = gated(self, "mlp", self.mlp(y, grid) if self.mlp_kernel else self.mlp(y), grid, *kept)
+            x = x + self.drop_path(self.scale2(hidden))
+            x = self.norm2(x) if self.post_norm else x
+        x, losses, on = gated(self, "block", x, grid, *kept)
+        return (x, losses) if carry is None else (x, losses, on)
 
     def _positioned(self, x: Tensor, grid: tuple, position: nn.Module | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The tokens with their position, and what goes into a branch: these, or normalised first."""
@@ -85,7 +101,7 @@ class Stage(nn.Module):
     """Blocks in a row, after an optional module `(x, grid) -> (x, grid)` that changes resolution and channels.
 
     `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations. What is given
-    besides tokens and map goes to every block.
+    besides tokens and map goes to every block, `carry` from one to the next of those that carry.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
@@ -93,31 +109,35 @@ class Stage(nn.Module):
         self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
         self.gradient_checkpointing = False
 
-    def forward(self, x_BNC: Tensor, grid: tuple, *given: Tensor) -> tuple[Tensor, tuple, list[dict[str, Tensor]]]:
-        x, losses = x_BNC, []
+    def forward(self, x_BNC: Tensor, grid: tuple, *given: Tensor, carry: Carry | None = None) -> tuple:
+        """Tokens, their map, and the losses of each block; given `carry`, also what is carried on."""
+        x, losses, on = x_BNC, [], carry or {}
         recompute = self.gradient_checkpointing and self.training
         if self.downsample is not None:
             x, grid = recomputed(self.downsample, x, grid) if recompute else self.downsample(x, grid)
         for block in self.blocks:
-            x, loss = recomputed(block, x, grid, *given) if recompute else block(x, grid, *given)
+            named = {"carry": on} if getattr(block, "carries", False) else {}
+            run = partial(recomputed, block) if recompute else block
+            x, loss, *carried = run(x, grid, *given, **named)
             losses.append(loss)
-        return x, grid, losses
+            on = carried[0] if carried else on
+        return (x, grid, losses) if carry is None else (x, grid, losses, on)
 
 
-def recomputed(module: nn.Module, *inputs: object) -> tuple:
-    """`module(*inputs)`, whose activations are computed again in the backward pass rather than kept."""
+def recomputed(module: nn.Module, *inputs: object, **named: object) -> tuple:
+    """`module(*inputs, **named)`, whose activations are computed again in the backward pass rather than kept."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     if norms:
-        return _recomputed_with_norms(module, norms, *inputs)
-    return checkpoint(module, *inputs, use_reentrant=False)
+        return _recomputed_with_norms(module, norms, *inputs, **named)
+    return checkpoint(module, *inputs, use_reentrant=False, **named)
 
 
 @torch.compiler.disable  # Dynamo does not know context_fn; such a module runs uncompiled
-def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], *inputs: object) -> tuple:
+def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], *inputs: object, **named: object) -> tuple:
     def contexts() -> tuple:
         return nullcontext(), frozen_statistics(norms)
 
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 @contextmanager

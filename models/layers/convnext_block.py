@@ -8,10 +8,13 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.layers.block import scale
+from models.layers.gated import Carry, call, carries, gated
 
 
 class ConvNeXtBlock(nn.Module):
     """x + scale(mlp(norm(mix(x)))): the mixer, a depth-wise convolution, sees tokens that are not normalised.
+
+    `gate` and `gate_at` are those of `models.layers.block.Block`.
 
     Args:
         dim: channels C.
@@ -32,7 +35,17 @@ class ConvNeXtBlock(nn.Module):
         self.attn, self.norm = mixer, nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.scale, self.drop_path = scale(dim, layer_scale), DropPath(drop_path)
+        self.gate, self.gate_at = None, "mixer"
 
-    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        mixed, losses = self.attn(x_BNC, grid)
-        return x_BNC + self.drop_path(self.scale(self.mlp(self.norm(mixed)))), losses
+    @property
+    def carries(self) -> bool:
+        """Whether it takes and returns what its parts carry from block to block."""
+        return carries(self.attn, self.gate)
+
+    def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
+        """Tokens and losses; given `carry`, also what is carried on."""
+        mixed, *kept = call(self.attn, carry, x_BNC, grid)
+        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
+        hidden, *kept = gated(self, "mlp", self.mlp(self.norm(mixed)), grid, *kept)
+        x, losses, on = gated(self, "block", x_BNC + self.drop_path(self.scale(hidden)), grid, *kept)
+        return (x, losses) if carry is None else (x, losses, on)

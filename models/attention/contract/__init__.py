@@ -8,7 +8,7 @@ Shapes: B = batch, N = prefix + H·W tokens in row-major order, C = channels, M 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ class Mixed(NamedTuple):
 
     x: Tensor  # (B, N, C), as the input
     losses: dict[str, Tensor]  # scalar auxiliary losses with gradient, by name; {} when there are none
+    carry: Any = None  # for the mixer of the next block, of one with `carries`: a tensor or a tuple of tensors
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Refused(UserError):
 class Mixer(nn.Module):
     """A mixer of tokens: output and input have the same shape, for any grid and batch size.
 
-    Called as `mixer(x_BNC, grid, gates_BNM=None) -> Mixed`; one whose `reads_stream` is true also takes `stream_BNC`.
+    Called as `mixer(x_BNC, grid, gates_BNM=None) -> Mixed`; one whose `reads_stream` is true also takes `stream_BNC`,
+    one whose `carries` is true also `carry`.
 
     Args:
         site: the place that it is built for, kept as `site`.
@@ -91,12 +93,16 @@ class Mixer(nn.Module):
         reads_stream: whether it is also given the input of the block before its norm, as `stream_BNC`.
         prenorm: whether a ConvNeXt gives it normalised tokens, and a residual around it, as a transformer does.
         has_queries: whether `queries` gives the queries of every token, as a router may need.
+        carries: whether it is given, as `carry`, what the mixer of the block before it returned in `Mixed.carry`: None
+            in the first block of a stage, or of the model if `carries_across_stages`.
     """
 
     accepts = Accepts()
     reads_stream = False
     prenorm = True
     has_queries = False
+    carries = False
+    carries_across_stages = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
         super().__init__()
