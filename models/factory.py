@@ -15,7 +15,7 @@ from conf.errors import UserError
 
 def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
     """See `models.create_model`."""
-    parts = {key: value for key, value in settings.items() if _is_part(key, value)}
+    parts = {key: value for key, value in settings.items() if is_part(key, value)}
     cfg = compose_model(name, attention, parts)
     settings = {"num_classes": 1000, **{key: value for key, value in settings.items() if key not in parts}}
     if "image_size" in settings:
@@ -52,7 +52,7 @@ def merged(who: str, key: str, old: Any, new: Any) -> Any:
     return OmegaConf.merge(old, dict(new))
 
 
-def _is_part(key: str, value: Any) -> bool:
+def is_part(key: str, value: Any) -> bool:
     """Whether a setting chooses a part of the mechanism or of another place: by its name, or as a run stored it."""
     if key not in (*names.PARTS, *names.PLACES):
         return False

@@ -5,14 +5,17 @@ factory (or one factory per stage) that the configuration chose. What comes back
 `models.attention.contract`, whose names are known here too.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
 from conf.errors import UserError
+from conf.names import PARTS
 from models.attention.contract import BACKENDS as BACKENDS
 from models.attention.contract import KINDS as KINDS
 from models.attention.contract import Accepts as Accepts
@@ -23,6 +26,8 @@ from models.attention.contract import Mixer as Mixer
 from models.attention.contract import Refused as Refused
 from models.attention.contract import Runs as Runs
 from models.attention.contract import Site as Site
+
+WRAPPED = ("core", "first", "rest")  # options by which a mechanism takes others
 
 
 def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Sequence[Site]) -> list[Mixer]:
@@ -39,7 +44,7 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
     mixers, problems = [], []
     for site in sites:
         try:
-            mixer = factories[site.stage](site)
+            mixer = make(factories[site.stage], site)
             check(mixer, site)
             mixers.append(mixer)
         except Refused as refusal:
@@ -69,6 +74,58 @@ def check(mixer: nn.Module, site: Site) -> None:
             f"it does not work in a backbone of kind {site.kind}",
             f"choose a model of kind {' or '.join(sorted(mixer.accepts.kinds))}",
         )
+
+
+def make(factory: AttentionFactory, site: Site) -> Mixer:
+    """The mixer of a site. Parts that are chosen for what wraps mechanisms, such as MoH, go to what it wraps.
+
+    Raises:
+        Refused: a part that the mechanism has no place for.
+    """
+    function, given = unwrapped(factory)
+    parts = {name: given[name] for name in PARTS if callable(given.get(name))}
+    hints = options_of(factory) if parts else {}
+    unknown = sorted(
+        name for name in parts if hints.get(name, bool) is bool
+    )  # agents have a bias of their own, or none
+    if not unknown:
+        return factory(site)
+    others = {name: value for name, value in given.items() if name not in unknown}
+    wrapped = {name: others[name] for name in WRAPPED if isinstance(others.get(name), partial)}
+    if not wrapped:
+        raise Refused(_no_place(unknown[0]), f"leave out attention/{unknown[0]}, or choose e.g. attention=softmax")
+    moved = {name: parts[name] for name in unknown}
+    others |= {name: partial(inner, **moved) for name, inner in wrapped.items()}
+    return function(site, **others)
+
+
+def unwrapped(factory: AttentionFactory) -> tuple[Callable, dict[str, Any]]:
+    """The function behind partial ones, and all options that these give."""
+    given: dict[str, Any] = {}
+    while isinstance(factory, partial):
+        factory, given = factory.func, factory.keywords | given
+    return factory, given
+
+
+def _no_place(part: str) -> str:
+    if part == "layout":
+        return "the mechanism decides by itself who sees whom, so it takes no layout"
+    if part in ("score", "bias", "weights", "factor"):
+        return f"the mechanism has no logits of queries and keys on which a {part} could work"
+    return f"the mechanism has no place for a {part}"
+
+
+def options_of(factory: AttentionFactory) -> dict[str, Any]:
+    """The types of all options of a factory by their name, those that it shares with others included."""
+    function, _ = unwrapped(factory)
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    options = {}
+    for name, option in inspect.signature(function).parameters.items():
+        if option.kind is option.VAR_KEYWORD and name in hints:
+            options |= get_args(hints[name])[0].__annotations__
+        elif option.kind is option.KEYWORD_ONLY:
+            options[name] = hints.get(name)
+    return options
 
 
 def mixers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Mixer]]:

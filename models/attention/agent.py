@@ -10,6 +10,7 @@ bilinearly over both; with fewer keys than queries the convolution sees V enlarg
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -20,10 +21,11 @@ from kernels.agent_attention import definition as agent_heads
 from kernels.depthwise_conv import LARGEST
 from models.attention import Grid, Mixer, Refused, Runs, Site
 from models.attention.agent_bias import AgentBias
+from models.attention.assemble import Composition, assemble
 from models.attention.contract.heads import head_channels
+from models.attention.contract.layout import SAME, SHORTENED
 from models.attention.contract.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.multihead import Core
-from models.attention.stripes import lay_out
 
 SIDES = (3, 4, 7, 7)  # of the papers' grids of agents, stage by stage
 
@@ -33,14 +35,10 @@ def agent_attention(
     *,
     agent_tokens: int | str | Sequence = "auto",
     trained_agent_tokens: int | Sequence | None = None,
-    window: int | Sequence[int] | None = None,
-    stripe: int | str | Sequence[int | str] | None = None,
-    sr_ratio: int | Sequence[int] = 1,
     kernel_size: int = 3,
     bias: bool = True,
     bias_size: int = 7,
-    qkv_bias: bool = True,
-    backend: str = "auto",
+    **composition: Unpack[Composition],
 ) -> Mixer:
     """Attention through agents pooled from the queries: linear in tokens for a fixed number of agents.
 
@@ -51,14 +49,10 @@ def agent_attention(
             the mixer is built for.
         trained_agent_tokens: the agent grid of the bias tables where it is another one, as in detection with more
             agents than in pre-training, for larger maps; None for `agent_tokens`.
-        window: side of the windows in tokens, cut to the map; None for the whole map.
-        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
-        sr_ratio: keys and values come from a map with sides this many times shorter; one number or one per stage.
         kernel_size: of the depth-wise convolution of V; odd.
         bias: learned agent biases B1 and B2, or none.
         bias_size: side of their coarse tables, interpolated to the map.
-        qkv_bias: bias of the projection.
-        backend: "auto", "triton" or "torch".
+        composition: layout, other parts, projection and backend, see `models.attention.assemble.Composition`.
 
     Raises:
         ValueError: a number of agents that is no square, an even kernel, or a size below 1.
@@ -66,7 +60,7 @@ def agent_attention(
     """
     check_odd("agent_attention", kernel_size=kernel_size)
     check_whole("agent_attention", bias_size=bias_size)
-    check_flags("agent_attention", bias=bias, qkv_bias=qkv_bias)
+    check_flags("agent_attention", bias=bias)
     dim, asked = head_channels(site), _of_stage("agent_tokens", agent_tokens, site)
     if asked != "auto":
         agent_grid(asked)
@@ -82,8 +76,7 @@ def agent_attention(
             tables = [AgentBias(num_heads, trained or agents, grid, bias_size) for grid in (kv_grid, grid)]
         return AgentCore(num_heads, dim, agents, kernel_size, *tables)
 
-    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio}
-    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
+    return assemble(site, core, **composition)
 
 
 def _of_stage(name: str, agents: int | str | Sequence, site: Site) -> int | str | Sequence:
@@ -130,6 +123,10 @@ class AgentCore(Core):
         kernel_size: of the convolution.
         gather_bias, scatter_bias: `AgentBias` of the keys (B1) and of the queries (B2), or None.
     """
+
+    row_stochastic = True
+    adds = True
+    keys = frozenset({SAME, SHORTENED})  # its convolution needs one map
 
     def __init__(
         self,

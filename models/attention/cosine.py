@@ -9,6 +9,7 @@ Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels p
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from conf import values
 from conf.errors import UserError
 from kernels.precision import full_precision
-from models.attention import Accepts, Grid, Runs, Site
+from kernels.window_attention import added_to_logits
+from models.attention.assemble import Composition, assemble
+from models.attention.contract import Accepts, Grid, Mixer, Runs, Site
 from models.attention.contract.heads import head_channels
-from models.attention.contract.options import check_flags, check_whole
-from models.attention.multihead import Core, MultiHead
+from models.attention.contract.layout import SAME, SHORTENED
+from models.attention.contract.options import check_whole
+from models.attention.multihead import Core
 
 # Far below the norm of any query in use. The authors' 1e-12 lets the gradient at an all-zero token reach 1e12.
 EPSILON = 1e-6
@@ -31,10 +35,9 @@ def cosine_attention(
     *,
     pretrain_size: int | Sequence[int] | None = None,
     hidden: int = 512,
-    qkv_bias: bool = True,
     head_dim: int | None = None,
-    backend: str = "auto",
-) -> MultiHead:
+    **composition: Unpack[Composition],
+) -> Mixer:
     """Cosine attention over the map; prefix tokens are refused, since they have no position.
 
     Args:
@@ -42,17 +45,16 @@ def cosine_attention(
         pretrain_size: height and width of the map that distances are measured in: that of the weights' training, so
             that the same offset keeps its coordinate on a larger map. None for what the site says.
         hidden: hidden channels of the MLP of the bias.
-        qkv_bias: bias of the projection.
         head_dim: channels per head D; C / M by default.
-        backend: "auto" or "torch", which are the same: PyTorch's scaled_dot_product_attention computes it.
+        composition: layout, other parts, projection and backend, see `models.attention.assemble.Composition`.
     """
     check_whole("cosine", hidden=hidden, head_dim=1 if head_dim is None else head_dim)
-    check_flags("cosine", qkv_bias=qkv_bias)
     size = measured_in(site, pretrain_size)
     dim = head_dim or head_channels(site)
-    core = CosineCore(site.num_heads, dim, size, hidden)
     accepts = Accepts(prefix="refused")
-    return MultiHead(site, core, qkv_bias=qkv_bias, head_dim=dim, accepts=accepts, backend=backend)
+    return assemble(
+        site, lambda heads, *_: CosineCore(heads, dim, size, hidden), head_dim=dim, accepts=accepts, **composition
+    )
 
 
 class CosineCore(Core):
@@ -60,6 +62,10 @@ class CosineCore(Core):
 
     τ = softplus(temperature) starts at 1 / 0.24; e, the query embedding, is one vector per head.
     """
+
+    keys = frozenset({SAME, SHORTENED})
+    masks = True
+    row_stochastic = True
 
     def __init__(self, num_heads: int, head_dim: int, pretrain_size: tuple[int, int], hidden: int = 512) -> None:
         super().__init__()
@@ -72,21 +78,23 @@ class CosineCore(Core):
         """See `Core`."""
         return Runs("scaled_dot_product_attention", False, "dense attention with a bias is PyTorch's own fused kernel")
 
-    def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        q, k, bias = (t.to(v_BMND.dtype) for t in self._logit_terms(q_BMND, k_BMND, grid))
-        return F.scaled_dot_product_attention(q, k, v_BMND, bias.unsqueeze(0), scale=1.0)
+    def forward(
+        self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
+    ) -> Tensor:
+        q, k, bias = (t.to(v_BMSD.dtype) for t in self._logit_terms(q_BMND, k_BMSD, grid, kv_grid))
+        return F.scaled_dot_product_attention(q, k, v_BMSD, added_to_logits(q, bias, mask), scale=1.0)
 
-    def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        """The attention weights (B, M, N, N)."""
-        q, k, bias = self._logit_terms(q_BMND, k_BMND, grid)
-        return (q @ k.mT + bias).softmax(-1)
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
+        """The attention weights (B, M, N, S)."""
+        q, k, bias = self._logit_terms(q_BMND, k_BMSD, grid, kv_grid)
+        return (q @ k.mT + added_to_logits(q, bias, mask)).softmax(-1)
 
-    def _logit_terms(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled queries, unit keys and bias (M, N, N), in float32: the logits are q kᵀ + bias."""
-        q, k = (F.normalize(t.float(), dim=-1, eps=EPSILON) for t in (q_BMND, k_BMND))
+    def _logit_terms(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, unit keys and bias (M, N, S), in float32: the logits are q kᵀ + bias."""
+        q, k = (F.normalize(t.float(), dim=-1, eps=EPSILON) for t in (q_BMND, k_BMSD))
         scale = F.softplus(self.temperature.float()) * math.log(k.shape[2])
         with full_precision(q.device):
-            bias = self.bias(grid).float()
+            bias = self.bias(grid, kv_grid).float()
         return (q + self.query_embedding.float()) * scale, k, bias
 
 

@@ -16,7 +16,9 @@ from kernels.channel_attention import channel_attention
 from kernels.channel_attention import definition as channel_heads
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
 from models.attention.contract.heads import head_channels
+from models.attention.contract.layout import SAME, SCATTERED
 from models.attention.contract.options import check_flags
+from models.attention.layouts.window import Windows
 from models.attention.multihead import Core, MultiHead
 from models.attention.softmax import SoftmaxCore
 from models.layers.position import ConvPosition
@@ -55,7 +57,7 @@ def dual_attention(
     if site.block % 2:
         mixer = MultiHead(site, ChannelCore(dim, scale), **options)
     else:
-        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), window=size, **options)
+        mixer = MultiHead(site, SoftmaxCore(site.num_heads, dim), layout=Windows(size), **options)
     if site.positioned or not cpe_kernel:
         return mixer
     return Positioned(site, ConvPosition(site.dim, cpe_kernel, backend), mixer)
@@ -63,6 +65,8 @@ def dual_attention(
 
 class ChannelCore(Core):
     """Attention of the D channels of each group on one another; the sum over tokens is taken in float32."""
+
+    keys = frozenset({SAME, SCATTERED})
 
     def __init__(self, head_dim: int, scale: str = "head_dim") -> None:
         super().__init__()
@@ -89,6 +93,7 @@ class Positioned(Mixer):
     def __init__(self, site: Site, position: nn.Module, mixer: Mixer) -> None:
         super().__init__(site, mixer.backend)
         self.position, self.mixer, self.accepts = position, mixer, mixer.accepts
+        self.has_matrix = mixer.has_matrix
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""

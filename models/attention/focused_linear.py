@@ -9,7 +9,7 @@ learned position encoding; Q and K are divided by a learned scale per channel; t
 sums over keys are means, so that they do not grow with the map.
 """
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ from kernels.linear_attention import focused_definition as focused_heads
 from kernels.linear_attention import focused_linear_attention as fused_focused_linear_attention
 from kernels.precision import full_precision
 from models.attention import Grid, Mixer, Runs, Site
+from models.attention.assemble import Composition, assemble
 from models.attention.contract.heads import head_channels
+from models.attention.contract.layout import SAME, SHORTENED
 from models.attention.contract.options import check_flags, check_odd
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
-from models.attention.stripes import lay_out
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side, to_map, to_tokens
 
@@ -36,13 +37,8 @@ def focused_linear_attention(
     *,
     power: float = 3,
     kernel_size: int = 5,
-    window: int | Sequence[int] | None = None,
-    stripe: int | str | Sequence[int | str] | None = None,
-    sr_ratio: int | Sequence[int] = 1,
-    kv_pool: int | None = None,
     lepe: bool = False,
-    qkv_bias: bool = True,
-    backend: str = "auto",
+    **composition: Unpack[Composition],
 ) -> Mixer:
     """Linear attention with features raised to a power: linear in tokens.
 
@@ -50,13 +46,8 @@ def focused_linear_attention(
         site: the place in the backbone.
         power: the focusing factor p, at least 1; 1 leaves the features as they are. Paper: 3.
         kernel_size: of the depth-wise convolution of V that all heads share; odd.
-        window: side of the windows in tokens, cut to the map; None for the whole map.
-        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
-        sr_ratio: keys and values come from a map with sides this many times shorter (PVT); one number or one per stage.
-        kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
         lepe: also add a 3×3 depth-wise convolution of V with its own weights per channel (CSWin).
-        qkv_bias: bias of the projection.
-        backend: "auto", "triton" or "torch".
+        composition: layout, other parts, projection and backend, see `models.attention.assemble.Composition`.
 
     Raises:
         ValueError: a power below 1, an even kernel, or both sr_ratio and kv_pool.
@@ -64,14 +55,13 @@ def focused_linear_attention(
     who = "focused_linear_attention"
     values.number(who, "power", power, 1, what="at least 1", fix="the paper uses 3")
     check_odd(who, kernel_size=kernel_size)
-    check_flags(who, lepe=lepe, qkv_bias=qkv_bias)
+    check_flags(who, lepe=lepe)
     dim = head_channels(site)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> FocusedLinearCore:
         return FocusedLinearCore(num_heads, dim, kv_grid, power=power, kernel_size=kernel_size, lepe=lepe)
 
-    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio, "kv_pool": kv_pool}
-    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
+    return assemble(site, core, **composition)
 
 
 class FocusedLinearCore(Resizable, Core):
@@ -84,6 +74,9 @@ class FocusedLinearCore(Resizable, Core):
         kv_grid: the map of the keys in training; the position encoding is made for it and resized to others.
         power, kernel_size, lepe: see `focused_linear_attention`.
     """
+
+    adds = True
+    keys = frozenset({SAME, SHORTENED})  # its convolution needs one map
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ Where the authors' code decides: a class token is a key and enters the mean of x
 and W2 act within each head; in CSWin the mean is that of the block's input before its norm (`residual_input`).
 """
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from kernels.linear_attention import inline_attention as fused_inline_attention
 from kernels.linear_attention import inline_definition as inline_heads
 from kernels.precision import full_precision, wide
 from models.attention import Grid, Mixer, Runs, Site
+from models.attention.assemble import Composition, assemble
 from models.attention.contract.heads import head_channels
+from models.attention.contract.layout import SAME, SHORTENED
 from models.attention.contract.options import check_flags
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
-from models.attention.stripes import lay_out
 
 FEATURES = {  # φ
     "identity": lambda x: x,
@@ -42,11 +43,7 @@ def inline_attention(
     residual: bool = True,
     residual_input: str = "normed",
     lepe: bool = False,
-    window: int | Sequence[int] | None = None,
-    stripe: int | str | Sequence[int | str] | None = None,
-    sr_ratio: int | Sequence[int] = 1,
-    qkv_bias: bool = True,
-    backend: str = "auto",
+    **composition: Unpack[Composition],
 ) -> Mixer:
     """Injective linear attention with a dynamic local residual: linear in tokens.
 
@@ -57,11 +54,7 @@ def inline_attention(
         residual_input: of which tokens that is the mean: "normed", what the layer is given, or "stream", the input of
             the block before its norm (the authors' CSWin).
         lepe: also add a 3×3 depth-wise convolution of V with learned weights (CSWin).
-        window: side of the windows in tokens, cut to the map; None for the whole map.
-        stripe: width of cross-shaped stripes, see `models.attention.stripes.cswin_attention`; None for none.
-        sr_ratio: keys and values come from a map with sides this many times shorter; one number or one per stage.
-        qkv_bias: bias of the projection.
-        backend: "auto", "triton" or "torch".
+        composition: layout, other parts, projection and backend, see `models.attention.assemble.Composition`.
 
     Raises:
         ValueError: an unknown feature or residual_input.
@@ -69,15 +62,14 @@ def inline_attention(
     who = "inline_attention"
     values.choice(who, "feature", feature, FEATURES, fix="set attention.feature")
     values.choice(who, "residual_input", residual_input, INPUTS, fix="set attention.residual_input")
-    check_flags(who, residual=residual, lepe=lepe, qkv_bias=qkv_bias)
+    check_flags(who, residual=residual, lepe=lepe)
     dim = head_channels(site, even=residual)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> InLineCore:
         reads_stream = residual and residual_input == "stream"
         return InLineCore(num_heads, dim, feature, residual=residual, reads_stream=reads_stream, lepe=lepe)
 
-    layout = {"window": window, "stripe": stripe, "sr_ratio": sr_ratio}
-    return lay_out(site, core, **layout, qkv_bias=qkv_bias, backend=backend)
+    return assemble(site, core, **composition)
 
 
 class InLineCore(Core):
@@ -90,6 +82,9 @@ class InLineCore(Core):
     """
 
     reads_tokens = True
+    row_stochastic = True
+    adds = True
+    keys = frozenset({SAME, SHORTENED})  # its convolutions need one map
 
     def __init__(
         self,

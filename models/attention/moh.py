@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from conf import values
 from conf.errors import UserError
-from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site, make
 from models.attention.contract.options import check_flags, for_stage
 from models.attention.head_router import ROUTERS
 
@@ -67,9 +67,10 @@ class MoHAttention(Mixer):
         check_flags("moh", all_reduce=all_reduce)
         counts = for_layer("shared_heads", shared_heads, site), for_layer("routed_heads", routed_heads, site)
         shared, routed = resolve_heads(site.num_heads, *counts)
-        self.mixer = core(site)
+        self.mixer = make(core, site)
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
         self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
+        self.has_matrix = self.mixer.has_matrix
         who = type(self.mixer).__name__
         if not self.accepts.gates:
             raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")

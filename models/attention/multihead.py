@@ -1,49 +1,58 @@
 """Multi-head token mixing: projection → layout → core → head gate → projection.
 
-The layout decides who may see whom (the whole map, windows, or keys from a reduced map); the core computes the heads;
-gates, when given, weight every head of every token before the output projection.
+The layout decides who may see whom; the core computes the heads; gates, when given, weight every head of every token
+before the output projection. Parts change single steps: `pre` the tokens, `transform` queries, keys and values, `value`
+what is added to the heads.
 
-Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head; W = B·windows and T = tokens in a window
-take the places of B and N inside a windowed layout.
+Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head, S = keys; W = B·groups and T = tokens in
+a group take the places of B and N inside a layout with groups.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.heads import gated
-from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
-from models.attention.contract.options import ratio_of
-from models.layers.reduction import PooledReduction, SpatialReduction
+from models.attention.contract.layout import KEYS, SAME, SCATTERED, Groups, Layout
 from models.layers.resizable import Resizable
 
 
 class Core(nn.Module):
-    """Computes the heads of one sequence of tokens: `core(q_BMND, k_BMSD, v_BMSD, grid, kv_grid) -> o_BMND`.
+    """Computes the heads of one group of tokens: `core(q_BMND, k_BMSD, v_BMSD, grid, kv_grid) -> o_BMND`.
 
-    `grid` and `kv_grid` are the maps of the queries and of the keys and values (equal unless the layout reduces the
-    keys). One that finds windows, as only such a layout needs it, also takes `mask`, (R, T, T): bool and True where a
-    pair may attend, or numbers that are added to the logits.
+    `grid` and `kv_grid` are the maps of the queries and of the keys and values, equal unless the layout says otherwise.
+    One that `masks` also takes `mask`, (R, T, S): bool and True where a pair may attend, or numbers that are added to
+    the logits. One with `places` also takes `offsets`, (T, S, 2) or (R, T, S, 2): how far, in rows and columns, each
+    query lies behind each key, where the two maps do not tell.
 
     One whose `runs` is fused has `fused(qkv_BNC, grid, num_heads, ...) -> o_BNC`, which computes the same from the
     packed projection (B, N, 3·M·D). Where its kernel finds the windows by itself, that also takes `window`, `shift` and
     the `padding` that completes the map; where it weights the heads, `gates`.
 
     Attributes:
+        keys: what its keys may be beside its queries, see `models.attention.contract.layout`.
+        masks, places: see above.
         finds_windows: whether the kernel finds the windows of a map.
         reads_tokens: whether both ways of computing also take what `context` gives, as keywords.
         reads_stream: whether that is read from the input of the block, before its norm, instead of that of the layer.
+        adds: whether it gives more than `matrix` times values, such as a convolution.
+        row_stochastic: whether the rows of the matrix sum to one.
     """
 
+    keys = KEYS
+    masks = False
+    places = False
     finds_windows = False
     reads_tokens = False
     reads_stream = False
+    adds = False
+    row_stochastic = False
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The kernel that computes the heads in such windows, gated or not."""
@@ -53,8 +62,13 @@ class Core(nn.Module):
         """What it reads from the tokens of each sequence besides queries, keys and values."""
         return {}
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether `matrix` is there."""
+        return type(self).matrix is not Core.matrix
+
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        """The weights (B, M, N, S) of every query on every key; with `mask` as it is called.
+        """The weights (B, M, N, S) of every query on every key; with `mask` and `offsets` as it is called.
 
         Raises:
             TypeError: it has none.
@@ -68,15 +82,17 @@ class MultiHead(Resizable, Mixer):
     Args:
         site: the place in the backbone.
         core: computes the heads; see `Core`.
-        window: height and width of the windows that tokens see; None for the whole map.
-        shift: how far the windows are rolled, (0, 0) for not at all.
-        stored_mask: keep the mask of shifted windows for the map of the site among the weights, as the files of Swin
-            do; then a file may bring another one, which holds for maps of that size.
-        reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that shortens the sequence of keys and values; None for none.
+        layout: who may see whom; None for the whole map.
+        pre: `(x_BNC, grid) -> x_BNC` in front of the projection; None for none.
+        transform: `(q, k, v, grid, kv_grid) -> (q, k, v)` behind it.
+        value: `(v_BMSD, kv_grid, grid) -> o_BMND`, added to the heads.
         qkv_bias: whether queries, keys and values have a bias.
         head_dim: channels per head D; None for C / M.
         accepts: what it can take, where that is not what the layout can: class tokens on the whole map alone.
         backend: "auto", "triton" or "torch"; see `models.attention.Mixer`.
+
+    Raises:
+        Refused: the core cannot work in the layout.
     """
 
     has_queries = True
@@ -86,36 +102,61 @@ class MultiHead(Resizable, Mixer):
         site: Site,
         core: Core,
         *,
-        window: tuple[int, int] | None = None,
-        shift: tuple[int, int] = (0, 0),
-        stored_mask: bool = False,
-        reduce: nn.Module | None = None,
+        layout: Layout | None = None,
+        pre: nn.Module | None = None,
+        transform: nn.Module | None = None,
+        value: nn.Module | None = None,
         qkv_bias: bool = True,
         head_dim: int | None = None,
         accepts: Accepts | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__(site, backend)
+        self.layout = Layout() if layout is None else layout
+        check_layout(self.layout, core)
         self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
         self.proj = nn.Linear(inner, site.dim)
-        self.core, self.reduce, self.window, self.shift = core, reduce, window, shift
-        self.reads_stream = core.reads_stream
-        self.accepts = accepts or Accepts(prefix="attended" if window is None and reduce is None else "refused")
+        self.pre, self.transform, self.core, self.value = pre, transform, core, value
+        self.reduce, self.content = self.layout.reduce, self.layout.content
+        self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix
+        self.accepts = accepts or Accepts(prefix="attended" if self.layout.takes_prefix else "refused")
         self.grid, self.usual_mask = site.grid, True
-        mask = self._usual_mask(torch.get_default_device()) if stored_mask and any(shift) else None
-        self.register_buffer("shift_mask", mask)
+        stored = getattr(self.layout, "stored_mask", False)
+        self.register_buffer("shift_mask", self._usual_mask(torch.get_default_device()) if stored else None)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Sides of its windows; None for none."""
+        return self.layout.window
+
+    @property
+    def shift(self) -> tuple[int, int]:
+        """How far they are rolled."""
+        return self.layout.shift
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
+        window = self.layout.window_on(self.grid)
+        runs = self.core.runs(window, gated)
+        if (reason := self._unfused()) is None:
+            return runs
+        return Runs(type(self.core).__name__ if runs.fused else runs.operation, False, reason)
+
+    def _unfused(self) -> str | None:
+        """Why no kernel can compute it, whatever the core; None where nothing is against it."""
         if self.reduce is not None:
-            return Runs(type(self.core).__name__, False, "its keys come from a map of another size than its queries")
+            return "its keys come from a map of another size than its queries"
+        if self.layout.keys != SAME:
+            return "its keys are gathered for every group of queries"
         if self.head_dim > WIDEST_HEAD:
-            return Runs(type(self.core).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
+            return f"heads wider than {WIDEST_HEAD} channels have no kernel"
         if not self.usual_mask:
-            return Runs(type(self.core).__name__, False, "its file brought a mask of shifted windows of its own")
-        return self.core.runs(self.window, gated)
+            return "its file brought a mask of shifted windows of its own"
+        if self.transform is not None:
+            return f"queries and keys are changed behind the projection ({type(self.transform).__name__})"
+        return None if self.value is None else f"something is added to the heads ({type(self.value).__name__})"
 
     def resized(self, name: str, value: Tensor) -> Tensor:
         """A stored mask for a map of another size becomes the one for the map of the site; the rest stays as it is."""
@@ -128,44 +169,55 @@ class MultiHead(Resizable, Mixer):
 
     def _usual_mask(self, device: torch.device) -> Tensor:
         """(R, T, T): 0 where a pair may attend and -100 where not, as in the files of Swin."""
-        mask = windows.shift_mask(*self.grid[:2], self.window, self.shift, device)
-        return torch.where(mask, 0.0, -100.0)
+        return torch.where(self.layout.mask(self.grid, device), 0.0, -100.0)
 
     def forward(
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         runs = self.runs(gated=gates_BNM is not None)
-        if runs.fused and is_fused(runs.operation, self.backend, x_BNC):
+        explain = is_explaining() and self.has_matrix
+        if runs.fused and not explain and is_fused(runs.operation, self.backend, x_BNC):
             return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
-        x, local = self._split(x_BNC, grid)
-        q, k, v, kv_grid = self._project(x, local)
-        given = self._context(x_BNC, stream_BNC, grid)
+        groups, v, kv_grid = self._groups(x_BNC, grid)
+        given = groups.given | self._context(x_BNC, stream_BNC, grid)
+        compute = self._explained if explain else self.core
+        o_WMTD = compute(groups.q, groups.k, groups.v, groups.grid, groups.kv_grid, **given)
+        return Mixed(self._finish(groups.back(o_WMTD), v, grid, kv_grid, gates_BNM), groups.losses)
+
+    def _groups(self, x_BNC: Tensor, grid: Grid) -> tuple[Groups, Tensor, Grid]:
+        """Heads of the groups; and the values of all tokens (W, M, S, D) with their map."""
+        x, between = self.layout.split(x_BNC, grid), self.layout.between(grid)
+        q, k, v, kv_grid = self._project(x, between)
+        if self.transform is not None:
+            q, k, v = self.transform(q, k, v, between, kv_grid)
+        groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
         if (mask := self._mask(grid, x.device)) is not None:
-            given["mask"] = mask
-        o_BMND = self.core(q, k, v, local, kv_grid, **given)
+            groups.given["mask"] = mask
+        return groups, v, kv_grid
+
+    def _finish(self, o_WMTD: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        """Heads (W, M, T, D) of what `split` gave → (B, N, C): what is added, gates, projection, the map."""
+        if self.value is not None:
+            o_WMTD = o_WMTD + self.value(v, kv_grid, self.layout.between(grid))
         if gates_BNM is not None:
-            gates, _ = self._split(gates_BNM, grid)
-            o_BMND = gated(o_BMND, gates)
-        o = self.proj(merge_heads(o_BMND))
-        return Mixed(
-            o if self.window is None else windows.merge(o, grid.height, grid.width, self.window, self.shift), {}
-        )
+            o_WMTD = gated(o_WMTD, self.layout.split(gates_BNM, grid))
+        return self.layout.merge(self.proj(merge_heads(o_WMTD)), grid)
 
     def _forward_fused(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None, stream_BNC: Tensor | None) -> Tensor:
         """The same from the packed projection: queries, keys and values are never separated or copied."""
-        if self.window is not None and self.core.finds_windows:
-            layout = {"window": self.window, "shift": self.shift, "padding": self.qkv.bias}
-            o_BNC = self.core.fused(self.qkv(x_BNC), grid, self.num_heads, **layout)
+        window = self.layout.window_on(grid)
+        if window is not None and self.core.finds_windows:
+            x, arranged = self.layout.arrange(x_BNC, grid)
+            windows = {"window": window, "shift": self.shift, "padding": self.qkv.bias}
+            o_BNC = self.layout.restore(self.core.fused(self.qkv(x), arranged, self.num_heads, **windows), grid)
             return self.proj(gated_heads(o_BNC, gates_BNM))
-        if gates_BNM is not None and self.core.runs(self.window, gated=True).operation == "moh_attention":
+        if gates_BNM is not None and self.core.runs(window, gated=True).operation == "moh_attention":
             return self.proj(self.core.fused(self.qkv(x_BNC), grid, self.num_heads, gates=gates_BNM))
-        x, local = self._split(x_BNC, grid)
+        x, local = self.layout.split(x_BNC, grid), self.layout.local(grid)
         o_BNC = self.core.fused(self.qkv(x), local, self.num_heads, **self._context(x_BNC, stream_BNC, grid))
-        gates = None if gates_BNM is None else self._split(gates_BNM, grid)[0]
-        o_BNC = self.proj(gated_heads(o_BNC, gates))
-        if self.window is None:
-            return o_BNC
-        return windows.merge(o_BNC, grid.height, grid.width, self.window, self.shift)
+        gates = None if gates_BNM is None else self.layout.split(gates_BNM, grid)
+        return self.layout.merge(self.proj(gated_heads(o_BNC, gates)), grid)
 
     def queries(self, x_BNC: Tensor) -> Tensor:
         """Queries (B, M, N, D) of the tokens, whatever windows they see."""
@@ -174,33 +226,44 @@ class MultiHead(Resizable, Mixer):
         return split_heads(F.linear(x_BNC, self.qkv.weight[:inner], bias), 1, self.num_heads)[0]
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """Weights (B, M, N, S) of every query on every key; of each window, (B·R, M, T, T), in a windowed layout.
+        """Weights (B, M, N, S) of every query on every key; of each group, (B·R, M, T, S), in a layout with groups.
 
         Raises:
             TypeError: the core has no matrix.
         """
-        x, local = self._split(x_BNC, grid)
-        q, k, _, kv_grid = self._project(x, local)
-        mask = self._mask(grid, x.device)
-        return self.core.matrix(q, k, local, kv_grid) if mask is None else self.core.matrix(q, k, local, kv_grid, mask)
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        groups, _, _ = self._groups(x_BNC, grid)
+        return self.core.matrix(groups.q, groups.k, groups.grid, groups.kv_grid, **groups.given)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """What the mixer gives if its weights, as from `attention_matrix`, are these: (B, N, C).
+
+        What a core adds to weights times values (its `adds`) is left out.
+        """
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        groups, v, kv_grid = self._groups(x_BNC, grid)
+        return self._finish(groups.back(weights @ groups.v), v, grid, kv_grid, None)
+
+    def _explained(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, **given: Any) -> Tensor:
+        """As the core computes, by way of the matrix, which is noted."""
+        placed = {name: value for name, value in given.items() if name in ("mask", "offsets")}
+        matrix = note(self, self.core.matrix(q, k, grid, kv_grid, **placed))
+        o_BMND = matrix.to(v.dtype) @ v
+        if not self.core.adds:
+            return o_BMND
+        added = self.core(q.detach(), k.detach(), v, grid, kv_grid, **given) - matrix.detach().to(v.dtype) @ v
+        return o_BMND + added
 
     def _context(self, x_BNC: Tensor, stream_BNC: Tensor | None, grid: Grid) -> dict[str, Tensor]:
         """What the core reads from the tokens: of the layer, or of the block where it reads the stream."""
         if not self.core.reads_tokens:
             return {}
-        return self.core.context(self._split(stream_BNC if self.reads_stream else x_BNC, grid)[0])
-
-    def _split(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        if self.window is None:
-            return x, grid
-        return windows.split(x, grid.height, grid.width, self.window, self.shift), Grid(*self.window)
+        return self.core.context(self.layout.split(stream_BNC if self.reads_stream else x_BNC, grid))
 
     def _mask(self, grid: Grid, device: torch.device) -> Tensor | None:
-        if self.window is None or not any(self.shift):
-            return None
         if self.shift_mask is not None and grid[:2] == self.grid[:2]:
             return self.shift_mask
-        return windows.shift_mask(grid.height, grid.width, self.window, self.shift, device)
+        return self.layout.mask(grid, device) if self.layout.masks else None
 
     def _project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
         """Queries (B, M, N, D), keys and values (B, M, S, D), and the map of the keys."""
@@ -214,13 +277,11 @@ class MultiHead(Resizable, Mixer):
         return self.queries(x), k, v, kv_grid
 
 
-def reduction(site: Site, sr_ratio: int | Sequence[int] = 1, kv_pool: int | None = None) -> nn.Module | None:
-    """What shortens keys and values: a convolution with stride `sr_ratio`, pooling to side `kv_pool`, or nothing.
-
-    Raises:
-        ValueError: see `ratio_of`.
-    """
-    ratio = ratio_of(site, sr_ratio, kv_pool)
-    if kv_pool is not None:
-        return PooledReduction(site.dim, kv_pool)
-    return None if ratio == 1 else SpatialReduction(site.dim, ratio)
+def check_layout(layout: Layout, core: Core) -> None:
+    """Refuses a core that cannot work in a layout."""
+    who, where = type(core).__name__, type(layout).__name__
+    if layout.keys not in core.keys:
+        what = "tokens without a map" if layout.keys == SCATTERED else f"keys that are not its queries ({layout.keys})"
+        raise Refused(f"{who} cannot work on {what}, as in {where}", "choose another attention/layout, e.g. window")
+    if layout.masks and not core.masks:
+        raise Refused(f"{who} takes no mask, which {where} needs", "choose a layout without one, e.g. window unshifted")

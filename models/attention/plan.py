@@ -5,7 +5,7 @@ Agent-Swin-T is [all, all, all, 0] (AAAB in its authors' code), Agent-Swin-B [al
 
 from collections.abc import Sequence
 
-from models.attention import AttentionFactory, Mixer, Refused, Site
+from models.attention import AttentionFactory, Mixer, Refused, Site, make
 
 
 def first_blocks(
@@ -39,4 +39,4 @@ def first_blocks(
             f"blocks={list(blocks)} asks for {count!r} of {site.depth} blocks in stage {site.stage}",
             "use numbers of blocks up to the depth of the stage, or all",
         )
-    return (first if count == "all" or site.block < count else rest)(site)
+    return make(first if count == "all" or site.block < count else rest, site)

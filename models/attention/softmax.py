@@ -1,11 +1,13 @@
-"""Softmax attention: over the whole map or a shortened one, or in windows, shifted and with relative position bias.
+"""Softmax attention: over the whole map, in windows or another layout, with parts in place of its single steps.
 
 Source: Attention Is All You Need, Vaswani et al., 2017, arXiv:1706.03762, equation 1; windows, shift and bias: Swin
-Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, equation 4.
-Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels per head, R = windows, T = their tokens.
+Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, equation 4. With the parts score s, bias b, weights w, factor c:
+    o = (w(s(q, k) + b) ∘ c) v,       by default  s = q kᵀ / √D,  b = 0,  w = softmax,  c = 1.
+Shapes: B = batch, N = tokens, S = keys, C = channels, M = heads, D = channels per head, R = groups, T = their queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,86 +16,118 @@ from torch import Tensor, nn
 from kernels.moh_attention import moh_attention
 from kernels.window_attention import added_to_logits, window_attention
 from kernels.window_attention import definition as softmax_heads
-from models.attention import Grid, Refused, Runs, Site
+from models.attention.assemble import Composition, assemble
+from models.attention.biases.relative import RelativePositionBias
+from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.contract.options import check_flags, check_whole, ratio_of, window_of
+from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING
+from models.attention.contract.options import check_flags, check_whole
 from models.attention.lepe import depthwise
-from models.attention.multihead import Core, MultiHead, reduction
-from models.layers.resizable import Resizable
-from models.layers.tokens import square_side
+from models.attention.multihead import Core
+
+Part = Callable[[Site], nn.Module]
 
 
 def softmax_attention(
     site: Site,
     *,
-    window: int | tuple[int, int] | None = None,
-    shift: bool = False,
     relative_position_bias: bool = False,
-    stored_mask: bool = False,
-    qkv_bias: bool = True,
     qk_norm: bool = False,
     head_dim: int | None = None,
-    sr_ratio: int | Sequence[int] = 1,
-    kv_pool: int | None = None,
-    backend: str = "auto",
-) -> MultiHead:
+    score: Part | None = None,
+    bias: Part | None = None,
+    weights: Part | None = None,
+    factor: Part | None = None,
+    max_tokens: int = 4096,
+    **composition: Unpack[Composition],
+) -> Mixer:
     """Scaled dot-product attention, `softmax(q kᵀ / √D) v`, with whichever backend PyTorch finds fastest.
 
     Args:
         site: the place in the backbone.
-        window: side of the windows in tokens, cut to the map; None attends over the whole map. Papers: 7, 12 at 384 px.
-        shift: roll the windows of every second block by half a window, masking pairs that were not neighbours.
-        relative_position_bias: a learned bias per head and offset inside the window.
-        stored_mask: the masks of shifted windows are among the weights, see `MultiHead`.
-        qkv_bias, qk_norm: bias of the projection, LayerNorm on queries and keys.
+        relative_position_bias: a learned bias per head and offset inside the window; short for the bias `relative`.
+        qk_norm: LayerNorm on queries and keys.
         head_dim: channels per head D; C / M by default.
-        sr_ratio: keys and values come from a map with sides this many times shorter, one number or one per stage
-            (PVT: 8, 4, 2, 1); a plain ViT takes the third.
-        kv_pool: keys and values come from a map pooled to this side (PVT v2, linear: 7); None for no pooling.
-        backend: "auto", "triton" or "torch"; over the whole map it is PyTorch's own fused kernel in any case.
+        score, bias, weights, factor: factories of parts, see `SoftmaxCore`; None for those of softmax attention.
+        max_tokens: most tokens of a group whose weights are written out, as score, weights and factor need.
+        composition: layout, other parts and backend, see `models.attention.assemble.Composition`. Over the whole map it
+            is PyTorch's own fused kernel in any case.
+
+    Raises:
+        Refused: options that exclude each other, or a group of more than `max_tokens`.
     """
-    flags = {"shift": shift, "relative_position_bias": relative_position_bias, "stored_mask": stored_mask}
-    check_flags("softmax", **flags, qkv_bias=qkv_bias, qk_norm=qk_norm)
-    check_whole("softmax", head_dim=1 if head_dim is None else head_dim)
-    size, ratio = window_of(window, site.grid), ratio_of(site, sr_ratio, kv_pool)
-    if size is not None and (ratio != 1 or kv_pool is not None):
-        raise Refused("windows and shortened keys exclude each other", "set attention.window=null, or sr_ratio=1")
-    if size is None and (shift or relative_position_bias):
+    check_flags("softmax", relative_position_bias=relative_position_bias, qk_norm=qk_norm)
+    check_whole("softmax", head_dim=1 if head_dim is None else head_dim, max_tokens=max_tokens)
+    if composition.get("window") is None and (composition.get("shift") or relative_position_bias):
         raise Refused("shift and relative_position_bias need windows", "set attention.window, or both to false")
-    rolled = (0, 0)
-    if shift and site.block % 2:
-        # a window as large as the map has nothing to be shifted against
-        rolled = tuple(w // 2 if w < side else 0 for w, side in zip(size, site.grid[:2], strict=True))
+    if relative_position_bias and bias is not None:
+        raise Refused("two biases, relative_position_bias and attention/bias", "set relative_position_bias=false")
     dim = head_dim or head_channels(site)
-    core = SoftmaxCore(site.num_heads, dim, size if relative_position_bias else None, qk_norm)
-    reduce = reduction(site, ratio, kv_pool)
-    options = {"stored_mask": stored_mask, "qkv_bias": qkv_bias, "head_dim": dim, "backend": backend}
-    return MultiHead(site, core, window=size, shift=rolled, reduce=reduce, **options)
+
+    def core(num_heads: int, grid: Grid, kv_grid: Grid) -> SoftmaxCore:
+        local = site._replace(num_heads=num_heads, grid=grid, head_dim=dim)
+        table = RelativePositionBias(num_heads, tuple(grid[:2])) if relative_position_bias else bias and bias(local)
+        made = {"score": score and score(local), "weights": weights and weights(local)}
+        made |= {"factor": factor and factor(local), "bias": table, "max_tokens": max_tokens}
+        check_tokens(grid, kv_grid, explicit=any((score, weights, factor)), most=max_tokens)
+        return SoftmaxCore(num_heads, dim, qk_norm=qk_norm, **made)
+
+    return assemble(site, core, head_dim=dim, **composition)
 
 
 class SoftmaxCore(Core):
-    """`softmax(q kᵀ / √D + bias) v` per head, and with `lepe` a 3×3 depth-wise convolution of v (CSWin) beside it."""
+    """`softmax(q kᵀ / √D + bias) v` per head, and with `lepe` a 3×3 depth-wise convolution of v (CSWin) beside it.
+
+    Args:
+        num_heads, head_dim: M and D.
+        qk_norm, lepe: LayerNorm on queries and keys, the convolution.
+        score: `(q_BMND, k_BMSD) -> logits_BMNS`; None for q kᵀ / √D.
+        bias: `(grid, kv_grid) -> (M, N, S)`, added to the logits; None for none.
+        weights: `(logits_BMNS, open) -> weights_BMNS`, with `open` bool, False where a pair may not attend, or None;
+            None for softmax.
+        factor: `(grid, kv_grid) -> (M, N, S)`, multiplies the weights; None for none.
+        max_tokens: most tokens of a group whose weights are written out.
+
+    With score, weights or factor the weights are written out; otherwise they need not be.
+    """
 
     finds_windows = True
+    masks = True
+    places = True
 
     def __init__(
         self,
         num_heads: int,
         head_dim: int,
-        window: tuple[int, int] | None = None,
+        *,
         qk_norm: bool = False,
         lepe: bool = False,
+        score: nn.Module | None = None,
+        bias: nn.Module | None = None,
+        weights: nn.Module | None = None,
+        factor: nn.Module | None = None,
+        max_tokens: int = 4096,
     ) -> None:
         super().__init__()
         self.scale = head_dim**-0.5
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
-        self.bias = RelativePositionBias(num_heads, window) if window else None
+        self.score, self.bias, self.weights, self.factor, self.max_tokens = score, bias, weights, factor, max_tokens
+        self.explicit = any(part is not None for part in (score, weights, factor))
         dim = num_heads * head_dim
         self.lepe = depthwise(dim, 3 if lepe else 0)
+        self.adds = lepe
+        self.row_stochastic = factor is None and getattr(weights, "row_stochastic", weights is None)
+        placed = [part for part in (bias, factor) if part is not None]
+        lost = {SCATTERED} if placed else set()
+        lost |= {SURROUNDING} if any(not hasattr(part, "at") for part in placed) else set()
+        self.keys = KEYS - lost
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The windows have a kernel, and so have gated heads; the rest is PyTorch's scaled_dot_product_attention."""
+        if self.explicit:
+            names = ", ".join(type(part).__name__ for part in (self.score, self.weights, self.factor) if part)
+            return Runs("explicit attention", False, f"the weights of all pairs are written out for {names}")
         if not isinstance(self.q_norm, nn.Identity):
             return Runs("scaled_dot_product_attention", False, "queries and keys are normalised first (qk_norm)")
         if self.lepe is not None:
@@ -102,6 +136,9 @@ class SoftmaxCore(Core):
             )
         if window is not None:
             return Runs("window_attention", True)
+        if self.bias is not None:
+            name = type(self.bias).__name__
+            return Runs("scaled_dot_product_attention", False, f"with {name} as a dense mask")
         if gated:
             return Runs("moh_attention", True)
         return Runs("scaled_dot_product_attention", False, "dense attention is PyTorch's own fused kernel")
@@ -120,49 +157,93 @@ class SoftmaxCore(Core):
         """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
         if window is None:
             return moh_attention(qkv_BNC, gates.float(), num_heads, scale=self.scale)
-        bias = None if self.bias is None else self.bias()
+        bias = None if self.bias is None else self.bias(Grid(*window), Grid(*window))
         layout = {"shift": shift, "padding": padding, "bias_MTT": bias, "scale": self.scale}
         return window_attention(qkv_BNC, grid[:2], num_heads, window, **layout)
 
     def forward(
-        self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None
+        self,
+        q_BMND: Tensor,
+        k_BMSD: Tensor,
+        v_BMSD: Tensor,
+        grid: Grid,
+        kv_grid: Grid,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
-        bias = None if self.bias is None else self.bias()
-        o_BMND = softmax_heads(self.q_norm(q_BMND), self.k_norm(k_BMND), v_BMND, bias, mask, scale=self.scale)
+        if self.explicit:
+            check_tokens(grid, kv_grid, explicit=True, most=self.max_tokens)
+            o_BMND = self.matrix(q_BMND, k_BMSD, grid, kv_grid, mask, offsets).to(v_BMSD.dtype) @ v_BMSD
+        else:
+            q, k = self.q_norm(q_BMND), self.k_norm(k_BMSD)
+            if self.bias is None or offsets is None:
+                bias = None if self.bias is None else self.bias(grid, kv_grid)
+                o_BMND = softmax_heads(q, k, v_BMSD, bias, mask, scale=self.scale)
+            else:
+                added = self._added(q, grid, kv_grid, mask, offsets)
+                o_BMND = F.scaled_dot_product_attention(q, k, v_BMSD, added, scale=self.scale)
         if self.lepe is None:
             return o_BMND
-        return o_BMND + map_to_heads(self.lepe(heads_to_map(v_BMND, kv_grid)), v_BMND.shape[1], grid.prefix)
+        return o_BMND + map_to_heads(self.lepe(heads_to_map(v_BMSD, kv_grid)), v_BMSD.shape[1], grid.prefix)
 
-    def matrix(self, q_BMND: Tensor, k_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
+    def matrix(
+        self,
+        q_BMND: Tensor,
+        k_BMSD: Tensor,
+        grid: Grid,
+        kv_grid: Grid,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
         """The attention weights (B, M, N, S)."""
-        logits = self.q_norm(q_BMND) @ self.k_norm(k_BMND).mT * self.scale
-        added = added_to_logits(q_BMND, None if self.bias is None else self.bias(), mask)
-        return (logits if added is None else logits + added).softmax(-1)
+        q, k = self.q_norm(q_BMND), self.k_norm(k_BMSD)
+        logits = q @ k.mT * self.scale if self.score is None else self.score(q, k)
+        if self.weights is None:
+            added = self._added(logits, grid, kv_grid, mask, offsets)
+            weights = (logits if added is None else logits + added).softmax(-1)
+        else:
+            added = self._added(logits, grid, kv_grid, None, offsets)
+            weights = self.weights(logits if added is None else logits + added, _open(mask, len(logits)))
+        if self.factor is None:
+            return weights
+        return weights * _placed(self.factor, grid, kv_grid, offsets, len(weights)).to(weights.dtype)
+
+    def _added(
+        self, like: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None, offsets: Tensor | None
+    ) -> Tensor | None:
+        """Bias and mask together, broadcastable to (B, M, N, S); None for nothing."""
+        if self.bias is None or offsets is None:
+            bias = None if self.bias is None else self.bias(grid, kv_grid)
+            return added_to_logits(like, bias, mask)
+        placed, closed = _placed(self.bias, grid, kv_grid, offsets, len(like)), added_to_logits(like, None, mask)
+        return placed.to(like.dtype) if closed is None else placed.to(like.dtype) + closed
 
 
-class RelativePositionBias(Resizable, nn.Module):
-    """One learned number per head and offset (dy, dx) inside a window; called, it gives (M, T, T)."""
+def check_tokens(grid: Grid, kv_grid: Grid, *, explicit: bool, most: int) -> None:
+    """Refuses weights of all pairs of more tokens than `most`."""
+    queries, keys = grid.tokens, kv_grid.tokens
+    if explicit and queries * keys > most**2:
+        size = 4 * queries * keys / 2**20
+        raise Refused(
+            f"score, weights and factor write out the weights of {queries} x {keys} pairs, {size:.0f} MiB per image "
+            f"and head, more than max_tokens={most} allows",
+            "choose attention/layout=window, or raise attention.max_tokens",
+        )
 
-    def __init__(self, num_heads: int, window: tuple[int, int]) -> None:
-        super().__init__()
-        height, width = self.window = window
-        self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
-        nn.init.trunc_normal_(self.table, std=0.02)
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        y, x = y.flatten(), x.flatten()
-        offset = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1) + x[:, None] - x[None, :] + width - 1
-        self.register_buffer("offset", offset, persistent=False)
 
-    def resized(self, name: str, value: Tensor) -> Tensor:
-        """A table ((2h' - 1)(2w' - 1), M) of other square windows as the one of this module, bicubically.
+def _open(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Which pairs may attend, (B, 1, T, S), of a mask of all groups of a map."""
+    if mask is None:
+        return None
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    return allowed[:, None].repeat(batch // len(mask), 1, 1, 1)
 
-        Raises:
-            ValueError: the other windows are no squares.
-        """
-        side = square_side(value.shape[0], "offsets")
-        table_1MHW = value.unflatten(0, (side, side)).permute(2, 0, 1)[None]
-        new = [2 * size - 1 for size in self.window]
-        return F.interpolate(table_1MHW, size=new, mode="bicubic")[0].permute(1, 2, 0).flatten(0, 1)
 
-    def forward(self) -> Tensor:
-        return self.table[self.offset].permute(2, 0, 1).contiguous()
+def _placed(part: nn.Module, grid: Grid, kv_grid: Grid, offsets: Tensor | None, batch: int) -> Tensor:
+    """What a part of positions gives, broadcastable to (B, M, N, S)."""
+    if offsets is None:
+        return part(grid, kv_grid)[None]
+    table = part.at(offsets)
+    if offsets.dim() == 3:
+        return table[None]
+    return table.transpose(0, 1).repeat(batch // len(offsets), 1, 1, 1)

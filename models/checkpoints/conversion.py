@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_run
 from conf.errors import UserError
+from conf.names import PARTS, PLACES
 from models import list_models
 from models.checkpoints.fitting import (
     MADE,
@@ -104,7 +105,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in (given | config["model"]).items():
         if key.startswith("_") or key in ("num_classes", "attention"):
             continue
-        if not isinstance(value, dict):
+        if key in PLACES and value is None:
+            continue
+        if not isinstance(value, dict) or (key in (*PARTS, *PLACES) and key not in usual):
             settings[key] = value
         elif key in usual and value.get("_target_") == usual[key].get("_target_"):  # a part, such as those of plans
             settings[key] = {option: item for option, item in value.items() if not option.startswith("_")}

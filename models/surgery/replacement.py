@@ -5,10 +5,10 @@ frozen go on as before. How the models of timm are taken apart is in `models.sur
 """
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch.func import functional_call
 
 from conf import names
 from conf.errors import UserError
-from models.attention import AttentionFactory, Refused, Site, build, check
+from models.attention import AttentionFactory, Refused, Site, build, check, options_of
+from models.attention import make as made
 from models.attention.multihead import MultiHead
 from models.attention.softmax import SoftmaxCore
-from models.factory import compose_model, factory, merged
+from models.factory import compose_model, factory, is_part, merged
 from models.surgery.timm_models import Origin, Place, call, origin, places, put
 
 # the same parameter under timm's name and ours
@@ -85,8 +86,9 @@ def replace(
         model: of timm, with or without pretrained weights; may have been given to `replace` before.
         attention: a file of conf/attention, see `models.list_attentions()`; or a factory, or a list with one per stage.
         where: which places, e.g. `lambda site: site.block < 4` or `lambda site: site.stage < 2`; None for all.
-        options: keys of conf/attention/<attention>.yaml with other values. Biases, width of the heads and norms of
-            queries and keys are as in the model unless given.
+        options: keys of conf/attention/<attention>.yaml with other values, and parts by the name of their group, e.g.
+            `weights="sigmoid"`. Biases, width of the heads and norms of queries and keys are as in the model unless
+            given.
 
     Returns:
         A report to print: places, parameters kept, new and dropped, and whether the output is unchanged.
@@ -141,9 +143,12 @@ def _by_name(name: str, options: Mapping[str, Any]) -> AttentionFactory | Sequen
         raise UserError(
             f"replace: there is no attention {name!r}{names.nearest(name, known)}\navailable: {', '.join(known)}"
         )
-    cfg = compose_model("vit_32px", name)
+    parts = {key: value for key, value in options.items() if key in names.PARTS and is_part(key, value)}
+    cfg = compose_model("vit_32px", name, parts)
     known = sorted(key for key in cfg.attention if isinstance(key, str) and not key.startswith("_"))
     for key, value in options.items():
+        if key in parts:
+            continue
         if key not in known:
             listed = ", ".join(known) or "none"
             raise UserError(f"replace: {name} has no option {key!r}{names.nearest(key, known)}; options: {listed}")
@@ -171,13 +176,14 @@ def _mixer(place: Place, make: AttentionFactory, follow: Origin, given: Mapping[
     Raises:
         Refused: it cannot stand here, or would lose what the attention has.
     """
-    site, known = place.site, inspect.signature(make).parameters
+    site, known = place.site, options_of(make)
     if follow.head_dim * site.num_heads != site.dim and "head_dim" not in known:
         raise Refused(
             f"its heads have {follow.head_dim} channels, here they would have {site.dim // site.num_heads}",
             "choose a mechanism with head_dim, e.g. softmax or window",
         )
-    mixer = make(site, **{k: v for k, v in follow._asdict().items() if k in known and k not in given})
+    follows = {k: v for k, v in follow._asdict().items() if k in known and k not in given}
+    mixer = made(partial(make, **follows), site)
     check(mixer, site._replace(grid=site.grid._replace(prefix=0)))
     if site.grid.prefix and mixer.accepts.prefix == "refused":
         raise Refused(

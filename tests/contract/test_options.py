@@ -29,10 +29,14 @@ def hints(make: Callable) -> dict[str, set]:
     """The plain types of every option."""
     function = make.__init__ if inspect.isclass(make) else make
     found = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    options = {name: found[name] for name, option in parameters.items() if option.kind is option.KEYWORD_ONLY}
+    for name, option in parameters.items():
+        if option.kind is option.VAR_KEYWORD:  # what it shares with others
+            options |= typing.get_type_hints(typing.get_args(found[name])[0])
     return {
-        name: set(typing.get_args(found[name])) if isinstance(found[name], types.UnionType) else {found[name]}
-        for name, option in inspect.signature(function).parameters.items()
-        if option.kind is option.KEYWORD_ONLY
+        name: set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+        for name, hint in options.items()
     }
 
 

@@ -95,6 +95,7 @@ class Mixer(nn.Module):
         has_queries: whether `queries` gives the queries of every token, as a router may need.
         carries: whether it is given, as `carry`, what the mixer of the block before it returned in `Mixed.carry`: None
             in the first block of a stage, or of the model if `carries_across_stages`.
+        has_matrix: whether `attention_matrix` is there.
     """
 
     accepts = Accepts()
@@ -103,6 +104,7 @@ class Mixer(nn.Module):
     has_queries = False
     carries = False
     carries_across_stages = False
+    has_matrix = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
         super().__init__()

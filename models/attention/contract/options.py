@@ -72,10 +72,10 @@ def window_of(window: int | Sequence[int] | None, grid: Grid) -> tuple[int, int]
     return min(height, grid.height), min(width, grid.width)
 
 
-def stripe_of(stripe: int | str | Sequence[int | str] | None, site: Site) -> int | None:
+def stripe_of(stripe: int | str | Sequence[int | str] | None, site: Site, name: str = "stripe") -> int | None:
     """The width of the stripes at this place; None for the whole map."""
-    width = for_stage("stripe", stripe, site)
+    width = for_stage(name, stripe, site)
     if width is None or width == "all":
         return None
     what = "tokens, a whole number of at least 1"
-    return values.whole("attention", "stripe", width, what=what, fix="use e.g. 7, or all")
+    return values.whole("attention", name, width, what=what, fix="use e.g. 7, or all")

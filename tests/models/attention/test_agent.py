@@ -1,6 +1,5 @@
 """Properties of agent attention: the paper's formula, agents, biases on any map, and what is refused."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from kernels.agent_attention import attend_through, local, pooled
 from models.attention import Grid, Refused, Site
 from models.attention.agent import AgentBias, AgentCore, agent_attention, agent_grid
 from models.attention.multihead import MultiHead
+from tests.models.attention.defaults import defaults_of
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(4, 4, 2)]
 
@@ -321,5 +321,4 @@ def test_core_has_no_bias_parameters_without_biases() -> None:
 def test_yaml_states_the_defaults() -> None:
     path = Path(__file__).parents[3] / "conf/attention/agent.yaml"
     options = {key: value for key, value in yaml.safe_load(path.read_text()).items() if not key.startswith("_")}
-    parameters = inspect.signature(agent_attention).parameters
-    assert options == {name: p.default for name, p in parameters.items() if name != "site"}
+    assert options == defaults_of(agent_attention, options)

@@ -1,6 +1,5 @@
 """Properties of focused linear attention: the paper's formula and claims, number ranges, other maps, refusals."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from kernels.linear_attention import focus, focused_features, focused_local
 from models.attention import Grid, Refused, Site
 from models.attention.focused_linear import FocusedLinearCore, focused_linear_attention
 from models.attention.multihead import MultiHead
+from tests.models.attention.defaults import defaults_of
 
 GRIDS = [Grid(5, 8), Grid(8, 5, 1), Grid(4, 4, 2)]
 
@@ -302,5 +302,4 @@ def test_class_tokens_are_refused_where_keys_are_shortened_or_windowed() -> None
 def test_yaml_states_the_defaults() -> None:
     path = Path(__file__).parents[3] / "conf/attention/focused_linear.yaml"
     options = {key: value for key, value in yaml.safe_load(path.read_text()).items() if not key.startswith("_")}
-    parameters = inspect.signature(focused_linear_attention).parameters
-    assert options == {name: p.default for name, p in parameters.items() if name != "site"}
+    assert options == defaults_of(focused_linear_attention, options)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from models import create_model
 from models.attention import Grid, Refused, Site, build
 from models.attention.agent import agent_attention
+from models.attention.cross_shaped import CrossShaped
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
 from models.attention.multihead import MultiHead
 from models.attention.plan import first_blocks
 from models.attention.softmax import softmax_attention
-from models.attention.stripes import CrossShaped, cswin_attention
+from models.attention.stripes import cswin_attention
 
 SITE = Site(16, 4, Grid(6, 8), 1, 0, 1, "hierarchical")
 CORES = {
@@ -84,7 +85,7 @@ def test_maps_that_do_not_divide_are_completed_with_zeros_behind_the_projection(
     qkv = F.pad(module.qkv(x).unflatten(1, (6, 7)), (0, 0, 0, 1))  # to two vertical stripes of 6x4
     stripes = qkv.unflatten(-1, (3, 2, 8))[..., 0, :].flatten(3).unflatten(2, (2, 4)).transpose(1, 2).reshape(4, 24, 24)
     given = module._context(core, x[..., :8], grid, (6, 4))
-    expected = module._in_pytorch(core)(stripes, Grid(6, 4), 2, **given)
+    expected = module._in_pytorch(0)(stripes, Grid(6, 4), 2, **given)
     expected = expected.view(2, 2, 6, 4, 8).transpose(1, 2).reshape(2, 6, 8, 8)[:, :, :7].flatten(1, 2)
     got = {}
     module.proj.register_forward_pre_hook(lambda _, args: got.update(x=args[0]))

@@ -1,0 +1,46 @@
+"""Functions of how far a query lies behind a key: what biases and factors of positions have in common.
+
+Shapes: M = heads, N = queries, S = keys, T = queries of a group; offsets are (…, 2), rows and columns, query minus key,
+in cells of the map of the queries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.contract import Grid
+
+
+def places(grid: Grid, like: Grid, device: torch.device) -> Tensor:
+    """Where the cells of a map lie, (H·W, 2), in cells of the map `like` of the same extent; prefix tokens left out."""
+    axes = []
+    for side, of in zip(grid[:2], like[:2], strict=True):
+        step = of / side
+        axes.append(torch.arange(side, device=device, dtype=torch.float32) * step + (step - 1) / 2)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def offsets(grid: Grid, kv_grid: Grid, device: torch.device) -> Tensor:
+    """(N, S, 2) of the cells of two maps of the same extent."""
+    return places(grid, grid, device)[:, None] - places(kv_grid, grid, device)[None]
+
+
+class OfOffset(nn.Module):
+    """A number per head that depends on the offset of query and key alone; `neutral` where a prefix token takes part.
+
+    A subclass defines `at(offsets) -> (M, …)`.
+    """
+
+    neutral = 0.0
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """(M, …) for offsets (…, 2)."""
+        raise TypeError(f"{type(self).__name__} defines no function of offsets")
+
+    def forward(self, grid: Grid, kv_grid: Grid) -> Tensor:
+        """(M, N, S) for a map of queries and one of keys."""
+        device = next(self.parameters()).device
+        table_MNS = self.at(offsets(grid, kv_grid, device))
+        if grid.prefix or kv_grid.prefix:
+            table_MNS = F.pad(table_MNS, (kv_grid.prefix, 0, grid.prefix, 0), value=self.neutral)
+        return table_MNS

@@ -1,0 +1,132 @@
+"""Windows of two directions: half of the heads in each (cross-shaped windows), or all heads in both, summed.
+
+Source: CSWin Transformer, Dong et al., CVPR 2022, arXiv:2107.00652, section 3.2.
+Shapes: B = batch, N = H·W tokens, C = channels, M = heads, D = channels per head, R = stripes, T = tokens in a stripe.
+Maps that do not divide into stripes are completed with zero queries, keys and values at the bottom and right, as in the
+authors' code for detection; their classification code stops there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import windows
+from kernels.dispatch import WIDEST_HEAD, is_fused
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
+from models.attention.layouts.stripes import Directions
+from models.attention.multihead import Core, check_layout
+
+MakeCore = Callable[[int, Grid, Grid], Core]  # heads, map of the queries, map of the keys
+MakePart = Callable[[Site], nn.Module]
+
+
+class CrossShaped(Mixer):
+    """Projection, two cores in stripes, projection.
+
+    Args:
+        site: the place in the backbone; the map has no prefix tokens.
+        core: makes a core, see `MakeCore`; called once for each direction.
+        layout: the stripes of the two directions.
+        pre: `(x_BNC, grid) -> x_BNC` in front of the projection; None for none.
+        transform, value: factories of these parts, see `models.attention.multihead.MultiHead`; one for each direction.
+        qkv_bias: bias of the projection.
+        backend: "auto", "triton" or "torch".
+    """
+
+    accepts = Accepts(prefix="refused")
+
+    def __init__(
+        self,
+        site: Site,
+        core: MakeCore,
+        layout: Directions,
+        *,
+        pre: nn.Module | None = None,
+        transform: MakePart | None = None,
+        value: MakePart | None = None,
+        qkv_bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(site, backend)
+        if site.num_heads % 2 and not layout.summed:
+            raise Refused(
+                f"stripes in two directions share the heads, and {site.num_heads} is odd",
+                "set attention.stripe=all, or an even model.num_heads",
+            )
+        self.layout, self.pre = layout, pre
+        self.num_heads = site.num_heads // (1 if layout.summed else 2)  # of one direction
+        self.head_dim = head_channels(site, even=True)
+        self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
+        self.proj = nn.Linear(site.dim, site.dim)
+        grids = [Grid(*size) for size in layout.sizes(site.grid)]
+        self.cores: Sequence[Core] = nn.ModuleList(core(self.num_heads, grid, grid) for grid in grids)
+        check_layout(layout, self.cores[0])
+        sites = [site._replace(num_heads=self.num_heads, head_dim=self.head_dim, grid=grid) for grid in grids]
+        self.transforms, self.values = (make and nn.ModuleList(map(make, sites)) for make in (transform, value))
+        self.reads_stream = self.cores[0].reads_stream
+
+    @property
+    def stripe(self) -> int:
+        """Width of the stripes."""
+        return self.layout.stripe
+
+    def sizes(self, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of a vertical and of a horizontal stripe."""
+        return self.layout.sizes(grid)
+
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`; the gates are applied behind the heads."""
+        runs = self.cores[0].runs(None, False)
+        if self.head_dim > WIDEST_HEAD:
+            return Runs(type(self.cores[0]).__name__, False, f"heads wider than {WIDEST_HEAD} channels have no kernel")
+        if runs.fused and (self.transforms or self.values):
+            return Runs(type(self.cores[0]).__name__, False, "parts change queries, keys or values")
+        return runs
+
+    def forward(
+        self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
+    ) -> Mixed:
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        runs = self.runs()
+        fused = runs.fused and is_fused(runs.operation, self.backend, x_BNC)
+        source, shares = stream_BNC if self.reads_stream else x_BNC, 1 if self.layout.summed else 2
+        sources = [source, source] if self.layout.summed else source.chunk(2, dim=-1)
+        mixed = []
+        directions = zip(self.layout.sizes(grid), self._projections(shares), strict=True)
+        for i, (size, (weight, bias)) in enumerate(directions):
+            given = self._context(self.cores[i], sources[i], grid, size)
+            qkv_RTC = windows.split(F.linear(x_BNC, weight, bias), *grid[:2], size)
+            compute = self.cores[i].fused if fused else self._in_pytorch(i)
+            mixed.append(windows.merge(compute(qkv_RTC, Grid(*size), self.num_heads, **given), *grid[:2], size))
+        o_BNC = mixed[0] + mixed[1] if self.layout.summed else torch.cat(mixed, dim=-1)
+        return Mixed(self.proj(gated_heads(o_BNC, gates_BNM)), {})
+
+    def _projections(self, shares: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of queries, keys and values of each direction: what they give need not be copied apart."""
+        bias = self.qkv.bias
+        for direction in range(2):
+            if shares == 1:
+                yield self.qkv.weight, bias
+                continue
+            weight = self.qkv.weight.unflatten(0, (3, 2, -1))[:, direction].flatten(0, 1)
+            yield weight, None if bias is None else bias.unflatten(0, (3, 2, -1))[:, direction].flatten(0, 1)
+
+    def _in_pytorch(self, direction: int) -> Callable[..., Tensor]:
+        def compute(qkv_RTC: Tensor, grid: Grid, num_heads: int, **given: Tensor) -> Tensor:
+            q, k, v = split_heads(qkv_RTC, 3, num_heads)
+            if self.transforms:
+                q, k, v = self.transforms[direction](q, k, v, grid, grid)
+            o = self.cores[direction](q, k, v, grid, grid, **given)
+            return merge_heads(o + self.values[direction](v, grid, grid) if self.values else o)
+
+        return compute
+
+    def _context(self, core: Core, x_BNC: Tensor, grid: Grid, size: tuple[int, int]) -> dict[str, Tensor]:
+        """What a core reads from its half of the channels, for every stripe: the whole map decides it."""
+        if not core.reads_tokens:
+            return {}
+        stripes = windows.padded(grid.height, size[0]) // size[0] * windows.padded(grid.width, size[1]) // size[1]
+        return {key: value.repeat_interleave(stripes, 0) for key, value in core.context(x_BNC).items()}

@@ -1,0 +1,1 @@
+"""Who may see whom, one layout per file: factories `layout(site) -> Layout`."""

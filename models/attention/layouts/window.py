@@ -1,0 +1,68 @@
+"""Windows: tokens see those of their window; shifted in every second block.
+
+Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.2. Maps are zero-padded at the bottom and
+right to whole windows before the projection, and padded tokens take part, as in the authors' code.
+Shapes: B = batch, N = H·W tokens, C = channels, R = windows, T = tokens in a window.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kernels import windows
+from models.attention.contract import Grid, Site
+from models.attention.contract.layout import Layout
+from models.attention.contract.options import check_flags, window_of
+
+
+def window(site: Site, *, size: int | Sequence[int] = 7, shift: bool = False, stored_mask: bool = False) -> "Windows":
+    """Windows of `size` tokens.
+
+    Args:
+        site: the place in the backbone.
+        size: side of the windows in tokens, or both, cut to the map. Papers: 7, 12 at 384 px.
+        shift: roll the windows of every second block by half a window, masking pairs that were not neighbours.
+        stored_mask: the masks of shifted windows are among the weights, as in the files of Swin.
+
+    Raises:
+        ValueError: a size that is none.
+    """
+    check_flags("layout", shift=shift, stored_mask=stored_mask)
+    sides = window_of(size, site.grid)
+    rolled = (0, 0)
+    if shift and site.block % 2:
+        # a window as large as the map has nothing to be shifted against
+        rolled = tuple(w // 2 if w < side else 0 for w, side in zip(sides, site.grid[:2], strict=True))
+    return Windows(sides, rolled, stored_mask)
+
+
+class Windows(Layout):
+    """Windows of fixed sides, rolled by `shift`."""
+
+    takes_prefix = False
+
+    def __init__(
+        self, window: tuple[int, int] | None, shift: tuple[int, int] = (0, 0), stored_mask: bool = False
+    ) -> None:
+        self.window, self.shift, self.masks = window, shift, any(shift)
+        self.stored_mask = stored_mask and any(shift)
+
+    def local(self, grid: Grid) -> Grid:
+        return Grid(*self.window_on(grid))
+
+    def split(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        x, arranged = self.arrange(x_BNC, grid)
+        return windows.split(x, arranged.height, arranged.width, self.window_on(grid), self.shift)
+
+    def merge(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        arranged = self.arranged(grid)
+        merged = windows.merge(x_BNC, arranged.height, arranged.width, self.window_on(grid), self.shift)
+        return self.restore(merged, grid)
+
+    def arranged(self, grid: Grid) -> Grid:
+        """The size of what `arrange` gives."""
+        return grid
+
+    def mask(self, grid: Grid, device: Any) -> Tensor | None:
+        return windows.shift_mask(grid.height, grid.width, self.window_on(grid), self.shift, device)
