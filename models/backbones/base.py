@@ -20,7 +20,8 @@ class Furnished(ABCMeta):
     """Every backbone also takes what `furnish` puts into it once it is built: `gate`, `pool`, `norm` and so on."""
 
     def __call__(cls, *args: Any, **options: Any) -> "Trunk":
-        places = {name: options.pop(name) for name in PLACES & options.keys() - cls.own}
+        options = cls.renamed(options)
+        places = {name: options.pop(name) for name in PLACES & options.keys()}
         model = super().__call__(*args, **options)
         furnish(model, **places)
         return model
@@ -35,16 +36,18 @@ class Trunk(nn.Module, metaclass=Furnished):
         channels, strides: of the map that each stage ends with.
         undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
             authors' codes of most families.
-        own: what of `furnish` the constructor of the family takes itself.
     """
-
-    own: frozenset[str] = frozenset()
 
     stem: nn.Module
     stages: nn.ModuleList
     channels: list[int]
     strides: list[int]
     undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
+
+    @classmethod
+    def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options under their names of today; a stored configuration may have older ones."""
+        return options
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block in the backward pass: less memory, about a third more time."""

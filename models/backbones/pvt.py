@@ -2,8 +2,8 @@
 
 Source: Pyramid Vision Transformer, Wang et al., ICCV 2021, arXiv:2102.12122, section 3 and table 1. As in the authors'
 code the class token joins in the last stage, and its row comes first in the position table there; their code for
-detection has neither token nor last norm (`class_token=False`, `norm="none"`). The keys shortened by 8, 4, 2 and 1 are
-the attention `spatial_reduction`.
+detection has neither token nor last norm (`class_token=False`, `last_norm="none"`). The keys shortened by 8, 4, 2 and 1
+are the attention `spatial_reduction`.
 Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """
 
@@ -21,7 +21,7 @@ from models.layers.patch_embed import PatchEmbed
 from models.layers.position import LearnedPosition
 from models.layers.stem import PatchStem
 
-NORMS = ("used", "none", "unused")
+LAST_NORMS = ("used", "none", "unused")
 
 
 class PVT(Hierarchical):
@@ -32,26 +32,34 @@ class PVT(Hierarchical):
     Args:
         mlp_ratios: hidden over outer channels of each stage.
         class_token: classify from a class token in the last stage (PVT) or from the mean over the map.
-        norm: before pooling: "used" (PVT), "none" (Agent Attention, InLine), or "unused": frozen weights that are
+        last_norm: before pooling: "used" (PVT), "none" (Agent Attention, InLine), or "unused": frozen weights that are
             there for the sake of files and counts (FLatten).
         args, options: see `Hierarchical`.
 
     Raises:
-        ValueError: an unknown norm, and what `Hierarchical` refuses.
+        ValueError: an unknown last norm, and what `Hierarchical` refuses.
     """
 
-    own = frozenset({"norm"})
     norm_eps = 1e-6
     order = ("stages", "stem")
     undecayed = ("bias.table", "class_token")
 
     def __init__(
-        self, *args: Any, mlp_ratios: Sequence[float], class_token: bool = True, norm: str = "used", **options: Any
+        self, *args: Any, mlp_ratios: Sequence[float], class_token: bool = True, last_norm: str = "used", **options: Any
     ) -> None:
-        if norm not in NORMS:
-            raise UserError(f"PVT: norm must be one of {', '.join(NORMS)}, got {norm!r}; set model.norm")
-        self.last_prefix, self.use_of_norm = int(class_token), norm
+        if last_norm not in LAST_NORMS:
+            raise UserError(
+                f"PVT: last_norm must be one of {', '.join(LAST_NORMS)}, got {last_norm!r}; set model.last_norm"
+            )
+        self.last_prefix, self.use_of_norm = int(class_token), last_norm
         super().__init__(*args, mlp_ratio=mlp_ratios, **options)
+
+    @classmethod
+    def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """`norm` was once the name of `last_norm`."""
+        if options.get("norm") in LAST_NORMS:
+            options["last_norm"] = options.pop("norm")
+        return options
 
     def between(self, s: int) -> "TableDownsample":
         return TableDownsample(*self.channels[s - 1 : s + 1], self.grids[s], self.patch_eps)

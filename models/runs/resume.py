@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.source import GIVEN
 from models.checkpoints.format.directory import latest, nearby, resolve, verify
 from models.checkpoints.format.write import recover
 
@@ -86,7 +87,7 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterable[str]) -> list[str]:
     """Every setting of the attention and of some sections that two configurations have otherwise: "x and not y"."""
-    saved, current = without_backend(saved), without_backend(current)
+    saved, current = (without_backend(_as_of_today(config)) for config in (saved, current))
     before, after = saved.get("attention"), current.get("attention")
     found = []
     if before != after and None not in (before, after):
@@ -98,6 +99,18 @@ def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterab
                 name = key.removesuffix("._target_")
                 found.append(f"{name} {_describe(was.get(key), None)} and not {_describe(now.get(key), None)}")
     return found
+
+
+def _as_of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """An older configuration with the names and the plain settings that models have by now."""
+    model = config.get("model")
+    if not isinstance(model, dict):
+        return config
+    plain = {key: value for key, value in GIVEN.items() if key[0] != "_" and "${" not in str(value)}
+    model = plain | model
+    if model["norm"] in ("used", "none", "unused"):  # of a PVT, once
+        model |= {"last_norm": model["norm"], "norm": None}
+    return config | {"model": model}
 
 
 def without_backend(node: Any) -> Any:
