@@ -56,7 +56,11 @@ def is_part(key: str, value: Any) -> bool:
     """Whether a setting chooses a part of the mechanism or of another place: by its name, or as a run stored it."""
     if key not in (*names.PARTS, *names.PLACES):
         return False
-    return value in names.options(names.group_of(key)) if isinstance(value, str) else "_target_" in (value or ())
+    return value in names.options(names.group_of(key)) if isinstance(value, str) else _is_node(value)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def _settings(part: Any) -> set[str]:
