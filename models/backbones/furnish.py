@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from models.backbones.block_keys import change_blocks
+
 PLACES = frozenset(
     {
         "gate", "gate_at", "pool", "head", "reducer", "reparam", "initializer",
@@ -17,3 +19,7 @@ PLACES = frozenset(
 
 def furnish(model: nn.Module, **places: Any) -> None:
     """Puts into a model what is chosen; None leaves it as it is."""
+    change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
+    for key in ("initializer", "reparam"):  # of the weights of all that stands above
+        if (change := places.get(key)) is not None:
+            change(model)

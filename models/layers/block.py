@@ -22,7 +22,8 @@ from models.layers.position import ConvPosition
 class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
 
-    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)). A `gate`, where one is put, weights what `gate_at`
+    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)); where `parallel` is set, x + mix(norm(x)) +
+    mlp(norm(x)), see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at`
     names: what comes out of the mixer or of the MLP, or the block's output.
 
     Args:
@@ -63,7 +64,7 @@ class Block(nn.Module):
             hidden = int(dim * mlp_ratio)
             self.mlp = ConvMlp(dim, hidden, mlp_kernel) if mlp_kernel else Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
-        self.gate, self.gate_at = None, "mixer"
+        self.gate, self.gate_at, self.parallel = None, "mixer", False
 
     @property
     def carries(self) -> bool:
@@ -73,6 +74,7 @@ class Block(nn.Module):
     def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
         """Tokens and losses; given `carry`, also what is carried on."""
         x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
+        start = x
         given = {"stream_BNC": x} if self.reads_stream else {}
         mixed, *kept = call(self.attn, carry, y, grid, **given)
         mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
@@ -82,7 +84,8 @@ class Block(nn.Module):
         if self.mlp is None:
             x = x if self.mlp_position is None else self.mlp_position(x, grid)
         else:
-            x, y = self._positioned(x, grid, self.mlp_position, self.norm2)
+            parallel = self.parallel  # then there is neither a position nor a norm between the branches
+            x, y = (x, self.norm2(start)) if parallel else self._positioned(x, grid, self.mlp_position, self.norm2)
             hidden, *kept = gated(self, "mlp", self.mlp(y, grid) if self.mlp_kernel else self.mlp(y), grid, *kept)
             x = x + self.drop_path(self.scale2(hidden))
             x = self.norm2(x) if self.post_norm else x
@@ -91,7 +94,7 @@ class Block(nn.Module):
 
     def _positioned(self, x: Tensor, grid: tuple, position: nn.Module | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The tokens with their position, and what goes into a branch: these, or normalised first."""
-        if isinstance(position, ConvPosition) and not self.post_norm:
+        if isinstance(position, ConvPosition) and type(norm) is nn.LayerNorm and not self.post_norm:
             return position.with_norm(x, grid, norm)
         x = x if position is None else position(x, grid)
         return x, (x if self.post_norm else norm(x))

@@ -1,4 +1,4 @@
-"""MLPs of a block with a convolution inside.
+"""MLPs of a block with a convolution inside, which computes their activation `act` where that is a GELU.
 
 Shapes: B = batch, N = tokens, C = channels.
 """
@@ -21,7 +21,7 @@ class ConvMlp(Mlp):
         self.conv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
-        return self.fc2(depthwise_conv(self.fc1(x_BNC), tuple(grid), self.conv.weight, self.conv.bias, gelu=True))
+        return self.fc2(_activated(self.fc1(x_BNC), grid, self.conv, self.act))
 
 
 class ConvGLU(nn.Module):
@@ -36,8 +36,15 @@ class ConvGLU(nn.Module):
         hidden = 2 * hidden // 3
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
         gate, value = self.fc1(x_BNC).chunk(2, dim=-1)
-        return self.fc2(depthwise_conv(gate, tuple(grid), self.conv.weight, self.conv.bias, gelu=True) * value)
+        return self.fc2(_activated(gate, grid, self.conv, self.act) * value)
+
+
+def _activated(x_BNC: Tensor, grid: tuple, conv: nn.Conv2d, act: nn.Module) -> Tensor:
+    fused = isinstance(act, nn.GELU)
+    x_BNC = depthwise_conv(x_BNC, tuple(grid), conv.weight, conv.bias, gelu=fused)
+    return x_BNC if fused else act(x_BNC)

@@ -1,0 +1,129 @@
+"""What the keys of blocks put where, and which families refuse them."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import create_model
+from models.backbones.block_keys import set_wiring
+from models.layers.adaptive_block import AdaptiveBlock
+from models.layers.block import Block
+from models.layers.convnext_block import ConvNeXtBlock
+from models.layers.deformable import DeformableDownsample
+from models.layers.norm import TokenBatchNorm
+from models.runs.resume import differences
+
+SMALL = {"depths": [1, 1, 1, 1], "num_classes": 5}
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, Block | ConvNeXtBlock | AdaptiveBlock)]
+
+
+def test_parallel_branches_read_the_same_tokens():
+    model = create_model("vit_32px", depth=4, dim=32, wiring="parallel").eval()
+    block, (x, grid) = blocks(model)[0], model.stem(torch.randn(2, 3, 32, 32))
+    expected = x + block.attn(block.norm1(x), grid).x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(block(x, grid)[0], expected)
+
+
+def test_norms_of_blocks_and_the_last_one_are_of_the_kind():
+    model = create_model("convnext_32px", attention="softmax", norm="rmsnorm", **SMALL)
+    assert isinstance(model.head_norm, nn.RMSNorm)
+    assert all(isinstance(block.norm1, nn.RMSNorm) for block in blocks(model) if isinstance(block, Block))
+    assert all(isinstance(block.norm, nn.RMSNorm) for block in blocks(model) if isinstance(block, ConvNeXtBlock))
+    assert isinstance(model.stages[1].downsample.norm, nn.LayerNorm)  # between stages as it was
+    assert isinstance(create_model("biformer_32px").norm, TokenBatchNorm)
+    model = create_model("biformer_32px", norm="layernorm")
+    assert isinstance(model.norm, nn.LayerNorm)
+    model(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["biformer_32px", "davit_32px"])
+def test_positions_in_front_of_an_rms_norm(name):
+    """The kernel of a position encoding with a norm is for LayerNorm."""
+    model = create_model(name, norm="rmsnorm").eval()
+    assert not any(isinstance(m, nn.LayerNorm) for block in blocks(model) for m in (block.norm1, block.norm2))
+    block = blocks(model)[0]
+    x, grid = model.stem(torch.randn(2, 3, 32, 32))
+    block(x, grid)[0].mean().backward()
+    assert block.norm1.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_32px", "transnext_32px"])
+def test_activations_behind_a_convolution(name):
+    torch.manual_seed(0)
+    plain = create_model(name, **SMALL).eval()
+    torch.manual_seed(0)
+    relu, gelu = (create_model(name, activation=a, **SMALL).eval() for a in ("relu2", "gelu"))
+    for model in (relu, gelu):
+        model.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(gelu(images), plain(images)) and not torch.allclose(relu(images), plain(images))
+
+
+def test_deformable_where_the_map_is_only_halved():
+    model = create_model("coatnet_32px", num_classes=5, downsample="deformable")
+    kinds = [type(stage.downsample).__name__ for stage in model.stages]
+    assert kinds == ["MBConvDownsample", "PoolDownsample", "DeformableDownsample"]  # the second has stride 1
+    model = create_model("swin_32px", downsample="deformable", **SMALL)
+    assert [isinstance(stage.downsample, DeformableDownsample) for stage in model.stages] == [False, True, True, True]
+    model.set_gradient_checkpointing(True)
+    model.train()(torch.randn(2, 3, 32, 32)).mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "text"),
+    [
+        (
+            "dit_s_2",
+            {"norm": "rmsnorm"},
+            "DiT: its norms take scale and shift from .*, got norm=rmsnorm",
+        ),
+        (
+            "dit_s_2",
+            {"wiring": "parallel"},
+            "DiT: AdaptiveBlock is no block of two .*, got wiring=parallel; set model.w",
+        ),
+        ("dit_s_2", {"downsample": "deformable"}, "DiT: nothing between its stages only halves the map"),
+        (
+            "davit_32px",
+            {"wiring": "parallel"},
+            "DaViT: its blocks have .* a position encoding between .*, got wir",
+        ),
+        ("pvt_32px", {"downsample": "deformable"}, "PVT: nothing between its stages only halves the map"),
+        (
+            "pvt_v2_32px",
+            {"activation": "swiglu"},
+            "PVTv2: its MLPs have a convolution inside, .*, got activation=s",
+        ),
+    ],
+)
+def test_what_a_family_cannot_have(name, chosen, text):
+    with pytest.raises(ValueError, match=text):
+        create_model(name, **chosen, **({"depth": 1, "dim": 24} if name == "dit_s_2" else {}))
+
+
+def test_norms_behind_the_branches_are_not_parallel():
+    model = create_model("vit_32px", depth=4, dim=32)
+    blocks(model)[0].post_norm = True
+    with pytest.raises(ValueError, match=r"ViT: the norms of its blocks stand behind .*; set model.wiring=sequential"):
+        set_wiring(model, "parallel")
+
+
+def test_a_dit_takes_activations():
+    model = create_model("dit_s_2", activation="swiglu", depth=2, dim=24)
+    assert all(type(block.mlp).__name__ == "SwiGLU" for block in blocks(model))
+
+
+@pytest.mark.parametrize("name", ["used", "none", "unused"])
+def test_the_last_norm_of_an_older_pvt(name):
+    """`norm` was its key; configurations that runs have stored still have it."""
+    old, new = create_model("pvt_32px", norm=name), create_model("pvt_32px", last_norm=name)
+    assert type(old.norm) is type(new.norm) and old.state_dict().keys() == new.state_dict().keys()
+    stored = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": name}}
+    today = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": None, "last_norm": name, "gate_at": "mixer"}}
+    assert not differences(stored, today, ("model",))
+    other = today["model"] | {"last_norm": "other", "wiring": "parallel"}
+    found = differences(stored, {"model": other}, ("model",))
+    assert sorted(found) == [f"model.last_norm {name} and not other", "model.wiring None and not parallel"]
