@@ -23,6 +23,8 @@ ONLY = {
     "recipes": ("conf", "models"),
     "models.layers": ("conf", "kernels"),
     "models.attention": ("conf", "kernels", "models.layers"),
+    "models.reparam": ("conf", "kernels", "models.attention", "models.layers"),
+    "models.initializers": ("conf", "kernels", "models.attention", "models.layers"),
     "models.backbones": ("conf", "models.attention", "models.layers"),
     "models.diffusion": ("conf", "models.loggers"),
     "models.loggers": ("conf",),

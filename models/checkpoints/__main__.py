@@ -83,9 +83,14 @@ def _run(chosen: argparse.Namespace) -> list[str]:
     """Loads, renames and writes; the lines that say what was done."""
     from models.checkpoints.conversion import convert, export, source_of
     from models.checkpoints.fitting import classes_of
+    from models.checkpoints.folding import folded
     from models.checkpoints.weights import load_weights
 
     given, settings = load_weights(chosen.file, ema=chosen.ema), _settings(chosen)
+    notes = []
+    if settings.get("reparam") is not None:
+        given, notes = folded(given, chosen.model, settings), ["reparametrised weights were folded into plain ones"]
+        del settings["reparam"]
     state = (convert if chosen.command == "convert" else export)(given, chosen.model, **settings)
     before, after = (source_of(weights, chosen.model, **settings) for weights in (given, state))
     classes = classes_of(state) or classes_of(given)
@@ -95,7 +100,8 @@ def _run(chosen: argparse.Namespace) -> list[str]:
     written = f"{chosen.model}: {len(state)} tensors, {millions:.1f} M parameters, {kind}, names of {before} → {after}"
     setting = f"num_classes={classes}" if classes else "features_only=True"
     load = f'create_model("{chosen.model}", {setting}).load_state_dict(load_weights("{chosen.output}"))'
-    return [f"{written}, written: {chosen.output}", *([f"load it: {load}"] if chosen.command == "convert" else [])]
+    hints = [f"load it: {load}"] if chosen.command == "convert" else []
+    return [*notes, f"{written}, written: {chosen.output}", *hints]
 
 
 def _settings(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from the loaded weights.
 """
 
 import warnings
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from conf.errors import UserError
 from models.attention.moh import active_heads
 from models.checkpoints import convert, load_weights, settings_of
 from models.checkpoints.fitting import classes_of, is_of_classes
+from models.reparam import adopt, fold, is_reparametrised
 from models.surgery.dense_to_moh import gated_weights
 
 
@@ -41,21 +43,30 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
     Raises:
         UserError: there are no weights, or they are not the model's.
     """
-    own = model.state_dict()
     try:
-        state, notes = load_weights(path), []
-        if (gated := gated_weights(state, model)) is not None and _fits(gated, own):
-            own, notes = (
-                model.state_dict(),
-                [f"its attention gets head gates: {active_heads(model):.2%} of heads active"],
-            )
-            state = gated
-        if not _fits(state, own):
-            state, notes = in_our_names(state, config)
+        state = load_weights(path)
+        if not is_reparametrised(model) or any(".parametrizations." in key for key in state):
+            return [f"starts from {path}", *_given(state, model, config)]
+        plain = deepcopy(model)
+        fold(plain)
+        notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None}})
+        adopt(model, plain.state_dict())
+        return [f"starts from {path}", *notes, "its weights are reparametrised"]
     except OSError as error:
         raise UserError(f"init: {path} cannot be read: {error.strerror or error}; give a file that can") from error
     except ValueError as error:
-        raise UserError(f"init: {str(error).partition(': ')[2] or error}") from error
+        text = str(error)
+        raise UserError(text if text.startswith("init: ") else f"init: {text.partition(': ')[2] or text}") from error
+
+
+def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -> list[str]:
+    """Gives the model these weights; what there is to say about it."""
+    own, notes = model.state_dict(), []
+    if (gated := gated_weights(state, model)) is not None and _fits(gated, own):
+        own, notes = model.state_dict(), [f"its attention gets head gates: {active_heads(model):.2%} of heads active"]
+        state = gated
+    if not _fits(state, own):
+        state, notes = in_our_names(state, config)
     if classes_of(state) is None:
         raise UserError(
             "init: the weights have no classifier, got the backbone of a detector or segmenter; "
@@ -72,7 +83,7 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
     except RuntimeError as error:
         text = " ".join(str(error).split())
         raise UserError(f"init: the weights must be those of the model, got {text}; give the same options") from error
-    return [f"starts from {path}", *notes]
+    return notes
 
 
 def _fits(state: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
