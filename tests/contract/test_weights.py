@@ -1,0 +1,137 @@
+"""Every reparam and initializer, and every key of the blocks, on a backbone of each kind.
+
+They run, at another resolution too; every trained parameter gets a gradient; samples are independent; weights are saved
+and loaded; folded weights give the same; wrong values are refused by the name of their key.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from conf import names
+from models import create_model
+from models.reparam import fold, is_reparametrised
+
+SMALL = {
+    "vit_32px": {"depth": 4, "dim": 32},
+    "swin_32px": {"depths": [1, 1, 1, 1], "dims": [16, 32, 32, 32]},
+    "convnext_32px": {"attention": "softmax", "depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]},
+    "coatnet_32px": {"depths": [1, 2, 1], "stem_dim": 16, "dims": [16, 16, 32]},
+}
+KEYS = {
+    "activation": ["gelu", "relu", "relu2", "silu", "topk", {"name": "topk", "k": 3}, "swiglu"],
+    "norm": ["layernorm", "rmsnorm"],
+    "wiring": ["sequential", "parallel"],
+    "downsample": ["deformable"],
+}
+REFUSED = {("vit_32px", "downsample", "deformable"), ("convnext_32px", "wiring", "parallel")}
+CHOICES = [(group, member) for group in ("reparam", "initializer") for member in names.options(group)]
+CHOICES += [(key, value) for key, values in KEYS.items() for value in values]
+# make test: everything on a ViT, and each on one of the others
+PAIRS = [
+    pytest.param(
+        model, *choice, id=f"{model}-{choice[0]}-{choice[1]}",
+        marks=[] if model == "vit_32px" or place % 3 == index - 1 else pytest.mark.full,
+    )
+    for index, model in enumerate(SMALL)
+    for place, choice in enumerate(CHOICES)
+    if (model, *map(str, choice)) not in REFUSED
+]  # fmt: skip
+
+
+def built(model: str, **chosen: object) -> nn.Module:
+    torch.manual_seed(1)
+    return create_model(model, num_classes=5, **SMALL[model], **chosen).eval()
+
+
+@cache
+def plain(model: str) -> nn.Module:
+    return built(model)
+
+
+@pytest.mark.parametrize(("model", "key", "value"), PAIRS)
+def test_it_runs_is_trained_saved_and_loaded(model, key, value, tmp_path):
+    net, images = built(model, **{key: value}), torch.randn(3, 3, 32, 32)
+    logits = net(images)
+    logits.square().mean().backward()
+    lacking = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking and torch.isfinite(logits).all()
+    torch.testing.assert_close(net(images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)  # another order of summation
+    assert net(torch.randn(1, 3, 48, 32)).shape == (1, 5)
+    other = built(model, **{key: value})
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(images), net(images))
+    with torch.device("meta"):  # names and shapes depend on no value
+        assert {k: v.shape for k, v in built(model, **{key: value}).state_dict().items()} == {
+            k: v.shape for k, v in net.state_dict().items()
+        }
+
+
+@pytest.mark.parametrize(("model", "key", "value"), [pair for pair in PAIRS if pair.values[1] == "reparam"])
+def test_folded_weights_are_plain_and_give_the_same(model, key, value):
+    net, images = built(model, **{key: value}), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    logits = net(images)
+    assert is_reparametrised(net)
+    fold(net)
+    assert not is_reparametrised(net)
+    torch.testing.assert_close(net(images), logits, rtol=1e-6, atol=1e-6)
+    assert net.state_dict().keys() == plain(model).state_dict().keys()
+    plain(model).load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize(("key", "value"), [c for c in CHOICES if c[0] == "initializer"])
+def test_the_generator_of_torch_decides(key, value):
+    one, other = (built("vit_32px", **{key: value}).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], value) for name, value in plain("vit_32px").state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "text"),
+    [
+        ("vit_32px", {"activation": "swish"}, "ViT: activation must be one of gelu, .*, got 'swish'; set model.activ"),
+        (
+            "vit_32px",
+            {"norm": "groupnorm"},
+            "ViT: norm must be one of layernorm, rmsnorm, got 'gro.*; set model.norm",
+        ),
+        (
+            "vit_32px",
+            {"wiring": "ring"},
+            "ViT: wiring must be one of sequential, parallel, got 'ring'; set model.w",
+        ),
+        (
+            "vit_32px",
+            {"downsample": "max"},
+            "ViT: downsample must be one of deformable, got 'max'; set model.d",
+        ),
+        ("vit_32px", {"downsample": "deformable"}, "ViT: nothing between its stages only halves the map, got down"),
+        (
+            "convnext_32px",
+            {"wiring": "parallel"},
+            "ConvNeXt: ConvNeXtBlock is no block of two branches .*, got wiring=",
+        ),
+        ("vit_32px", {"reparam": "sigmas"}, "there is no reparam 'sigmas'; did you mean 'sigma'"),
+        ("vit_32px", {"initializer": "mime"}, "there is no initializer 'mime'; did you mean 'mimetic'"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, chosen, text):
+    with pytest.raises(ValueError, match=text):
+        built(model, **chosen)
+
+
+@pytest.mark.parametrize("key", ["mimetic", "gpsa"])
+def test_an_initializer_refuses_mixers_without_its_projections_and_passes_over_convolutions(key):
+    text = rf"{key}: mixers must have one projection .*, got stages.*; choose attention=softmax, or initializer=null"
+    with pytest.raises(ValueError, match=text):
+        built("vit_32px", attention="conv", initializer=key)
+    with pytest.warns(UserWarning, match="every mixer of the model is a convolution, so nothing was changed"):
+        create_model("convnext_32px", depths=[1, 1, 1, 1], initializer=key)
