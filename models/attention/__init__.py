@@ -91,7 +91,7 @@ def make(factory: AttentionFactory, site: Site) -> Mixer:
     if not unknown:
         return factory(site)
     others = {name: value for name, value in given.items() if name not in unknown}
-    wrapped = {name: others[name] for name in WRAPPED if isinstance(others.get(name), partial)}
+    wrapped = {name: others[name] for name in WRAPPED if callable(others.get(name))}
     if not wrapped:
         raise Refused(_no_place(unknown[0]), f"leave out attention/{unknown[0]}, or choose e.g. attention=softmax")
     moved = {name: parts[name] for name in unknown}
