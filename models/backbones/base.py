@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from models.attention import Grid
 from models.backbones.furnish import PLACES, furnish
+from models.layers.pooled import Pool, Pooled
 from models.layers.tokens import to_map
 
 
@@ -85,25 +86,47 @@ class Backbone(Trunk):
     """Stem, stages, norm, pooling, head. A family fills in the parts; see `models/backbones/vit.py` for the shortest.
 
     Attributes that a family sets in its constructor, besides those of `Trunk`:
+        grids: the map of each stage at the training resolution.
         norm: on the tokens of the last stage, before pooling.
-        head: Linear to `num_classes`, or Identity when that is 0.
+        head_norm: on what pooling gives; None for none.
+        head: Linear to `num_classes`, or Identity when that is 0; or what `furnish` puts there.
+        pooling: what `furnish` puts in the place of the family's own `pool`; None for none.
     """
 
+    grids: list[Grid]
     norm: nn.Module
+    head_norm: nn.Module | None
     head: nn.Module
+    pooling: Pool | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_norm = self.pooling = None
+
+    @property
+    def learns_from_labels(self) -> bool:
+        """Whether `forward` has a loss more when it is given the labels."""
+        return self.pooling is not None and self.pooling.learns_from_labels
 
     @overload
-    def forward(self, images: Tensor, return_losses: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self, images: Tensor, return_losses: Literal[False] = False, labels: Tensor | None = None
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, images: Tensor, return_losses: Literal[True]) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def forward(
+        self, images: Tensor, return_losses: Literal[True], labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def forward(self, images, return_losses=False):
-        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,)."""
+    def forward(self, images, return_losses=False, labels=None):
+        """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,).
+
+        Those of the pool are among these; one with classifiers of its own trains them by labels (B,) or (B, K).
+        """
         maps, losses = self._forward_stages(images)
         x_BNC, grid = maps[-1]
-        logits = self.classify(self.norm(x_BNC), grid)
-        return (logits, stacked(losses)) if return_losses else logits
+        logits, of_pool = self.classify_with_losses(self.norm(x_BNC), grid, labels)
+        return (logits, stacked(losses) | of_pool) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:
         """The tokens (B, N, C) of the last stage as they are pooled, their map, and the auxiliary losses.
@@ -116,7 +139,26 @@ class Backbone(Trunk):
 
     def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Logits (B, num_classes) from what `forward_tokens` gives."""
-        return self.head(self.pool(x_BNC, grid))
+        return self.head(self.pooled(x_BNC, grid).x)
+
+    def classify_with_losses(
+        self, x_BNC: Tensor, grid: Grid, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`classify`, and the losses of the pool, each (1,)."""
+        pooled = self.pooled(x_BNC, grid)
+        return self.head(pooled.x), stacked([pooled.losses_with(labels)])
+
+    def pooled(self, x_BNC: Tensor, grid: Grid) -> Pooled:
+        """What the head is given, from what `forward_tokens` gives; with the attention of the pool, if it has one."""
+        if self.pooling is None:
+            return Pooled(self.pool(x_BNC, grid), None, {})
+        pooled = self.pooling(x_BNC, grid)
+        return pooled if self.head_norm is None else pooled._replace(x=self.head_norm(pooled.x))
+
+    def forward_pooled(self, images: Tensor) -> Pooled:
+        """What the pool makes of images: `weights` (B, Q, S) show where the queries look; None for the mean."""
+        x_BNC, grid, _ = self.forward_tokens(images)
+        return self.pooled(x_BNC, grid)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The tokens (B, N, C) of the last stage, prefix tokens first; see `forward_tokens`."""
@@ -181,18 +223,3 @@ def check_counts(who: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{who}: {name} must be a whole number of at least 1, got {value!r}; set model.{name}")
-
-
-def init_weights(module: nn.Module) -> None:
-    """Linear layers: truncated normal with standard deviation 0.02 and zero bias, as in DeiT and Swin."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def classifier(dim: int, num_classes: int) -> nn.Module:
-    """The last layer: Linear, or Identity for 0 classes."""
-    if num_classes < 0:
-        raise UserError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
-    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from models.backbones.block_keys import change_blocks
+from models.backbones.classifier import put_pool_and_head
 
 PLACES = frozenset(
     {
@@ -20,6 +21,7 @@ PLACES = frozenset(
 def furnish(model: nn.Module, **places: Any) -> None:
     """Puts into a model what is chosen; None leaves it as it is."""
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
+    put_pool_and_head(model, places.get("pool"), places.get("head"))
     for key in ("initializer", "reparam"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:
             change(model)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, check_counts, classifier, init_weights, pair
+from models.backbones.base import Backbone, check_counts, pair
+from models.backbones.classifier import classifier, init_weights
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.stem import PatchStem

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, check_counts, classifier, init_weights, pair
+from models.backbones.base import Backbone, check_counts, pair
+from models.backbones.classifier import classifier, init_weights
 from models.layers.block import Block, Stage, drop_path_rates
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.position import LearnedPosition
@@ -63,7 +64,7 @@ class ViT(Backbone):
         self.stages = nn.ModuleList(Stage(blocks[a:b]) for a, b in pairwise(taps))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = classifier(dim, num_classes)
-        self.channels, self.strides = [dim] * 4, [patch_size] * 4
+        self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [grid] * 4
         self.apply(init_weights)
 
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:

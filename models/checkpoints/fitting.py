@@ -19,7 +19,12 @@ if TYPE_CHECKING:  # a command line that only prints its help does not wait for 
 COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
 MASK = ".shift_mask"  # of windows; whether there is one depends on the size of the map
 MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map, and a file may lack
-CLASSES = (("head.", 0), ("stem.labels.", 1))  # where rows are classes, and how many rows there are besides
+# where rows are classes, and how many rows there are besides; of Tversky heads, and of pools with classifiers, as well
+CLASSES = (
+    *((f"head.{name}", 0) for name in ("weight", "bias", "prototypes")),
+    ("stem.labels.", 1),
+    ("pooling.branches.", 0),
+)
 
 
 class Skeleton(NamedTuple):

@@ -23,12 +23,14 @@ class Classification(Task):
     """Cross entropy on hard (B,) or soft (B, K) targets; top-1, top-5 and loss on the validation data.
 
     Args:
-        model: `model(images, return_losses=True) -> (logits (B, K), {name: (L,)})`.
+        model: `model(images, return_losses=True) -> (logits (B, K), {name: (L,)})`; one whose `learns_from_labels` is
+            true is also given `labels`.
         optimizer, schedule, auxiliary, gradient_checkpointing, compile: see `models.tasks.base.Task`.
         num_classes: K.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
         token_weight: of the loss on token labels (`models.tasks.token_labelling`), which the data must then have; 0
-            for none. The model then has `forward_tokens` and `classify`, see `models.backbones.base.Backbone`.
+            for none. The model then has `forward_tokens` and `classify_with_losses`, see
+            `models.backbones.base.Backbone`.
 
     Raises:
         ValueError: a setting out of range, or a model that generates images instead of naming their class.
@@ -58,6 +60,7 @@ class Classification(Task):
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
+        self.with_labels = getattr(model, "learns_from_labels", False)
         self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
         # `model.compile` is about `model(images)` alone
         self.with_tokens = torch.compile(with_tokens) if compile else with_tokens
@@ -66,10 +69,11 @@ class Classification(Task):
         prepare(data, self.token_weight, self.model)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labels = {"labels": batch.labels} if self.with_labels else {}
         if self.token_head is None:
-            logits, losses = self.model(batch.images, return_losses=True)
+            logits, losses = self.model(batch.images, return_losses=True, **labels)
         else:
-            logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images)
+            logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images, **labels)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
         if self.token_head is not None:

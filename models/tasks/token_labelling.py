@@ -46,11 +46,14 @@ class TokenHead(nn.Linear):
         optimizer.add_param_group({"params": [self.bias], "weight_decay": 0.0})
 
 
-def with_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def with_tokens(
+    model: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Logits, auxiliary losses, and the tokens (B, H, W, C) that the logits were pooled from, of one pass."""
     x_BNC, grid, losses = model.forward_tokens(images)
     tokens_BHWC = x_BNC[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
-    return model.classify(x_BNC, grid), losses, tokens_BHWC
+    logits, of_pool = model.classify_with_losses(x_BNC, grid, labels)
+    return logits, losses | of_pool, tokens_BHWC
 
 
 def prepare(data: Any, token_weight: float, model: nn.Module) -> None:

@@ -44,6 +44,9 @@ class Net(nn.Module):
     def classify(self, tokens, grid):
         return self.fc(tokens.unflatten(1, grid[:2]).mean((1, 2)))
 
+    def classify_with_losses(self, tokens, grid, labels=None):
+        return self.classify(tokens, grid), {}
+
     def set_gradient_checkpointing(self, enabled):
         pass
 

@@ -1,0 +1,78 @@
+"""The end of a backbone that names the class of an image: its pool and its head."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from conf.errors import UserError
+from models.layers.pooled import Pool
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear layers: truncated normal with standard deviation 0.02 and zero bias, as in DeiT and Swin."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def classifier(dim: int, num_classes: int) -> nn.Module:
+    """The last layer: Linear, or Identity for 0 classes."""
+    if num_classes < 0:
+        raise UserError(f"num_classes: must be 0 (no head) or more, got {num_classes}; set model.num_classes")
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def put_pool_and_head(
+    model: nn.Module, pool: Callable[..., Pool] | None, head: Callable[[int, int], nn.Module] | None
+) -> None:
+    """A pool in the place of the mean or the class token, and a head in the place of the Linear; None for as it is.
+
+    A norm behind the pooling stays, made anew where the pool changes the number of channels.
+
+    Args:
+        model: a built `models.backbones.base.Backbone`.
+        pool: makes a pool of (channels, map of the last stage, number of classes).
+        head: makes a head of (features, number of classes).
+
+    Raises:
+        ValueError: the model is no classifier, or the pool brings a head of its own.
+    """
+    chosen = [name for name, part in (("pool", pool), ("head", head)) if part is not None]
+    if not chosen:
+        return
+    _check_classifies(model, chosen[0])
+    dim, num_classes = model.channels[-1], getattr(model.head, "out_features", 0)
+    width, own = dim, None
+    if pool is not None:
+        model.pooling = pool(dim, model.grids[-1], num_classes)
+        width, own = model.pooling.out_dim, model.pooling.own_head(num_classes)
+        _join(model, "pooling", model.pooling)
+    if own is not None and head is not None:
+        raise UserError(
+            f"head: {type(model.pooling).__name__} brings a classifier for each of its queries, got another head; "
+            "leave head= out, or set pool.queries=1"
+        )
+    if width != dim and model.head_norm is not None:
+        model.head_norm = model.last_norm(width)
+    if own is not None:
+        model.head = own
+    elif head is not None and num_classes:
+        model.head = head(width, num_classes)
+        _join(model, "head", model.head)
+    elif width != dim:
+        model.head = classifier(width, num_classes).apply(init_weights)
+
+
+def _check_classifies(model: nn.Module, what: str) -> None:
+    if getattr(model, "generates", False):
+        raise UserError(
+            f"{what}: it is part of a model that names the class of an image, got {type(model).__name__}, which "
+            f"generates images; leave {what}= out, or choose another model"
+        )
+
+
+def _join(model: nn.Module, name: str, part: Any) -> None:
+    """What the part says of its own weights holds in the model."""
+    model.undecayed = (*model.undecayed, *(f"{name}.{end}" for end in getattr(part, "undecayed", ())))

@@ -1,0 +1,1 @@
+"""Heads, one per file: features become logits; a factory is `head(dim, num_classes)`."""

@@ -1,0 +1,1 @@
+"""Pools, one per file: the tokens of the last stage become features; see `models.layers.pooled`."""
