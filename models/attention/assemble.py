@@ -76,8 +76,9 @@ def assemble(
     """
     check_flags("attention", qkv_bias=qkv_bias, shift=shift, stored_mask=stored_mask)
     check_whole("attention", head_dim=1 if head_dim is None else head_dim)
-    chosen = _layout(site, layout, window, stripe, sr_ratio, kv_pool, {"shift": shift, "stored_mask": stored_mask})
     dim = head_dim or head_channels(site)
+    of_heads, rolled = site._replace(head_dim=dim), {"shift": shift, "stored_mask": stored_mask}
+    chosen = _layout(of_heads, layout, window, stripe, sr_ratio, kv_pool, rolled)
     shared = {"qkv_bias": qkv_bias, "backend": backend, "pre": pre and pre(site)}
     if isinstance(chosen, Directions):
         return CrossShaped(site, core, chosen, transform=transform, value=value, **shared)

@@ -65,7 +65,7 @@ def softmax_attention(
     dim = head_dim or head_channels(site)
 
     def core(num_heads: int, grid: Grid, kv_grid: Grid) -> SoftmaxCore:
-        local = site._replace(num_heads=num_heads, grid=grid, head_dim=dim)
+        local = site._replace(num_heads=num_heads, grid=spanned(grid, kv_grid), head_dim=dim)
         table = RelativePositionBias(num_heads, tuple(grid[:2])) if relative_position_bias else bias and bias(local)
         made = {"score": score and score(local), "weights": weights and weights(local)}
         made |= {"factor": factor and factor(local), "bias": table, "max_tokens": max_tokens}
@@ -217,6 +217,11 @@ class SoftmaxCore(Core):
             return added_to_logits(like, bias, mask)
         placed, closed = _placed(self.bias, grid, kv_grid, offsets, len(like)), added_to_logits(like, None, mask)
         return placed.to(like.dtype) if closed is None else placed.to(like.dtype) + closed
+
+
+def spanned(grid: Grid, kv_grid: Grid) -> Grid:
+    """A map whose offsets are all those between two: of the queries, or of the keys where these lie around them."""
+    return grid._replace(height=max(grid.height, kv_grid.height), width=max(grid.width, kv_grid.width))
 
 
 def check_tokens(grid: Grid, kv_grid: Grid, *, explicit: bool, most: int) -> None:

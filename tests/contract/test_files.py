@@ -42,8 +42,8 @@ class Rule(NamedTuple):
 def targets(group: str, room: str) -> list[Path]:
     """Modules of a folder of models/ that a file of a group of conf/ has as `_target_`."""
     text = "".join(path.read_text() for path in (ROOT / "conf" / group).glob("*.yaml"))
-    modules = set(re.findall(rf"_target_: models\.{room}\.(\w+)\.", text))
-    return [ROOT / "models" / room / f"{module}.py" for module in sorted(modules)]
+    modules = set(re.findall(rf"_target_: models\.{room}\.([\w.]+)\.\w+", text))
+    return [ROOT / "models" / room / f"{module.replace('.', '/')}.py" for module in sorted(modules)]
 
 
 def comment(path: Path) -> str:
@@ -91,10 +91,11 @@ def has_a_source(path: Path) -> bool:
 
 
 def has_a_test(path: Path) -> bool:
-    """A test in the mirrored folder that has its name, or imports it."""
-    folder = ROOT / "tests/models" / path.parent.name
-    imported = f"from models.{path.parent.name}.{path.stem} import"
-    return (folder / f"test_{path.name}").exists() or any(imported in t.read_text() for t in folder.glob("test_*.py"))
+    """A test in the mirrored folder, or one below it, that has its name, or imports it."""
+    module = path.with_suffix("").as_posix().partition("/models/")[2].replace("/", ".")
+    tests = list((ROOT / "tests/models" / module.split(".")[0]).rglob("test_*.py"))
+    imported = f"from models.{module} import"
+    return any(t.name == f"test_{path.name}" or imported in t.read_text() for t in tests)
 
 
 def is_whole(folder: Path) -> bool:

@@ -1,0 +1,42 @@
+"""Relative position bias of neighbourhood attention: a learned number per head and offset, key minus query.
+
+Source: Neighborhood Attention Transformer, Hassani et al., CVPR 2023, arXiv:2204.07143, equation 2. It is the mirror
+image of Swin's table, whose offsets are query minus key; offsets of dilated neighbourhoods are counted within the
+residue class, as the layout gives them.
+Shapes: M = heads, h w = kernel, or sides of the map that a core sees; the table is (M, 2h−1, 2w−1).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention.biases.relative import sampled
+from models.attention.contract import Site
+from models.attention.contract.places import OfOffset
+from models.layers.resizable import Resizable
+
+
+def rpb(site: Site) -> "NeighborBias":
+    """One number per head and offset, key minus query, of the kernel or of the map that a core sees.
+
+    Args:
+        site: the place in the backbone, with that map.
+    """
+    return NeighborBias(site.num_heads, tuple(site.grid[:2]))
+
+
+class NeighborBias(Resizable, OfOffset):
+    """A table whose entry (i, j) is for the offset (i − h + 1, j − w + 1), key minus query."""
+
+    def __init__(self, num_heads: int, kernel: tuple[int, int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in kernel)))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """A table of another kernel as the one of this module, bicubically, as NAT's authors do for larger kernels."""
+        return F.interpolate(value[None], size=self.table.shape[1:], mode="bicubic")[0]
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """(M, …), bilinearly between offsets, and the nearest one beyond its own kernel."""
+        return sampled(self.table, -offsets)
