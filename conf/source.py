@@ -21,7 +21,7 @@ GIVEN = {
     "image_size": "${image_size}",
     "num_classes": "${data.num_classes}",
     **{place: f"${{{place}}}" for place in PLACES},
-    "gate_at": "mixer",
+    "gate_at": None,
     "activation": None,
     "norm": None,
     "wiring": None,

@@ -29,6 +29,7 @@ ONLY = {
     "models.heads": ("conf", "kernels", "models.attention", "models.layers"),
     "models.reducers": ("conf", "kernels", "models.attention", "models.layers"),
     "models.backbones": ("conf", "models.attention", "models.layers"),
+    "models.gates": ("conf", "kernels", "models.attention", "models.layers"),
     "models.diffusion": ("conf", "models.loggers"),
     "models.loggers": ("conf",),
     "models.callbacks": ("conf", "models.attention", "models.checkpoints", "models.loggers"),

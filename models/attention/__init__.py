@@ -50,7 +50,7 @@ def build(attention: AttentionFactory | Sequence[AttentionFactory], sites: Seque
         except Refused as refusal:
             problems.append((site, refusal))
     if problems:
-        raise UserError(_report(problems, len(sites)))
+        raise UserError(misfits("attention", "mechanism", problems, len(sites)))
     return mixers
 
 
@@ -147,9 +147,9 @@ def _per_stage(attention: AttentionFactory | Sequence[AttentionFactory], stages:
     return list(attention)
 
 
-def _report(problems: list[tuple[Site, Refused]], total: int) -> str:
-    """One line per run of neighbouring blocks with the same shape and reason."""
-    lines = [f"attention: {len(problems)} of {total} places cannot take the chosen mechanism:"]
+def misfits(who: str, what: str, problems: list[tuple[Site, Refused]], total: int) -> str:
+    """What is wrong with a chosen part: one line per run of neighbouring blocks with the same shape and reason."""
+    lines = [f"{who}: {len(problems)} of {total} places cannot take the chosen {what}:"]
     for (site, text), group in groupby(problems, key=lambda p: (p[0]._replace(block=0), str(p[1]))):
         blocks = [problem[0].block for problem in group]
         where = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"

@@ -56,9 +56,15 @@ class Trunk(nn.Module, metaclass=Furnished):
             stage.gradient_checkpointing = enabled
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that never decay besides biases and norms: those whose names end as `undecayed` says."""
+        """Parameters that never decay besides biases and norms.
+
+        Those whose names end as `undecayed` says, and those that a part names in an `undecayed` of its own.
+        """
         ends = tuple(f".{end}" for end in self.undecayed)
-        return {name for name, _ in self.named_parameters() if f".{name}".endswith(ends)}
+        of_parts = {
+            f"{name}.{own}" for name, part in self.named_modules() if name for own in getattr(part, "undecayed", ())
+        }
+        return {name for name, _ in self.named_parameters() if f".{name}".endswith(ends) or name in of_parts}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm's layer decay: the stem, then block after block (or stage after stage), then the head.

@@ -9,6 +9,7 @@ from torch import nn
 
 from models.backbones.block_keys import change_blocks
 from models.backbones.classifier import put_pool_and_head
+from models.backbones.gating import put_gates
 
 PLACES = frozenset(
     {
@@ -21,6 +22,7 @@ PLACES = frozenset(
 def furnish(model: nn.Module, **places: Any) -> None:
     """Puts into a model what is chosen; None leaves it as it is."""
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
+    put_gates(model, places.get("gate"), places.get("gate_at"))
     put_pool_and_head(model, places.get("pool"), places.get("head"))
     for key in ("initializer", "reparam"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.layers.gated import Carry, call, carries, gated
+from models.layers.gated import Carry, carries, gated, given, handed
 
 
 class AdaptiveBlock(nn.Module):
@@ -45,9 +45,9 @@ class AdaptiveBlock(nn.Module):
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition_BC)[:, None].chunk(6, dim=-1)
         x, y = x_BNC, modulated_norm(x_BNC, shift_1, scale_1)
-        given = {"stream_BNC": x} if self.reads_stream else {}
-        mixed, *kept = call(self.attn, carry, y, grid, **given)
-        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
+        stream = {"stream_BNC": x} if self.reads_stream else {}
+        mixed = self.attn(y, grid, **stream, **given(self.attn, carry))
+        mixed, *kept = gated(self, "mixer", mixed.x, grid, mixed.losses, handed(self.attn, mixed, carry))
         x = x + gate_1 * mixed
         hidden, *kept = gated(self, "mlp", self.mlp(modulated_norm(x, shift_2, scale_2)), grid, *kept)
         x, losses, on = gated(self, "block", x + gate_2 * hidden, grid, *kept)

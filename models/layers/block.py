@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
-from models.layers.gated import Carry, call, carries, gated
+from models.layers.gated import Carry, carries, gated, given, handed
 from models.layers.mlp import ConvMlp
 from models.layers.position import ConvPosition
 
@@ -23,8 +23,8 @@ class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
 
     With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)); where `parallel` is set, x + mix(norm(x)) +
-    mlp(norm(x)), see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at`
-    names: what comes out of the mixer or of the MLP, or the block's output.
+    mlp(norm(x)), see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at` names: what
+    comes out of the mixer or of the MLP, or the block's output.
 
     Args:
         dim: channels C.
@@ -75,9 +75,9 @@ class Block(nn.Module):
         """Tokens and losses; given `carry`, also what is carried on."""
         x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
         start = x
-        given = {"stream_BNC": x} if self.reads_stream else {}
-        mixed, *kept = call(self.attn, carry, y, grid, **given)
-        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
+        stream = {"stream_BNC": x} if self.reads_stream else {}
+        mixed = self.attn(y, grid, **stream, **given(self.attn, carry))
+        mixed, *kept = gated(self, "mixer", mixed.x, grid, mixed.losses, handed(self.attn, mixed, carry))
         x = x + self.drop_path(self.scale1(mixed))
         if self.post_norm:
             x = self.norm1(x)

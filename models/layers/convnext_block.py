@@ -8,7 +8,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.layers.block import scale
-from models.layers.gated import Carry, call, carries, gated
+from models.layers.gated import Carry, carries, gated, given, handed
 
 
 class ConvNeXtBlock(nn.Module):
@@ -44,8 +44,8 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
         """Tokens and losses; given `carry`, also what is carried on."""
-        mixed, *kept = call(self.attn, carry, x_BNC, grid)
-        mixed, *kept = gated(self, "mixer", mixed, grid, *kept)
+        mixed = self.attn(x_BNC, grid, **given(self.attn, carry))
+        mixed, *kept = gated(self, "mixer", mixed.x, grid, mixed.losses, handed(self.attn, mixed, carry))
         hidden, *kept = gated(self, "mlp", self.mlp(self.norm(mixed)), grid, *kept)
         x, losses, on = gated(self, "block", x_BNC + self.drop_path(self.scale(hidden)), grid, *kept)
         return (x, losses) if carry is None else (x, losses, on)

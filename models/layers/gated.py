@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-Carry = dict[str, Any]  # by what carries: a tensor, or a tuple of tensors
+Carry = dict[str, Any]  # by what carries: a tensor, or a tuple or dict of tensors
 
 
 class Gated(NamedTuple):
@@ -22,26 +22,54 @@ class Gated(NamedTuple):
     carry: Any = None  # for the same gate of the next block
 
 
-def call(part: nn.Module, carry: Carry | None, *inputs: Any, **given: Any) -> tuple[Tensor, dict[str, Tensor], Carry]:
-    """Tokens, losses and what is carried behind a mixer or a gate, `part(*inputs, **given)`."""
-    carry = carry or {}
-    if not part.carries:
-        result = part(*inputs, **given)
-        return result.x, result.losses, carry
-    # a part of another stage finds nothing, unless it says that it goes on there
-    name = type(part).__name__ + ("" if part.carries_across_stages else f" of stage {part.site.stage}")
-    result = part(*inputs, carry=carry.get(name), **given)
-    return result.x, result.losses, {**carry, name: result.carry}
+class Gate(nn.Module):
+    """What weights tokens behind a mixer, an MLP or a block: `gate(x_BNC, grid) -> Gated`, for any grid and batch size.
+
+    Prefix tokens pass, unless a gate says otherwise.
+
+    Args:
+        site: the `Site` of the mixer of the block that it is built for, kept as `site`.
+
+    Attributes:
+        at: where a block has it if nothing else is chosen: "mixer", "mlp" or "block".
+        carries, carries_across_stages: as those of `models.attention.Mixer`.
+        undecayed: names of parameters without weight decay, besides biases and others of one dimension.
+    """
+
+    at = "mixer"
+    carries = False
+    carries_across_stages = False
+    undecayed: tuple[str, ...] = ()
+
+    def __init__(self, site: Any) -> None:
+        super().__init__()
+        self.site = site
+
+
+def given(part: nn.Module, carry: Carry | None) -> Carry:
+    """What a mixer or a gate is called with besides: `carry`, if it carries."""
+    return {"carry": (carry or {}).get(_name(part))} if part.carries else {}
+
+
+def handed(part: nn.Module, result: Any, carry: Carry | None) -> Carry:
+    """What is carried on behind a mixer or a gate that returned this."""
+    return {**(carry or {}), _name(part): result.carry} if part.carries else carry or {}
+
+
+def _name(part: nn.Module) -> str:
+    """By which the next part of its class finds what it carries, in another stage only if it goes on there."""
+    return type(part).__name__ + ("" if part.carries_across_stages else f" of stage {part.site.stage}")
 
 
 def gated(block: nn.Module, at: str, x_BNC: Tensor, grid: tuple, losses: dict[str, Tensor], carry: Carry) -> tuple:
-    """What `call` gave of a mixer, behind the gate of the block if that is where it stands."""
-    if block.gate is None or block.gate_at != at:
+    """Tokens, losses and what is carried, behind the gate of the block if this is where it stands."""
+    gate = block.gate
+    if gate is None or block.gate_at != at:
         return x_BNC, losses, carry
-    x, more, carry = call(block.gate, carry, x_BNC, grid)
+    result = gate(x_BNC, grid, **given(gate, carry))
     # losses of one name are summed
-    summed = {name: losses[name] + loss if name in losses else loss for name, loss in more.items()}
-    return x, {**losses, **summed}, carry
+    more = {name: losses[name] + loss if name in losses else loss for name, loss in result.losses.items()}
+    return result.x, {**losses, **more}, handed(gate, result, carry)
 
 
 def carries(*parts: nn.Module | None) -> bool:

@@ -39,7 +39,7 @@ class Mixed(NamedTuple):
 
     x: Tensor  # (B, N, C), as the input
     losses: dict[str, Tensor]  # scalar auxiliary losses with gradient, by name; {} when there are none
-    carry: Any = None  # for the mixer of the next block, of one with `carries`: a tensor or a tuple of tensors
+    carry: Any = None  # for the mixer of the next block, of one with `carries`: a tensor, or a tuple or dict of tensors
 
 
 @dataclass(frozen=True)

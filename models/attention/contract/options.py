@@ -13,7 +13,7 @@ from models.attention.contract import Grid, Refused, Site
 STAGE_OF_VIT = 2  # see `for_stage`
 
 
-def for_stage(name: str, value: Any, site: Site) -> Any:
+def for_stage(name: str, value: Any, site: Site, group: str = "attention") -> Any:
     """An option that is one value, or a list with one per stage; a plain ViT takes the third.
 
     Its patches are of 16 pixels, as the tokens of a third stage are.
@@ -24,7 +24,7 @@ def for_stage(name: str, value: Any, site: Site) -> Any:
     if stage >= len(value):
         raise Refused(
             f"{name}={list(value)} has no entry for stage {stage}",
-            f"set attention.{name} to one value, or one per stage",
+            f"set {group}.{name} to one value, or one per stage",
         )
     return value[stage]
 
