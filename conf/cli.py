@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import extras, recipes, resolvers, source
 from conf.compose import compose, version_base
 from conf.errors import UserError, reason
-from conf.names import CONF, groups, nearest, options
+from conf.names import CONF, PARTS, PLACES, choosable, groups, nearest, options
 
 
 def run(
@@ -122,7 +122,7 @@ def _refuse_lists_of_options(arguments: list[str]) -> None:
             continue
         if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
             raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
-        if group in groups() and value in ("null", ""):
+        if group in groups() and group not in PLACES and value in ("null", ""):
             raise UserError(
                 f"{group}: must name one of {', '.join(options(group))}, got {value!r}; or leave {group}= out"
             )
@@ -148,9 +148,8 @@ def _missing(error: MissingConfigException) -> str:
     choices = sorted(error.options or [])
     if not group or not choices:
         return str(error).splitlines()[0]
-    group, _, folder = group.partition("/")
-    if folder:  # such as attention/plan
-        name, choices = f"{folder}/{name}", options(group)
+    if group.endswith("/plan"):
+        group, name, choices = "attention", f"plan/{name}", options("attention")
     return f"{group}: there is no {name!r}{nearest(name, choices)}\navailable: {', '.join(choices)}"
 
 
@@ -164,6 +163,13 @@ def _composition(error: Exception, config_name: str, arguments: list[str]) -> st
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):
             return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
+        if f"attention/{key}" in choosable():
+            return f"there is no setting {key!r}; a part of the mechanism is chosen by attention/{key}=..."
+        if "/" in key:
+            return f"there is no group {key!r}{nearest(key, choosable())}\ngroups: {', '.join(choosable())}"
+        if (match := re.match(r"attention\.(\w+)\.", key)) and match.group(1) in PARTS:
+            chosen = f"attention/{match.group(1)}"
+            return f"there is no setting {key!r}{_near_keys(key, config_name, arguments)}\nis {chosen}=... given?"
         return f"there is no setting {key!r}{_near_keys(key, config_name, arguments)}"
     cause = chain[-1]
     if cause is not error and str(cause) not in text:
@@ -177,14 +183,14 @@ def _let_sweeps_set_everything(arguments: list[str]) -> list[str]:
     They are judged here, with the first option of each, so that a mistyped setting is found as everywhere else.
     """
     pairs = [argument.partition("=")[::2] for argument in arguments]
-    swept = [key for key, value in pairs if key in (*groups(), "recipe") and "," in value]
+    swept = [key for key, value in pairs if key in (*choosable(), "recipe") and "," in value]
     if not swept or not {"-m", "--multirun"} & set(arguments) or any("(" in value for _, value in pairs):
         return arguments
     compose(
         "train", [f"{key}={_first(value)}" for key, value in pairs if value and not key.startswith(("-", "hydra."))]
     )
     settings = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
-    free = [key for key in settings if key not in (*groups(), "recipe") and not key.startswith(("hydra.", "run."))]
+    free = [key for key in settings if key not in (*choosable(), "recipe") and not key.startswith(("hydra.", "run."))]
     return [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
 
 

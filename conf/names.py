@@ -34,6 +34,11 @@ def group_of(part: str) -> str:
     return f"attention/{part}" if part in PARTS else part
 
 
+def choosable() -> list[str]:
+    """Every group that an argument may choose from, those of parts of a mechanism included."""
+    return [*groups(), *(f"attention/{part}" for part in PARTS)]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """ ", did you mean 'agent'?" or "" when nothing is close."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
