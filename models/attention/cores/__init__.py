@@ -1,0 +1,1 @@
+"""What a group of tokens computes, one core per file: factories `attention(site) -> Mixer`, named by conf/attention."""
