@@ -21,7 +21,7 @@ MASK = ".shift_mask"  # of windows; whether there is one depends on the size of 
 MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map, and a file may lack
 # where rows are classes, and how many rows there are besides; of Tversky heads, and of pools with classifiers, as well
 CLASSES = (
-    *((f"head.{name}", 0) for name in ("weight", "bias", "prototypes")),
+    *((f"head.{name}", 0) for name in ("weight", "bias", "prototypes", "parametrizations.weight.original")),
     ("stem.labels.", 1),
     ("pooling.branches.", 0),
 )

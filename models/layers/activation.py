@@ -78,7 +78,8 @@ def made(who: str, setting: Any, hidden: int) -> nn.Module:
     k = options.get("k", max(hidden // 8, 1))
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= hidden:
         raise UserError(
-            f"{who}: activation topk keeps k of the {hidden} hidden channels, got k={k!r}; set model.activation.k"
+            f"{who}: activation topk keeps k of the {hidden} hidden channels, got k={k!r}; "
+            f"set model.activation={{name: topk, k: {max(hidden // 8, 1)}}}"
         )
     return TopK(k)
 

@@ -16,6 +16,9 @@ def fold(model: nn.Module) -> None:
     for module in list(model.modules()):
         if not parametrize.is_parametrized(module):
             continue
+        # a copy of a model shares its classes, from which PyTorch takes the property away
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         module.parametrizations.eval()
         for name in list(module.parametrizations):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)

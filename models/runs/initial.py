@@ -75,6 +75,8 @@ def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -
     if wrong := sorted(state.keys() ^ own.keys()):
         raise UserError(f"init: the weights must be those of the model, got others: {wrong[0]}; give the same options")
     anew = {key: value for key, value in own.items() if is_of_classes(key) and value.shape != state[key].shape}
+    parametrised = tuple(key.removesuffix("original") for key in anew if key.endswith(".original"))
+    anew |= {key: value for key, value in own.items() if key.startswith(parametrised)}
     if anew:
         what = "head starts" if any(key.startswith("head.") for key in anew) else "table of classes starts"
         notes.append(f"the {what} anew: {classes_of(state)} classes in the weights, {classes_of(own)} in the data")

@@ -35,9 +35,9 @@ def test_swiglu_has_about_the_parameters_of_the_mlp():
         ({"name": "relu", "k": 3}, "Net: activation relu has no option 'k', got .*; leave it out"),
         (
             {"name": "topk", "k": 17},
-            "Net: activation topk keeps k of the 16 .*, got k=17; set model.activation.k",
+            "Net: activation topk keeps k of the 16 .*, got k=17; set model.activation=.name: topk, k: 2.",
         ),
-        ({"name": "topk", "k": 0.5}, "got k=0.5; set model.activation.k"),
+        ({"name": "topk", "k": 0.5}, "got k=0.5; set model.activation="),
     ],
 )
 def test_what_is_none_is_refused(setting, text):

@@ -105,7 +105,17 @@ def test_training_and_evaluation_are_one_function_and_fold_keeps_it():
     model.train()(images).mean().backward()
 
 
-def test_sigma_and_embeddings_do_not_decay():
+def test_folding_a_copy_leaves_the_original():
+    model, images = vit(reparam=sigma).eval(), torch.randn(2, 3, 16, 16)
+    logits, names, copy = model(images), model.state_dict().keys(), deepcopy(model)
+    fold(copy)
+    assert torch.equal(model(images), logits) and model.state_dict().keys() == names
+    torch.testing.assert_close(copy(images), logits)
+    fold(model)
+    torch.testing.assert_close(model(images), logits)
+
+
+def test_sigma_does_not_decay():
     from timm.optim import create_optimizer_v2
 
     model = vit(reparam=sigma)
