@@ -21,9 +21,9 @@ PLACES = frozenset(
 
 def furnish(model: nn.Module, **places: Any) -> None:
     """Puts into a model what is chosen; None leaves it as it is."""
+    put_pool_and_head(model, places.get("pool"), places.get("head"))
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
     put_gates(model, places.get("gate"), places.get("gate_at"))
-    put_pool_and_head(model, places.get("pool"), places.get("head"))
     for key in ("initializer", "reparam"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:
             change(model)

@@ -32,7 +32,7 @@ class TverskyHead(nn.Module):
             either's measures of these the "mean", "min", "softmin" or "max".
         difference: "ignorematch" counts the features that the other lacks, "substractmatch" also by how much those are
             larger that both have.
-        normalize: x and prototypes to length 1.
+        normalize: x and prototypes to length 1; without, as by default in the library, logits start in the hundreds.
 
     Raises:
         ValueError: an option out of range.
@@ -49,7 +49,7 @@ class TverskyHead(nn.Module):
         form: str = "contrast",
         intersection: str = "product",
         difference: str = "ignorematch",
-        normalize: bool = False,
+        normalize: bool = True,
     ) -> None:
         values.whole(WHO, "features", features, fix="set head.features")
         values.choice(WHO, "form", form, ("contrast", "ratio"), fix="set head.form")
