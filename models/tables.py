@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from conf import families
+from conf.names import PARTS
 from models import list_attentions, recipe_tables
 
 ROOT = families.CONF.parent
@@ -112,6 +113,10 @@ def _option_section(name: str) -> str:
     settings, said = _settings(name), _said(name)
     options = {key: value for key, value in settings.items() if not key.startswith("_") and not isinstance(value, dict)}
     rows = [(f"`{key}`", f"`{plain(value)}`", said.get(key, "")) for key, value in options.items()]
+    parts = {key: node for key, node in settings.items() if key in PARTS and isinstance(node, dict)}
+    for key, node in parts.items():
+        given = {option: value for option, value in node.items() if not option.startswith("_")}
+        rows.append((f"`attention/{key}`", f"`{node['_target_'].split('.')[-1]}`", plain(given) if given else ""))
     if "core" in settings:
         rows.append(("`attention@attention.core`", "`softmax`", "the attention whose heads are weighted"))
     file = f"[conf/attention/{name}.yaml](../../conf/attention/{name}.yaml)"

@@ -150,9 +150,10 @@ def test_the_table_of_mechanisms_says_what_they_are(name: str) -> None:
     """Options and defaults are the composed ones; a class token is attended where the comment does not refuse it."""
     cfg = compose_model("vit_32px", name)
     settings = OmegaConf.to_container(cfg.attention)
-    options = [key for key in settings if not key.startswith("_") and key != "core"]
+    options = [key for key, value in settings.items() if not key.startswith("_") and not isinstance(value, dict)]
     section = tables.option_sections().partition(f"### {name}\n")[2].partition("### ")[0]
-    rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `") and "@" not in line]
+    rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if not set("@/") & set(row[0])]  # parts are named by their group
     assert rows == [[f"| `{key}`", f"`{tables.plain(settings[key])}`"] for key in options]
     row = next(line for line in tables.attention_table().splitlines() if line.startswith(f"| [`{name}`](#{name}) |"))
     prefix = factory(cfg)(Site(64, 4, Grid(8, 8), 0, 0, 2, "vit")).accepts.prefix

@@ -1,6 +1,7 @@
 """Windows in even blocks, dilated grids in odd ones: local and sparse global attention in turn.
 
 Source: MaxViT, Tu et al., ECCV 2022, arXiv:2204.01697, section 3.2 and figure 3.
+Shapes: as of `models.attention.layouts.window` and `models.attention.layouts.grid`.
 """
 
 from collections.abc import Sequence
