@@ -1,7 +1,8 @@
 """The weights that a new run starts from: a checkpoint of ours, or a file in our names, its authors' or timm's.
 
-Weights of a model without head gates also start the same model with gates (attention=moh). Raw weights are taken, as
-the authors' fine-tuning does (what is below `model` in their files); averaged ones are named by their own file,
+Weights of a model without head gates also start the same model with gates (attention=moh), and weights of a backbone
+the same one with another mechanism or other parts: what fits is loaded, and what is new is said. Raw weights are taken,
+as the authors' fine-tuning does (what is below `model` in their files); averaged ones are named by their own file,
 `…/checkpoints/best/ema.safetensors`. Everything else begins anew: steps, optimizer, schedule, and averages, which start
 from the loaded weights.
 """
@@ -13,11 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.names import PLACES
 from models.attention.moh import active_heads
 from models.checkpoints import convert, load_weights, settings_of
 from models.checkpoints.fitting import classes_of, is_of_classes
 from models.reparam import adopt, fold, is_reparametrised
 from models.surgery.dense_to_moh import gated_weights
+from models.surgery.transplant import transplanted
 
 
 def check_given(config: dict[str, Any]) -> None:
@@ -66,7 +69,8 @@ def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -
         own, notes = model.state_dict(), [f"its attention gets head gates: {active_heads(model):.2%} of heads active"]
         state = gated
     if not _fits(state, own):
-        state, notes = in_our_names(state, config)
+        state, notes = _of_other_names(state, model, config)
+        own = model.state_dict()
     if classes_of(state) is None:
         raise UserError(
             "init: the weights have no classifier, got the backbone of a detector or segmenter; "
@@ -86,6 +90,30 @@ def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -
         text = " ".join(str(error).split())
         raise UserError(f"init: the weights must be those of the model, got {text}; give the same options") from error
     return notes
+
+
+def _of_other_names(
+    state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights in the names of their authors or of timm, or of the same backbone with another mechanism or other parts.
+
+    Raises:
+        ValueError: they are not the model's; where they are no other's either, the first problem that was found.
+    """
+    try:
+        return in_our_names(state, config)
+    except ValueError as error:
+        settings = settings_of(config).items()
+        usual = {key: value for key, value in settings if key in config["model"] and key not in PLACES}
+        found = transplanted(state, model)
+        if found is None:
+            try:
+                found = transplanted(convert(state, config["run"]["model"], num_classes=None, **usual), model)
+            except (ValueError, TypeError):
+                found = None
+        if found is None:
+            raise error
+        return found.weights, [str(found)]
 
 
 def _fits(state: dict[str, Tensor], own: dict[str, Tensor]) -> bool:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -11,6 +12,7 @@ from models import create_model
 from models.callbacks.ema import EMA
 from models.checkpoints import export
 from models.runs.initial import start_from
+from tests.compositions import compose_once
 
 DEIT = ("model=agent_deit_tiny", "model.dim=32", "model.depth=2", "model.num_heads=2", "model.patch_size=8")
 SHAPE = {"dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -123,6 +125,22 @@ def test_a_file_that_may_not_be_read(monkeypatch):
     monkeypatch.setattr("models.runs.initial.load_weights", denied)
     with pytest.raises(UserError, match=r"^init: secret.pth cannot be read: Permission denied; give a file that can$"):
         start_from("secret.pth", torch.nn.Linear(2, 2), {})
+
+
+def test_weights_of_another_mechanism(tmp_path):
+    """Of the same backbone: what fits is loaded, and what is new is said."""
+    path, small = tmp_path / "softmax.safetensors", {"num_classes": 10, "dim": 32, "depth": 1, "num_heads": 4}
+    softmax = create_model("vit_32px", **small)
+    save_file(softmax.state_dict(), path)
+    chosen = ["model=vit_32px", "model.dim=32", "model.depth=1", "model.num_heads=4", "data=fake"]
+    cfg, _ = compose_once([*chosen, "attention=agent", "pool=simpool"])
+    cfg.run = {"model": "vit_32px", "attention": "agent"}
+    model = create_model("vit_32px", "agent", pool="simpool", **small)
+    said = start_from(str(path), model, OmegaConf.to_container(cfg, resolve=True))
+    assert said[0] == f"starts from {path}" and said[1].startswith("the weights are of another attention or other")
+    assert "kept qkv.weight, qkv.bias, proj.weight" in said[1] and "core.dwc.weight" in said[1]
+    (name,) = [name for name in model.state_dict() if name.endswith("attn.qkv.weight")]
+    assert torch.equal(model.state_dict()[name], softmax.state_dict()[name])
 
 
 def test_weights_of_another_model(command, tmp_path):

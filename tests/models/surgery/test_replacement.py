@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from models.attention import Grid, Mixed, Mixer, replace
+from models import create_model
+from models.attention import Grid, Mixed, Mixer, replace, to_moh
 from models.attention.agent import agent_attention
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
@@ -299,3 +300,23 @@ def test_what_a_mixer_cannot_know_is_refused():
         model.blocks(torch.zeros(1, 25, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"MultiHead has no masks, got attn_mask or is_causal; call the model without"):
         model(images(), is_causal=True)
+
+
+def test_parts_go_into_models_of_timm():
+    model = vit(class_token=False, global_pool="avg")
+    report = replace(model, "softmax", layout="grid", bias="relative")
+    mixer = model.get_submodule(report.places[0])
+    assert min(mixer.window) > 1
+    assert any("core.bias.table" in name for name in report.new) and not report.unchanged
+    model(images()).sum().backward()
+    assert mixer.core.bias.table.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"takes no layout; leave out attention/layout"):
+        replace(vit(class_token=False, global_pool="avg"), "biformer", layout="grid")
+
+
+def test_head_gates_go_around_parts():
+    model = create_model("vit_32px", layout="grid", bias="relative", dim=32, depth=1, num_heads=4, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = model(x)
+    to_moh(model, shared=2, routed=2)
+    torch.testing.assert_close(model(x), before)
