@@ -42,7 +42,7 @@ class CBAM(Gate):
         x = x_BNC * channels_BC.unsqueeze(1)
         map_BTC = x[:, grid.prefix :]
         found_BT2 = torch.stack([map_BTC.mean(2), map_BTC.amax(2)], dim=2)
-        places_BT1 = to_tokens(self.norm(self.conv(to_map(found_BT2, grid._replace(prefix=0))))).sigmoid()
+        places_BT1 = to_tokens(self.norm(self.conv(to_map(found_BT2, grid[:2])))).sigmoid()
         return Gated(behind_prefix(x, map_BTC * places_BT1, grid), {})
 
     def excited(self, x_BC: Tensor) -> Tensor:

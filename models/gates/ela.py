@@ -46,7 +46,7 @@ class ELA(Gate):
         self.norm = nn.GroupNorm(norm_groups, site.dim)
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Gated:
-        x_BCHW = to_map(x_BNC[:, grid.prefix :], grid._replace(prefix=0))
+        x_BCHW = to_map(x_BNC, grid)
         rows_BCH, columns_BCW = self.weights(x_BCHW.mean(3)), self.weights(x_BCHW.mean(2))
         gated = to_tokens(x_BCHW * rows_BCH.unsqueeze(3) * columns_BCW.unsqueeze(2))
         return Gated(behind_prefix(x_BNC, gated, grid), {})

@@ -44,6 +44,6 @@ class ULSAM(Gate):
 
     def weights(self, x_BTC: Tensor, grid: Grid) -> Tensor:
         """(B, T, G); those of a group sum to one over the map."""
-        x = F.relu(self.norm1(self.depthwise(to_map(x_BTC, grid._replace(prefix=0)))))
+        x = F.relu(self.norm1(self.depthwise(to_map(x_BTC, grid[:2]))))
         x_BGHW = F.relu(self.norm2(self.pointwise(F.max_pool2d(x, 3, stride=1, padding=1))))
         return to_tokens(x_BGHW).softmax(1)

@@ -195,6 +195,8 @@ def _mixer(place: Place, make: AttentionFactory, follow: Origin, given: Mapping[
             "it also reads the tokens before their norm, which the blocks of timm do not hand on",
             "use models.create_model, or residual_input=normed",
         )
+    if mixer.carries:
+        raise Refused("it hands tensors on from block to block, which those of timm do not", "use models.create_model")
     if losses := _losses(mixer, site):
         raise Refused(
             f"it gives the loss {', '.join(losses)} in training, which a timm model does not hand on",

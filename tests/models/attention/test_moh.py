@@ -242,6 +242,24 @@ class Convolution(Mixer):
         return Mixed(x_BNC, {})
 
 
+class Counting(Mixer):
+    """Adds one in every block, to what it hands on and to the tokens."""
+
+    carries = True
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, carry: Tensor | None = None) -> Mixed:
+        count = torch.ones(()) if carry is None else carry + 1
+        return Mixed(x_BNC + count, {}, count)
+
+
+def test_what_the_attention_carries_goes_through() -> None:
+    module, x = MoHAttention(site(), core=Counting).train(), tokens(site())
+    first = module(x, GRID)
+    second = module(x, GRID, carry=first.carry)
+    assert module.carries and list(first.losses) == ["load_balance"]
+    assert torch.equal(second.x, x + 2) and second.carry == 2
+
+
 def test_attention_without_gates_is_refused() -> None:
     with pytest.raises(Refused, match=r"moh cannot gate the heads of Convolution; choose another attention.core"):
         MoHAttention(site(), core=Convolution)

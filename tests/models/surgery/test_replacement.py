@@ -56,6 +56,10 @@ class Noted(Mixer):
         return Mixed(x_BNC * self.weight, {})
 
 
+class Carrying(Noted):
+    carries = True
+
+
 VITS = {
     "class token": {},
     "no class token": {"class_token": False, "global_pool": "avg"},
@@ -260,6 +264,7 @@ REPLACE = [
 MISFITS = [
     (vit, conv, "it works on the map alone and cannot take the 1 class or register .*; create the model with class_t"),
     (vit, moh, "it gives the loss load_balance in training, which a timm model does not hand on; use models.create_m"),
+    (vit, Carrying, "it hands tensors on from block to block, which those of timm do not; use models.create_model"),
     (vit, streaming, "it also reads the tokens before their norm, which .*; use models.create_model, or residual_in"),
     (partial(swin, head_dim=4), agent_attention, "its heads have 4 channels, here they would have 8; choose a mech"),
     (partial(vit, qk_norm=True), agent_attention, r"the model normalises .* \(qk_norm\), which it cannot keep; use s"),
