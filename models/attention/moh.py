@@ -70,7 +70,7 @@ class MoHAttention(Mixer):
         self.mixer = make(core, site)
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
         self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
-        self.has_matrix = self.mixer.has_matrix
+        self.has_matrix, self.ignores_grid = self.mixer.has_matrix, self.mixer.ignores_grid
         who = type(self.mixer).__name__
         if not self.accepts.gates:
             raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")

@@ -43,6 +43,7 @@ class Core(nn.Module):
         reads_stream: whether that is read from the input of the block, before its norm, instead of that of the layer.
         adds: whether it gives more than `matrix` times values, such as a convolution.
         row_stochastic: whether the rows of the matrix sum to one.
+        ignores_grid: whether the two maps do not matter.
     """
 
     keys = KEYS
@@ -53,6 +54,7 @@ class Core(nn.Module):
     reads_stream = False
     adds = False
     row_stochastic = False
+    ignores_grid = False
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The kernel that computes the heads in such windows, gated or not."""
@@ -125,6 +127,12 @@ class MultiHead(Resizable, Mixer):
         self.grid, self.usual_mask = site.grid, True
         stored = getattr(self.layout, "stored_mask", False)
         self.register_buffer("shift_mask", self._usual_mask(torch.get_default_device()) if stored else None)
+
+    @property
+    def ignores_grid(self) -> bool:
+        """Whether it is a core for which maps do not matter, on all tokens, with parts of that kind alone."""
+        parts = [part for part in (self.pre, self.transform, self.value) if part is not None]
+        return type(self.layout) is Layout and all(getattr(p, "ignores_grid", False) for p in (self.core, *parts))
 
     @property
     def window(self) -> tuple[int, int] | None:

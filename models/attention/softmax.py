@@ -117,6 +117,7 @@ class SoftmaxCore(Core):
         dim = num_heads * head_dim
         self.lepe = depthwise(dim, 3 if lepe else 0)
         self.adds = lepe
+        self.ignores_grid = bias is None and factor is None and not lepe
         self.row_stochastic = factor is None and getattr(weights, "row_stochastic", weights is None)
         placed = [part for part in (bias, factor) if part is not None]
         lost = {SCATTERED} if placed else set()

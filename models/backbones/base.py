@@ -37,6 +37,7 @@ class Trunk(nn.Module, metaclass=Furnished):
         channels, strides: of the map that each stage ends with.
         undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
             authors' codes of most families.
+        reducers: what `furnish` puts in front of stages, by their number; None for none.
     """
 
     stem: nn.Module
@@ -44,6 +45,11 @@ class Trunk(nn.Module, metaclass=Furnished):
     channels: list[int]
     strides: list[int]
     undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
+    reducers: nn.ModuleDict | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reducers = None
 
     @classmethod
     def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -75,13 +81,21 @@ class Trunk(nn.Module, metaclass=Furnished):
         stem = r"^stem"
         if coarse:
             return {"stem": stem, "blocks": r"^stages\.(\d+)"}
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        blocks = [
+            (r"^(?:stages|reducers)\.(\d+)\.(?:downsample|score)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+        ]
         return {"stem": stem, "blocks": [*blocks, (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,))]}
 
     def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
         x, grid = self.stem(images)
         maps, losses, carry = [], [], {}
-        for stage in self.stages:
+        for s, stage in enumerate(self.stages):
+            if self.reducers is not None and str(s) in self.reducers:
+                reducer = self.reducers[str(s)]
+                reduced = reducer(x, grid, carry)
+                x, grid, carry = reduced.x, reducer.onward(reduced, grid), {}
+                losses.append(reduced.losses)
             x, grid, of_stage, carry = stage(x, grid, carry=carry)
             maps.append((x, grid))
             losses += of_stage
@@ -161,6 +175,20 @@ class Backbone(Trunk):
         pooled = self.pooling(x_BNC, grid)
         return pooled if self.head_norm is None else pooled._replace(x=self.head_norm(pooled.x))
 
+    def forward_kept(self, images: Tensor) -> list[Tensor]:
+        """What each reducer keeps, (B, K): cells of the map, counted in rows; [] without reducers."""
+        kept: list[Tensor] = []
+        reducers = [] if self.reducers is None else self.reducers.values()
+        hooks = [reducer.register_forward_hook(lambda *call: kept.append(call[-1].kept)) for reducer in reducers]
+        try:
+            self.forward_tokens(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for i in range(1, len(kept)):
+            kept[i] = kept[i - 1].gather(1, kept[i])
+        return kept
+
     def forward_pooled(self, images: Tensor) -> Pooled:
         """What the pool makes of images: `weights` (B, Q, S) show where the queries look; None for the mean."""
         x_BNC, grid, _ = self.forward_tokens(images)
@@ -172,6 +200,7 @@ class Backbone(Trunk):
 
     def forward_pyramid(self, images: Tensor) -> list[Tensor]:
         """One map (B, C, H, W) per stage as it leaves the stage; `Pyramid` is what dense tasks take."""
+        check_maps(self, "forward_pyramid")
         maps, _ = self._forward_stages(images)
         return [to_map(x, grid) for x, grid in maps]
 
@@ -201,6 +230,7 @@ class Pyramid(Trunk):
                 f"features_only: a backbone for images is needed, got {type(backbone).__name__}, which makes images; "
                 "choose another model"
             )
+        check_maps(backbone, "features_only")
         self.stem, self.stages = backbone.stem, backbone.stages
         self.channels, self.strides, self.undecayed = backbone.channels, backbone.strides, backbone.undecayed
         self.norms = nn.ModuleList(backbone.level_norm(dim) for dim in self.channels)
@@ -214,6 +244,13 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The auxiliary losses of all layers by name, each (L,) over the layers that have it."""
     names = sorted({name for loss in losses for name in loss})
     return {name: torch.stack([loss[name] for loss in losses if name in loss]) for name in names}
+
+
+def check_maps(backbone: Trunk, who: str) -> None:
+    """Refuses a backbone whose tokens do not make up a map all the way."""
+    if backbone.reducers is not None:
+        names = ", ".join(sorted({type(reducer).__name__ for reducer in backbone.reducers.values()}))
+        raise UserError(f"{who}: maps need all tokens, got the reducer {names}; leave reducer= out")
 
 
 def pair(image_size: int | Sequence[int], name: str = "image_size") -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The end of a backbone that names the class of an image: its pool and its head."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -48,7 +47,6 @@ def put_pool_and_head(
     if pool is not None:
         model.pooling = pool(dim, model.grids[-1], num_classes)
         width, own = model.pooling.out_dim, model.pooling.own_head(num_classes)
-        _join(model, "pooling", model.pooling)
     if own is not None and head is not None:
         raise UserError(
             f"head: {type(model.pooling).__name__} brings a classifier for each of its queries, got another head; "
@@ -60,7 +58,6 @@ def put_pool_and_head(
         model.head = own
     elif head is not None and num_classes:
         model.head = head(width, num_classes)
-        _join(model, "head", model.head)
     elif width != dim:
         model.head = classifier(width, num_classes).apply(init_weights)
 
@@ -71,8 +68,3 @@ def _check_classifies(model: nn.Module, what: str) -> None:
             f"{what}: it is part of a model that names the class of an image, got {type(model).__name__}, which "
             f"generates images; leave {what}= out, or choose another model"
         )
-
-
-def _join(model: nn.Module, name: str, part: Any) -> None:
-    """What the part says of its own weights holds in the model."""
-    model.undecayed = (*model.undecayed, *(f"{name}.{end}" for end in getattr(part, "undecayed", ())))

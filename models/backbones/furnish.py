@@ -10,6 +10,7 @@ from torch import nn
 from models.backbones.block_keys import change_blocks
 from models.backbones.classifier import put_pool_and_head
 from models.backbones.gating import put_gates
+from models.backbones.reducing import put_reducers
 
 PLACES = frozenset(
     {
@@ -24,6 +25,7 @@ def furnish(model: nn.Module, **places: Any) -> None:
     put_pool_and_head(model, places.get("pool"), places.get("head"))
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
     put_gates(model, places.get("gate"), places.get("gate_at"))
+    put_reducers(model, places.get("reducer"))
     for key in ("initializer", "reparam"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:
             change(model)

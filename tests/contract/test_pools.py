@@ -1,4 +1,4 @@
-"""Every pool and head of conf/ at the end of a backbone of each kind: a new YAML is tested without a line here."""
+"""Every pool and head of conf/ at the end of a backbone of each kind, every reducer in a ViT: a new YAML is tested."""
 
 import copy
 from functools import cache
@@ -16,7 +16,7 @@ from models.attention import Grid
 from models.backbones.base import Backbone
 from models.factory import compose_model, instantiate
 
-POOLS, HEADS = names.options("pool"), names.options("head")
+POOLS, HEADS, REDUCERS = (names.options(group) for group in ("pool", "head", "reducer"))
 # a plain ViT with and without class token, stages, convolutions, and both
 KINDS: dict[str, dict[str, Any]] = {
     "vit_32px": {},
@@ -112,10 +112,23 @@ def test_nothing_chosen_is_the_model_as_it_was():
     assert plain.forward_pooled(x).weights is None
 
 
-@pytest.mark.parametrize(("group", "name"), PLACES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("vit")])
+@pytest.mark.parametrize("name", REDUCERS)
+def test_a_reducer_trains_and_judges_images_alone(name, kind):
+    model = copy.deepcopy(made("reducer", name, kind))
+    model.train()(images(2, 3, 32, 32)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    x = images(2, 3, 48, 64)
+    with torch.no_grad():
+        both, kept = model.eval()(x), model.forward_kept(x)
+        torch.testing.assert_close(model(x[1:]), both[1:], rtol=1e-4, atol=1e-5)
+    assert kept and all(((index >= 0) & (index < 12 * 16)).all() for index in kept)
+
+
+@pytest.mark.parametrize(("group", "name"), PLACES + [("reducer", name) for name in REDUCERS])
 def test_wrong_values_and_unknown_options_are_refused_by_name(group, name):
     node = chosen(group, name)
-    place = (64, Grid(4, 4, 1), 5) if group == "pool" else (64, 5)
+    place = {"pool": (64, Grid(4, 4, 1), 5), "head": (64, 5), "reducer": (64, Grid(4, 4, 1), 2)}[group]
     made_of = instantiate(node)
     for option in (key for key in node if not key.startswith("_")):
         with pytest.raises(UserError, match=rf"^[A-Za-z]+: {option} must be .*, got 'wrong'; .*{group}\.{option}"):

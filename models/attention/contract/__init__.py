@@ -96,6 +96,7 @@ class Mixer(nn.Module):
         carries: whether it is given, as `carry`, what the mixer of the block before it returned in `Mixed.carry`: None
             in the first block of a stage, or of the model if `carries_across_stages`.
         has_matrix: whether `attention_matrix` is there.
+        ignores_grid: whether its result depends on the tokens alone, however they are laid out.
     """
 
     accepts = Accepts()
@@ -105,6 +106,7 @@ class Mixer(nn.Module):
     carries = False
     carries_across_stages = False
     has_matrix = False
+    ignores_grid = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
         super().__init__()

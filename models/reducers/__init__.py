@@ -1,0 +1,1 @@
+"""Reducers, one per file: fewer tokens between the blocks of a plain ViT; see `models.layers.reduced`."""
