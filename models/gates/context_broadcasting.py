@@ -1,8 +1,8 @@
 """Context broadcasting: the mean over the tokens is added to each of them.
 
-Source: Scratching Visual Transformer's Back with Uniform Attention, Hyeon-Woo et al., ICCV 2023, arXiv:2210.08457,
-equation 4: (x + mean x) / 2 at the end of the MLP, which is half of the identity and half of a uniform attention; and
-with a scale per channel: x + Λ mean x. There is no code of the authors; that Λ starts at zero is ours.
+Source: Scratching Visual Transformer's Back with Uniform Attention, Hyeon-Woo et al., ICCV 2023, arXiv:2210.08457:
+(x + mean x) / 2 at the end of the MLP, which is half of the identity and half of a uniform attention (CB); and with a
+scale per channel, x + Λ mean x (CB_S). There is no code of the authors; that Λ starts at zero is ours.
 Prefix tokens enter the mean, and get it.
 Shapes: B = batch, N = tokens, C = channels.
 """

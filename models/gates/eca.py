@@ -1,8 +1,8 @@
 """ECA: every channel is weighted by the means of its neighbours among the channels.
 
-Source: ECA-Net, Wang et al., CVPR 2020, arXiv:1910.03151, equations 3 to 7: x ⊙ σ(conv1d_k(mean x)), one kernel of k
-weights without bias, zeros beyond the ends; k = |log2(C)/2 + 1/2|, the odd number from there on, at least 3. The
-released networks do not follow it: ECA-Net50 has kernels of 3, 5, 5 and 7 in its stages, ECA-Net18 of 3, 5, 7 and 7.
+Source: ECA-Net, Wang et al., CVPR 2020, arXiv:1910.03151: x ⊙ σ(conv1d_k(mean x)), one kernel of k weights without
+bias, zeros beyond the ends; k = |log2(C)/2 + 1/2|, the odd number from there on, at least 3. The released networks do
+not follow it: ECA-Net50 has kernels of 3, 5, 5 and 7 in its stages, ECA-Net18 of 3, 5, 7 and 7.
 Prefix tokens are weighted as those of the map, whose means they do not enter.
 Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """

@@ -1,9 +1,10 @@
 """ELA: rows and columns of the map are weighted by what is found along the other axis.
 
-Source: ELA, Xu and Wan, 2024, arXiv:2403.01123, equations 5 to 9: a_h = σ(GN(conv1d(mean over W))), a_w = σ(GN(conv1d(
-mean over H))), x ⊙ a_h ⊙ a_w, with one convolution and one group norm for both axes. There is no code of the authors;
-the sizes are those of the paper's table of versions as community code has them. `EfficientLocalAttn` of timm is another
-module: a convolution and a norm per axis, and a SiLU between norm and sigmoid.
+Source: ELA, Xu and Wan, 2024, arXiv:2403.01123:
+    a_h = σ(GN(conv1d(mean over W))),  a_w = σ(GN(conv1d(mean over H))),  x ⊙ a_h ⊙ a_w
+with one convolution and one group norm for both axes. There is no code of the authors: formula and sizes are those of
+community code. `EfficientLocalAttn` of timm is another module: a convolution and a norm per axis, and a SiLU between
+norm and sigmoid.
 Prefix tokens pass.
 Shapes: B = batch, N = prefix + H·W tokens, T = H·W, C = channels.
 """

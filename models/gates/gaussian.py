@@ -1,7 +1,7 @@
 """Gaussian adaptive attention: features are weighted by how likely they are under learned Gaussians.
 
-Source: Gaussian Adaptive Attention is All You Need, Ioannides et al., 2024, arXiv:2401.11143, equations 5 to 9; and the
-authors' code, github.com/gioannides/Gaussian-Adaptive-Attention. In every head, a chunk of the channels of a token,
+Source: Gaussian Adaptive Attention is All You Need, Ioannides et al., 2024, arXiv:2401.11143; and the authors' code,
+github.com/gioannides/Gaussian-Adaptive-Attention. In every head, a chunk of the channels of a token,
     w = Π_g exp(-(x - μ - δ_g)² / (2 c_g² σ²)) / √(2π c_g²), normalised to sum one;  x ⊙ w
 with μ and σ² of the chunk. So the mean weight is one over the size of the chunk, which shrinks the tokens, to 0.04 at
 64 channels in 4 heads; `scale="size"` multiplies by that size. The authors' code divides by 10⁻⁸ at the least, which

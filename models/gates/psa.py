@@ -1,10 +1,10 @@
 """Polarized self-attention: channels weighted by an attended token, places by an attended channel.
 
-Source: Polarized Self-Attention, Liu et al., 2021, arXiv:2107.00782, equations 5 to 9; and the authors' code,
+Source: Polarized Self-Attention, Liu et al., 2021, arXiv:2107.00782; and the authors' code,
 github.com/DeLightCMU/PSA, `PSA_p` and `PSA_s`. The paper has the softmax of the weights of places on the pooled query,
 over its C / 2 channels. The code of `PSA_p` takes it over the H·W products of query and values instead, that of `PSA_s`
-over the H·W places of the values: on a map of 14×14 the weights then are all within 0.493 and 0.512, and
-half of the block is a factor of one half. `spatial="released"` follows the code.
+over the H·W places of the values: on a map of 14×14 all weights then lie between 0.493 and 0.512, so that half of the
+block is a factor of one half. `spatial="released"` follows the code.
 Prefix tokens pass.
 Shapes: B = batch, N = prefix + H·W tokens, T = H·W, C = channels.
 """

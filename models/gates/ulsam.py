@@ -1,6 +1,6 @@
 """ULSAM: in every group of channels one map of weights over the places, which sum to one, is added to the tokens.
 
-Source: ULSAM, Saini et al., WACV 2020, arXiv:2006.15102, equations 1 to 3; and the authors' code,
+Source: ULSAM, Saini et al., WACV 2020, arXiv:2006.15102; and the authors' code,
 github.com/Nandan91/ULSAM. With a summing to one over H·W places, x + a·x changes a token by about 1 / (H·W) of it.
 Prefix tokens pass.
 Shapes: B = batch, N = prefix + H·W tokens, T = H·W, C = channels, G = groups.

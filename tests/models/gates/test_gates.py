@@ -175,6 +175,13 @@ def test_gaussian_keeps_the_size_of_the_tokens(heads):
     torch.testing.assert_close(weights.mean(3), torch.ones_like(weights.mean(3)))
 
 
+@pytest.mark.parametrize("scale", ["size", "released"])
+def test_gaussian_of_equal_features_has_a_gradient(scale):
+    gate, x = GaussianAdaptive(site(), scale=scale), torch.full((1, 30, 32), 2.0, requires_grad=True)
+    gate(x, GRID).x.sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in gate.parameters())
+
+
 def test_gaussian_is_a_product_of_normalised_densities():
     gate, x = made(GaussianAdaptive, heads=2, gaussians=3, scale="released"), tokens()
     away = (x.unflatten(2, (2, 16)) - x.unflatten(2, (2, 16)).mean(3, keepdim=True)).unsqueeze(4)
