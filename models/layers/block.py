@@ -129,14 +129,14 @@ class Stage(nn.Module):
 
 def recomputed(module: nn.Module, *inputs: object, **named: object) -> tuple:
     """`module(*inputs, **named)`, whose activations are computed again in the backward pass rather than kept."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) or getattr(m, "averages", False)]
     if norms:
         return _recomputed_with_norms(module, norms, *inputs, **named)
     return checkpoint(module, *inputs, use_reentrant=False, **named)
 
 
 @torch.compiler.disable  # Dynamo does not know context_fn; such a module runs uncompiled
-def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], *inputs: object, **named: object) -> tuple:
+def _recomputed_with_norms(module: nn.Module, norms: list[nn.Module], *inputs: object, **named: object) -> tuple:
     def contexts() -> tuple:
         return nullcontext(), frozen_statistics(norms)
 
@@ -144,8 +144,11 @@ def _recomputed_with_norms(module: nn.Module, norms: list[_BatchNorm], *inputs: 
 
 
 @contextmanager
-def frozen_statistics(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Running averages of batch norms stand still inside: a second forward of the same batch must not count twice."""
+def frozen_statistics(norms: list[nn.Module]) -> Iterator[None]:
+    """Running averages of batch norms stand still inside: a second forward of the same batch must not count twice.
+
+    So do those of other modules with `averages`, `momentum` and `num_batches_tracked`.
+    """
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     try:
         for norm in norms:

@@ -16,9 +16,9 @@ from models.attention import Grid, Site, build
 from models.factory import compose_model, instantiate
 
 SITE = Site(dim=64, num_heads=8, grid=Grid(8, 8), stage=0, block=0, depth=2, kind="hierarchical")
-# what means something: no halo, convolution or shared head, no attention but a convolution, numbers that are not whole
-ALLOWED = {("halo", 0), ("lepe_kernel", 0), ("cpe_kernel", 0), ("shared_heads", 0), ("topk", 0), ("power", 2.5)}
-ALLOWED |= {("denominator_min", 2.5)}
+# what means something: none of that, no attention but a convolution, numbers that are not whole
+NONE = ("halo", "overlap", "memory", "decay", "lepe_kernel", "cpe_kernel", "shared_heads", "topk")
+ALLOWED = {*((name, 0) for name in NONE), ("power", 2.5), ("denominator_min", 2.5)}
 
 
 @cache

@@ -3,20 +3,30 @@
 Shapes: B = batch, N = prefix + H·W tokens, C = channels, M = heads, D = channels per head, H W = map.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.heads import heads_to_map as heads_to_map
 from kernels.heads import map_to_heads as map_to_heads
 from kernels.heads import merge_heads as merge_heads
 from kernels.heads import split_heads as split_heads
-from models.attention.contract import Refused, Site
+from models.attention.contract import Grid, Refused, Site
 
 
 def gated_heads(x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
-    """The heads of every token, next to each other in its channels, times their gates; unchanged without gates."""
+    """The heads of every token, next to each other in its channels, times their gates; unchanged without gates.
+
+    Gates are one per head, (B, N, M), or one per channel of it, (B, N, M·D).
+    """
     if gates_BNM is None:
         return x_BNC
     return (x_BNC.unflatten(-1, (gates_BNM.shape[-1], -1)) * gates_BNM.unsqueeze(-1)).flatten(-2)
+
+
+def map_of(v_BMSD: Tensor, kv_grid: Grid, grid: Grid) -> Tensor:
+    """Values on the map of the queries, (B, M·D, H, W): enlarged bilinearly where their own is smaller."""
+    v_BCYX = heads_to_map(v_BMSD, kv_grid)
+    return v_BCYX if kv_grid[:2] == grid[:2] else F.interpolate(v_BCYX, size=grid[:2], mode="bilinear")
 
 
 def head_channels(site: Site, even: bool = False) -> int:

@@ -1,0 +1,1 @@
+"""Values: what is added to the heads, made of the values alone."""
