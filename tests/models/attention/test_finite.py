@@ -1,4 +1,4 @@
-"""Agent, focused linear and InLine attention keep numbers finite: large powers, extreme tokens, half precision."""
+"""Linear, agent and relational attention keep numbers finite: large powers, extreme tokens, half precision."""
 
 from functools import partial
 
@@ -8,8 +8,15 @@ from torch import Tensor, nn
 
 from models.attention import Grid, Site
 from models.attention.agent import agent_attention
+from models.attention.cores.efficient import efficient_attention
+from models.attention.cores.flow import flow_attention
+from models.attention.cores.galerkin import fourier_attention, galerkin_attention
+from models.attention.cores.hedgehog import hedgehog_attention
+from models.attention.cores.linear import linear_attention
+from models.attention.cores.xca import xca_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
+from models.attention.relational import RelationalAttention
 from models.layers.block import Block
 
 GRID = Grid(7, 9)
@@ -19,8 +26,18 @@ MECHANISMS = {
     "agent": agent_attention,
     "inline": inline_attention,
     "inline exp": partial(inline_attention, feature="exp", lepe=True),
+    "efficient": efficient_attention,
+    "hedgehog": hedgehog_attention,
+    "hedgehog, exp": partial(hedgehog_attention, feature="exp"),
+    "flow": flow_attention,
+    "linear": linear_attention,
+    "galerkin": galerkin_attention,
+    "fourier": fourier_attention,
+    "xca": xca_attention,
+    "relational": RelationalAttention,
     **{f"focused, power {power}": partial(focused_linear_attention, power=power) for power in POWERS},
 }
+GROWING = ("inline", "relational")
 TOKENS = {
     "usual": lambda x: x,
     "negative": lambda x: -x.abs() - 1,  # no channel of the features is positive
@@ -61,13 +78,14 @@ def test_a_block_trains_on_any_tokens(name: str, kind: str, precision: str, x: T
 
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("kind", TOKENS)
-@pytest.mark.parametrize("name", [name for name in MECHANISMS if not name.startswith("inline")])
+@pytest.mark.parametrize("name", [name for name in MECHANISMS if not name.startswith(GROWING)])
 def test_a_mechanism_alone_trains_on_any_tokens(name: str, kind: str, precision: str, x: Tensor) -> None:
-    """Without a norm. InLine's output grows with the third power of its input, beyond what float16 can hold."""
+    """Without a norm. Outputs that grow with the second or third power of the input leave what float16 can hold."""
     torch.manual_seed(0)
     module = MECHANISMS[name](SITE)
-    for projection in (module.qkv, module.proj):
-        nn.init.trunc_normal_(projection.weight, std=0.02)
+    for projection in module.modules():
+        if isinstance(projection, nn.Linear):
+            nn.init.trunc_normal_(projection.weight, std=0.02)
     finite_step(module, TOKENS[kind](x).clone(), AUTOCAST[precision])
 
 

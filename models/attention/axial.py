@@ -1,0 +1,57 @@
+"""Axial attention: tokens see those of their column, and with other weights those of their row.
+
+Source: Axial Attention in Multidimensional Transformers, Ho et al., 2019, arXiv:1912.12180; the form of the common
+implementation (lucidrains/axial-attention), where each axis has projections of its own to queries, to keys and values
+and to the output, and the results are summed, or one axis follows the other without a residual between.
+Shapes: B = batch, N = H·W tokens, C = channels, M = heads.
+Images have two axes, as has every `Grid` here; the third of a video would need maps of three sides. The layout `axial`
+is the same with one projection for both axes, and for any core.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention.contract.options import check_flags
+from models.attention.layouts.axial import axial
+from models.attention.softmax import softmax_attention
+
+
+class AxialAttention(Mixer):
+    """Softmax attention along the columns and along the rows.
+
+    Args:
+        site: the place in the backbone; the map has no prefix tokens.
+        summed: the sum of both; else rows attend to what columns gave.
+        head_dim: channels per head; C / M by default.
+        qkv_bias: bias of the projections to queries, keys and values.
+        backend: "auto", "triton" or "torch".
+    """
+
+    accepts = Accepts(prefix="refused")
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        summed: bool = True,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        check_flags("axial", summed=summed, qkv_bias=qkv_bias)
+        super().__init__(site, backend)
+        self.summed = summed
+        along = partial(softmax_attention, site, head_dim=head_dim, qkv_bias=qkv_bias, backend=backend)
+        self.columns, self.rows = (along(layout=partial(axial, along=axis)) for axis in ("columns", "rows"))
+
+    def runs(self, gated: bool = False) -> Runs:
+        """See `models.attention.Mixer`."""
+        return self.columns.runs(gated)
+
+    def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
+        along_columns = self.columns(x_BNC, grid, gates_BNM).x
+        if self.summed:
+            return Mixed(along_columns + self.rows(x_BNC, grid, gates_BNM).x, {})
+        return self.rows(along_columns, grid, gates_BNM)
