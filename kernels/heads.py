@@ -44,5 +44,5 @@ def map_to_heads(x_BCHW: Tensor, num_heads: int, prefix: int = 0) -> Tensor:
 
 
 def gated(x_BMND: Tensor, gates_BNM: Tensor) -> Tensor:
-    """Every head of every token times its gate."""
-    return x_BMND * gates_BNM.transpose(1, 2).unsqueeze(-1)
+    """Every head of every token times its gate; or every channel of it, with gates (B, N, M·D)."""
+    return x_BMND * gates_BNM.unflatten(2, (x_BMND.shape[1], -1)).transpose(1, 2)

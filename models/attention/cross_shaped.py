@@ -17,7 +17,7 @@ from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.layouts.stripes import Directions
-from models.attention.multihead import Core, check_layout
+from models.attention.multihead import Core, check_layout, check_transform
 
 MakeCore = Callable[[int, Grid, Grid], Core]  # heads, map of the queries, map of the keys
 MakePart = Callable[[Site], nn.Module]
@@ -66,6 +66,7 @@ class CrossShaped(Mixer):
         check_layout(layout, self.cores[0])
         sites = [site._replace(num_heads=self.num_heads, head_dim=self.head_dim, grid=grid) for grid in grids]
         self.transforms, self.values = (make and nn.ModuleList(map(make, sites)) for make in (transform, value))
+        check_transform(transform and self.transforms[0], layout, self.cores[0], value and self.values[0])
         self.reads_stream = self.cores[0].reads_stream
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from conf import values
 from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site, make
+from models.attention.contract.heads import gated_heads
 from models.attention.contract.options import check_flags, for_stage
 from models.attention.head_router import ROUTERS
 
@@ -99,7 +100,7 @@ class MoHAttention(Mixer):
         queries = self.mixer.queries(x_BNC) if self.router.reads_queries else None
         gates, balance = self.router(x_BNC, queries)
         if gates_BNM is not None:
-            gates = gates * gates_BNM
+            gates = gated_heads(gates_BNM, gates)
         mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **given)
         if balance is None or not self.training:
             return mixed

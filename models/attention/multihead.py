@@ -116,6 +116,7 @@ class MultiHead(Resizable, Mixer):
         super().__init__(site, backend)
         self.layout = Layout() if layout is None else layout
         check_layout(self.layout, core)
+        check_transform(transform, self.layout, core, value)
         self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
@@ -183,7 +184,7 @@ class MultiHead(Resizable, Mixer):
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
-        runs = self.runs(gated=gates_BNM is not None)
+        runs = self.runs(gated=self._gates_heads(gates_BNM))
         explain = is_explaining() and self.has_matrix
         if runs.fused and not explain and is_fused(runs.operation, self.backend, x_BNC):
             return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
@@ -192,6 +193,10 @@ class MultiHead(Resizable, Mixer):
         compute = self._explained if explain else self.core
         o_WMTD = compute(groups.q, groups.k, groups.v, groups.grid, groups.kv_grid, **given)
         return Mixed(self._finish(groups.back(o_WMTD), v, grid, kv_grid, gates_BNM), groups.losses)
+
+    def _gates_heads(self, gates_BNM: Tensor | None) -> bool:
+        """Whether there is one gate per head, which kernels take; one per channel of a head comes behind them."""
+        return gates_BNM is not None and gates_BNM.shape[-1] == self.num_heads
 
     def _groups(self, x_BNC: Tensor, grid: Grid) -> tuple[Groups, Tensor, Grid]:
         """Heads of the groups; and the values of all tokens (W, M, S, D) with their map."""
@@ -220,7 +225,7 @@ class MultiHead(Resizable, Mixer):
             windows = {"window": window, "shift": self.shift, "padding": self.qkv.bias}
             o_BNC = self.layout.restore(self.core.fused(self.qkv(x), arranged, self.num_heads, **windows), grid)
             return self.proj(gated_heads(o_BNC, gates_BNM))
-        if gates_BNM is not None and self.core.runs(window, gated=True).operation == "moh_attention":
+        if self._gates_heads(gates_BNM) and self.core.runs(window, gated=True).operation == "moh_attention":
             return self.proj(self.core.fused(self.qkv(x_BNC), grid, self.num_heads, gates=gates_BNM))
         x, local = self.layout.split(x_BNC, grid), self.layout.local(grid)
         o_BNC = self.core.fused(self.qkv(x), local, self.num_heads, **self._context(x_BNC, stream_BNC, grid))
@@ -293,3 +298,16 @@ def check_layout(layout: Layout, core: Core) -> None:
         raise Refused(f"{who} cannot work on {what}, as in {where}", "choose another attention/layout, e.g. window")
     if layout.masks and not core.masks:
         raise Refused(f"{who} takes no mask, which {where} needs", "choose a layout without one, e.g. window unshifted")
+
+
+def check_transform(transform: nn.Module | None, layout: Layout, core: Core, value: nn.Module | None) -> None:
+    """Refuses a transform that drops keys where somebody needs to know the place of each."""
+    if not getattr(transform, "drops_keys", False):
+        return
+    who = type(transform).__name__
+    if layout.masks or SCATTERED not in core.keys or value is not None:
+        what = "shifted windows" if layout.masks else type(core).__name__ if value is None else type(value).__name__
+        raise Refused(
+            f"{who} drops keys, and {what} needs all of them on their map",
+            "leave out attention/transform=random_keys, or bias, factor, value and shifted windows",
+        )

@@ -1,5 +1,7 @@
 """Mixture of heads during a run: balancing without a loss after every step, and what the routers do in validation.
 
+Random keys (`attention/transform=random_keys`) are drawn anew after every step, too.
+
 In validation it logs
     routing/active    the share of all heads of all layers that a token uses
     routing/entropy   of the scores of the routed heads, mean over layers: 1 for an undecided router, 0 for a sure one
@@ -19,6 +21,7 @@ from torch import nn
 
 from models.attention.head_router import HeadRouter
 from models.attention.moh import balance_heads
+from models.attention.transforms.random_keys import RandomKeys
 from models.callbacks.after_step import AfterStep
 from models.loggers.weights_and_biases import log_picture
 
@@ -46,6 +49,9 @@ class Routing(AfterStep):
 
     def update(self, model: nn.Module) -> None:
         balance_heads(model)
+        for module in model.modules():
+            if isinstance(module, RandomKeys):
+                module.after_step()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for router in self._routers.values():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.contract import Grid, Site
-from models.attention.contract.places import OfOffset
+from models.attention.contract.places import OfOffset, sampled
 from models.layers.resizable import Resizable
 from models.layers.tokens import square_side
 
@@ -56,12 +56,3 @@ class RelativePositionBias(Resizable, OfOffset):
         """(M, …), bilinearly between offsets, and the nearest one beyond its own map."""
         sides = [2 * side - 1 for side in self.window]
         return sampled(self.table.unflatten(0, sides).permute(2, 0, 1), offsets)
-
-
-def sampled(table_MHW: Tensor, offsets: Tensor) -> Tensor:
-    """Numbers (M, …) of a table of offsets, whose middle is the offset 0, at offsets (…, 2): bilinearly, clamped."""
-    half = torch.tensor([(side - 1) / 2 for side in table_MHW.shape[1:]], device=offsets.device)
-    unit = offsets.float() / half.clamp_min(0.5)
-    grid_1XY2 = unit.flip(-1).reshape(1, 1, -1, 2).to(table_MHW.dtype)
-    found = F.grid_sample(table_MHW[None], grid_1XY2, padding_mode="border", align_corners=True)
-    return found[0, :, 0].unflatten(1, offsets.shape[:-1])

@@ -6,14 +6,10 @@ residue class, as the layout gives them.
 Shapes: M = heads, h w = kernel, or sides of the map that a core sees; the table is (M, 2h−1, 2w−1).
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from models.attention.biases.relative import sampled
 from models.attention.contract import Site
-from models.attention.contract.places import OfOffset
-from models.layers.resizable import Resizable
+from models.attention.contract.places import OffsetTable
 
 
 def rpb(site: Site) -> "NeighborBias":
@@ -25,18 +21,9 @@ def rpb(site: Site) -> "NeighborBias":
     return NeighborBias(site.num_heads, tuple(site.grid[:2]))
 
 
-class NeighborBias(Resizable, OfOffset):
-    """A table whose entry (i, j) is for the offset (i − h + 1, j − w + 1), key minus query."""
+class NeighborBias(OffsetTable):
+    """A table whose entry (i, j) is for the offset (i − h + 1, j − w + 1); NAT's authors resize it bicubically too."""
 
     def __init__(self, num_heads: int, kernel: tuple[int, int]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in kernel)))
+        super().__init__(num_heads, kernel)
         nn.init.trunc_normal_(self.table, std=0.02)
-
-    def resized(self, name: str, value: Tensor) -> Tensor:
-        """A table of another kernel as the one of this module, bicubically, as NAT's authors do for larger kernels."""
-        return F.interpolate(value[None], size=self.table.shape[1:], mode="bicubic")[0]
-
-    def at(self, offsets: Tensor) -> Tensor:
-        """(M, …), bilinearly between offsets, and the nearest one beyond its own kernel."""
-        return sampled(self.table, -offsets)

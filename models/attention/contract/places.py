@@ -4,11 +4,14 @@ Shapes: M = heads, N = queries, S = keys, T = queries of a group; offsets are (�
 in cells of the map of the queries.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.contract import Grid
+from models.layers.resizable import Resizable
 
 
 def places(grid: Grid, like: Grid, device: torch.device) -> Tensor:
@@ -39,8 +42,36 @@ class OfOffset(nn.Module):
 
     def forward(self, grid: Grid, kv_grid: Grid) -> Tensor:
         """(M, N, S) for a map of queries and one of keys."""
-        device = next(self.parameters()).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
         table_MNS = self.at(offsets(grid, kv_grid, device))
         if grid.prefix or kv_grid.prefix:
             table_MNS = F.pad(table_MNS, (kv_grid.prefix, 0, grid.prefix, 0), value=self.neutral)
         return table_MNS
+
+
+class OffsetTable(Resizable, OfOffset):
+    """A learned number per head and offset, key minus query: (M, 2H − 1, 2W − 1) for a map of H × W.
+
+    Offsets between two are interpolated, and those beyond the map have the number of the nearest one.
+    """
+
+    def __init__(self, num_heads: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in size)))
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """(M, …); see `OfOffset`."""
+        return sampled(self.table, -offsets)
+
+    def resized(self, name: str, value: Tensor) -> Tensor:
+        """The table of another map as the one of this module, bicubically."""
+        return F.interpolate(value[None], size=self.table.shape[1:], mode="bicubic")[0]
+
+
+def sampled(table_MHW: Tensor, offsets: Tensor) -> Tensor:
+    """Numbers (M, …) of a table of offsets, whose middle is the offset 0, at offsets (…, 2): bilinearly, clamped."""
+    half = torch.tensor([(side - 1) / 2 for side in table_MHW.shape[1:]], device=offsets.device)
+    unit = offsets.float() / half.clamp_min(0.5)
+    grid_1XY2 = unit.flip(-1).reshape(1, 1, -1, 2).to(table_MHW.dtype)
+    found = F.grid_sample(table_MHW[None], grid_1XY2, padding_mode="border", align_corners=True)
+    return found[0, :, 0].unflatten(1, offsets.shape[:-1])

@@ -1,0 +1,1 @@
+"""Factors: numbers of queries and keys by place that multiply the weights."""

@@ -1,0 +1,1 @@
+"""Pres: what changes the tokens in front of the projection."""

@@ -1,0 +1,1 @@
+"""Scores: the logits of queries and keys, in place of their scaled product."""

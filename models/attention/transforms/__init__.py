@@ -1,0 +1,1 @@
+"""Transforms: what changes queries, keys and values behind the projection."""
