@@ -43,14 +43,19 @@ def hints(make: Callable) -> dict[str, set]:
 
 def wrong_values(name: str) -> Iterator[tuple[str, object]]:
     """Values of each option of a mechanism that its type, or its meaning, rules out."""
-    for option, kinds in hints(mechanism(name).func).items():
+    yield from wrong(hints(mechanism(name).func), ALLOWED)
+
+
+def wrong(options: dict[str, set], allowed: set[tuple[str, object]]) -> Iterator[tuple[str, object]]:
+    """Values of options of these types that are wrong unless they are `allowed`."""
+    for option, kinds in options.items():
         plain, values = {typing.get_origin(kind) or kind for kind in kinds}, []
         if plain & {int, float}:
             listed = plain - {int, float, str, types.NoneType}
             values = [-3, 0, "x", 2.5, True, *([(-3, -3, -3, -3)] if listed else [])]
         elif bool in plain or (str in plain and option != "backend"):  # see test_backends.py for that one
             values = ["wrong", 2]
-        yield from ((option, value) for value in values if (option, value) not in ALLOWED)
+        yield from ((option, value) for value in values if (option, value) not in allowed)
 
 
 @pytest.fixture
