@@ -205,6 +205,8 @@ class MultiHead(Resizable, Mixer):
         if self.transform is not None:
             q, k, v = self.transform(q, k, v, between, kv_grid)
         groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
+        if not self.core.places:
+            groups.given.pop("offsets", None)
         if (mask := self._mask(grid, x.device)) is not None:
             groups.given["mask"] = mask
         return groups, v, kv_grid
