@@ -85,7 +85,8 @@ def skeleton(name: str, **settings: Any) -> Skeleton:
         for key in (*module._parameters, *module._buffers)
     }
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    return Skeleton(shapes, resized, hasattr(model, "forward_pyramid"))
+    dense = hasattr(model, "forward_pyramid") and model.reducers is None
+    return Skeleton(shapes, resized, dense)
 
 
 _skeleton_of_file = functools.cache(skeleton)  # a model as it stands in conf/model is asked for again and again

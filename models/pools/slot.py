@@ -89,7 +89,7 @@ class SlotPool(Pool):
 
     def _start(self, batch: int) -> Tensor:
         """(B, Q, C): μ + σ · noise; training draws it anew, as dropout does its masks."""
-        mean = self.mu.expand(batch, self.num_slots, -1)
+        mean = self.mu.repeat(batch, self.num_slots // self.mu.shape[1], 1)  # a view fails in FlopCounterMode
         if self.training:
             return mean + self.log_sigma.exp() * torch.randn_like(mean)
         return mean + self.log_sigma.exp() * self.noise if self.shared else mean

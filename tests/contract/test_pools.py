@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conf import names
@@ -14,7 +15,10 @@ from conf.errors import UserError
 from models import create_model
 from models.attention import Grid
 from models.backbones.base import Backbone
+from models.checkpoints import check_config, convert, settings_of
+from models.cost import multiply_adds
 from models.factory import compose_model, instantiate
+from models.runs.initial import start_from
 
 POOLS, HEADS, REDUCERS = (names.options(group) for group in ("pool", "head", "reducer"))
 # a plain ViT with and without class token, stages, convolutions, and both
@@ -81,6 +85,7 @@ def test_images_are_judged_alone_and_at_any_size(place, name, kind):
         torch.testing.assert_close(model(x[1:]), both[1:], rtol=1e-4, atol=1e-5)
         assert torch.equal(model(x), both), "evaluation draws no numbers"
         tokens, grid, _ = model.forward_tokens(x)
+    assert multiply_adds(model, (32, 32)) > 1e6
     if pooled.weights is not None:
         assert grid.cells <= pooled.weights.shape[2] <= tokens.shape[1]
         assert (pooled.weights >= 0).all() and (pooled.weights.sum(-1) <= 1 + 1e-4).all()
@@ -183,3 +188,30 @@ def test_a_model_that_generates_has_neither(place, name):
         UserError, match=rf"{place}: it is part of a model that names the class .*, got DiT, which gener"
     ):
         create_model("moh_dit_s_2", **{place: name})
+
+
+STORED = [
+    ("vit_32px", "softmax", {"pool": "acmil", "head": "tversky", "reducer": "top"}),
+    ("convnext_32px", "conv", {"pool": "slot", "head": "linear"}),
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "parts"), STORED)
+def test_a_stored_run_builds_again_and_its_weights_start_another(name, attention, parts, tmp_path):
+    """The configuration passes as that of a file; for other classes what has rows of classes starts anew."""
+    cfg = compose_model(name, parts=parts)
+    config = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("model", "attention")}
+    config["run"] = {"model": name, "attention": attention}
+    check_config(config["model"])
+    trained = perturbed(instantiate(cfg.model, num_classes=7)).eval()
+    state, x = trained.state_dict(), images(2, 3, 32, 32)
+    again = instantiate(OmegaConf.create(config["model"]), num_classes=7).eval()
+    again.load_state_dict(convert(state, name, num_classes=7, **settings_of(config)))
+    assert torch.equal(again(x), trained(x))
+    save_file(state, tmp_path / "weights.safetensors")
+    other = instantiate(cfg.model, num_classes=4)
+    anew = {key for key, value in other.state_dict().items() if value.shape != state[key].shape}
+    assert anew and all(key.startswith(("head.", "pooling.branches.")) for key in anew)
+    notes = start_from(str(tmp_path / "weights.safetensors"), other, config)
+    assert notes[1] == "the head starts anew: 7 classes in the weights, 4 in the data"
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items() if key not in anew)
