@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.heads import gated
+from models.attention import flex
 from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
@@ -34,6 +35,9 @@ class Core(nn.Module):
     One whose `runs` is fused has `fused(qkv_BNC, grid, num_heads, ...) -> o_BNC`, which computes the same from the
     packed projection (B, N, 3·M·D). Where its kernel finds the windows by itself, that also takes `window`, `shift` and
     the `padding` that completes the map; where it weights the heads, `gates`.
+
+    One that is `flexible` has a `bias` of offsets, or None, and `flex(q_BMND, k_BMSD, v_BMSD, grid, around) -> o_BMND`,
+    which computes the same with PyTorch's FlexAttention on the map, in the neighbourhoods `around` or without.
 
     Attributes:
         keys: what its keys may be beside its queries, see `models.attention.contract.layout`.
@@ -55,6 +59,7 @@ class Core(nn.Module):
     adds = False
     row_stochastic = False
     ignores_grid = False
+    flexible = False
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """The kernel that computes the heads in such windows, gated or not."""
@@ -147,11 +152,22 @@ class MultiHead(Resizable, Mixer):
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
+        if self.backend != "torch" and (reason := self._flex()) is not None:
+            return Runs(flex.WHO, False, reason)
         window = self.layout.window_on(self.grid)
         runs = self.core.runs(window, gated)
         if (reason := self._unfused()) is None:
             return runs
         return Runs(type(self.core).__name__ if runs.fused else runs.operation, False, reason)
+
+    def _flex(self) -> str | None:
+        """What FlexAttention computes here; None where it does not."""
+        if not self.core.flexible or self.head_dim < flex.NARROWEST_HEAD:
+            return None
+        if self.layout.around is not None:
+            return "neighbourhoods are a mask of blocks"
+        biased = type(self.layout) is Layout and self.core.bias is not None
+        return f"{type(self.core.bias).__name__} is a table of offsets" if biased else None
 
     def _unfused(self) -> str | None:
         """Why no kernel can compute it, whatever the core; None where nothing is against it."""
@@ -188,6 +204,8 @@ class MultiHead(Resizable, Mixer):
         explain = is_explaining() and self.has_matrix
         if runs.fused and not explain and is_fused(runs.operation, self.backend, x_BNC):
             return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
+        if runs.operation == flex.WHO and not explain and x_BNC.is_cuda and is_fused(flex.WHO, self.backend, x_BNC):
+            return Mixed(self._forward_flex(x_BNC, grid, gates_BNM), {})
         groups, v, kv_grid = self._groups(x_BNC, grid)
         given = groups.given | self._context(x_BNC, stream_BNC, grid)
         compute = self._explained if explain else self.core
@@ -198,18 +216,30 @@ class MultiHead(Resizable, Mixer):
         """Whether there is one gate per head, which kernels take; one per channel of a head comes behind them."""
         return gates_BNM is not None and gates_BNM.shape[-1] == self.num_heads
 
+    def _forward_flex(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        """The same on the map, without gathering keys or writing out a bias."""
+        between = self.layout.between(grid)
+        q, k, v, kv_grid = self._heads(self.layout.split(x_BNC, grid), between)
+        o_BMND = self.core.flex(q, k, v, between, self.layout.around)
+        return self._finish(o_BMND, v, grid, kv_grid, gates_BNM)
+
     def _groups(self, x_BNC: Tensor, grid: Grid) -> tuple[Groups, Tensor, Grid]:
         """Heads of the groups; and the values of all tokens (W, M, S, D) with their map."""
         x, between = self.layout.split(x_BNC, grid), self.layout.between(grid)
-        q, k, v, kv_grid = self._project(x, between)
-        if self.transform is not None:
-            q, k, v = self.transform(q, k, v, between, kv_grid)
+        q, k, v, kv_grid = self._heads(x, between)
         groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
         if not self.core.places:
             groups.given.pop("offsets", None)
         if (mask := self._mask(grid, x.device)) is not None:
             groups.given["mask"] = mask
         return groups, v, kv_grid
+
+    def _heads(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
+        """Queries, keys and values of what `split` gave, and the map of the keys."""
+        q, k, v, kv_grid = self._project(x, grid)
+        if self.transform is not None:
+            q, k, v = self.transform(q, k, v, grid, kv_grid)
+        return q, k, v, kv_grid
 
     def _finish(self, o_WMTD: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, gates_BNM: Tensor | None) -> Tensor:
         """Heads (W, M, T, D) of what `split` gave → (B, N, C): what is added, gates, projection, the map."""

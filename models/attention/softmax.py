@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from kernels.moh_attention import moh_attention
 from kernels.window_attention import added_to_logits, window_attention
 from kernels.window_attention import definition as softmax_heads
+from models.attention import flex
 from models.attention.assemble import Composition, assemble
 from models.attention.biases.relative import RelativePositionBias
 from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING
+from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING, Around
 from models.attention.contract.options import check_flags, check_whole
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
@@ -120,6 +121,7 @@ class SoftmaxCore(Core):
         self.ignores_grid = bias is None and factor is None and not lepe
         self.row_stochastic = factor is None and getattr(weights, "row_stochastic", weights is None)
         placed = [part for part in (bias, factor) if part is not None]
+        self.flexible = not self.explicit and not lepe and (bias is None or hasattr(bias, "at"))
         lost = {SCATTERED} if placed else set()
         lost |= {SURROUNDING} if any(not hasattr(part, "at") for part in placed) else set()
         self.keys = KEYS - lost
@@ -161,6 +163,11 @@ class SoftmaxCore(Core):
         bias = None if self.bias is None else self.bias(Grid(*window), Grid(*window))
         layout = {"shift": shift, "padding": padding, "bias_MTT": bias, "scale": self.scale}
         return window_attention(qkv_BNC, grid[:2], num_heads, window, **layout)
+
+    def flex(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, around: Around | None) -> Tensor:
+        """See `Core`."""
+        q, k = (t.to(v_BMSD.dtype) for t in (self.q_norm(q_BMND), self.k_norm(k_BMSD)))
+        return flex.attend(q, k, v_BMSD, grid, scale=self.scale, bias=self.bias, around=around)
 
     def forward(
         self,

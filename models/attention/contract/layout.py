@@ -32,6 +32,20 @@ class Groups(NamedTuple):
     losses: dict[str, Tensor]
 
 
+class Around(NamedTuple):
+    """Neighbourhoods on a map: which cells each cell sees, separately along both axes."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    along: Callable[..., Tensor]  # (length, kernel, stride, dilation, device) -> cells (length, kernel)
+
+    def axes(self, grid: Grid, device: Any) -> list[Tensor]:
+        """Along each axis the cells of the keys of every cell, (side, K)."""
+        sizes = zip(grid[:2], self.kernel, self.stride, self.dilation, strict=True)
+        return [self.along(*size, device) for size in sizes]
+
+
 class Layout:
     """The whole map, unless a layout says otherwise; an object without weights of its own.
 
@@ -45,6 +59,7 @@ class Layout:
         window, shift: of windows that a kernel may find by itself in what `arrange` gives; None for none.
         reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that makes the tokens of keys and values; None: they are
             those of the queries. A mixer owns it, under this name.
+        around: of neighbourhoods, which PyTorch's FlexAttention finds by itself on the map `between`; None for none.
         content: module that decides the groups by what they hold; None: the map decides. A mixer owns it.
     """
 
@@ -55,6 +70,7 @@ class Layout:
     shift: tuple[int, int] = (0, 0)
     reduce: nn.Module | None = None
     content: nn.Module | None = None
+    around: Around | None = None
 
     def local(self, grid: Grid) -> Grid:
         """The map of the queries that a core sees."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from conf import values
 from conf.errors import UserError
 from models.attention.contract import Grid, Refused, Site
-from models.attention.contract.layout import SURROUNDING, Groups, Layout
+from models.attention.contract.layout import SURROUNDING, Around, Groups, Layout
 from models.attention.contract.options import check_flags, for_stage
 
 Pair = tuple[int, int]
@@ -86,7 +86,8 @@ class Neighborhood(Layout):
             raise UserError(
                 f"neighborhood: stride must be at most the kernel {kernel}, got {stride}; with the same it is windows"
             )
-        self.kernel, self.stride, self.dilation, self.pad = kernel, stride, dilation, pad
+        self.kernel, self.dilation, self.pad = kernel, dilation, pad
+        self.around = Around(kernel, stride, dilation, keys_along)
 
     def local(self, grid: Grid) -> Grid:
         return Grid(1, 1)
@@ -124,7 +125,7 @@ class Neighborhood(Layout):
 
     def gather(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, content: nn.Module | None) -> Groups:
         B, M, N, D = q.shape
-        rows, columns = axes = self.axes(grid, q.device)
+        rows, columns = axes = self.around.axes(grid, q.device)
         y_HK, x_WK = (self._offsets(keys, i) for i, keys in enumerate(axes))
         away = torch.broadcast_tensors(y_HK[:, None, :, None], x_WK[None, :, None, :])
         offsets = torch.stack(away, dim=-1).flatten(2, 3).flatten(0, 1)[:, None]
@@ -135,11 +136,6 @@ class Neighborhood(Layout):
             return o.view(B, N, M, -1).transpose(1, 2)
 
         return Groups(alone, *around, Grid(1, 1), Grid(*self.kernel), {"offsets": offsets}, back, {})
-
-    def axes(self, grid: Grid, device: Any) -> list[Tensor]:
-        """Along each axis of a map the cells of the keys of every cell, (side, K)."""
-        sizes = zip(grid[:2], self.kernel, self.stride, self.dilation, strict=True)
-        return [keys_along(*size, device) for size in sizes]
 
     def _offsets(self, keys: Tensor, axis: int) -> Tensor:
         """How far each cell lies behind its keys, counted within its residue class."""
