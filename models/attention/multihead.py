@@ -20,7 +20,7 @@ from models.attention import flex
 from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
-from models.attention.contract.layout import KEYS, SAME, SCATTERED, Groups, Layout
+from models.attention.contract.layout import KEYS, SAME, SCATTERED, SURROUNDING, Groups, Layout
 from models.layers.resizable import Resizable
 
 
@@ -336,10 +336,11 @@ def check_transform(transform: nn.Module | None, layout: Layout, core: Core, val
     """Refuses a transform that drops keys where somebody needs to know the place of each."""
     if not getattr(transform, "drops_keys", False):
         return
-    who = type(transform).__name__
-    if layout.masks or SCATTERED not in core.keys or value is not None:
-        what = "shifted windows" if layout.masks else type(core).__name__ if value is None else type(value).__name__
-        raise Refused(
-            f"{who} drops keys, and {what} needs all of them on their map",
-            "leave out attention/transform=random_keys, or bias, factor, value and shifted windows",
-        )
+    gathers = layout.keys in (SURROUNDING, SCATTERED) or layout.content is not None
+    wanting = {layout: layout.masks or gathers, core: SCATTERED not in core.keys, value: value is not None}
+    for part, wants in wanting.items():
+        if wants:
+            raise Refused(
+                f"{type(transform).__name__} drops keys, and {type(part).__name__} needs all of them on their map",
+                "leave out attention/transform=random_keys, or bias, factor, value and a layout that masks or gathers",
+            )

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from conf.names import options
+from conf.names import PARTS, options
 from tests.conf.test_families import ROWS, without_a_small_row
 
 ROOT = Path(__file__).parents[2]
 PAPER = r"arXiv:\d{4}\.\d{4,5}"
 TASKS, DATA = options("task"), options("data")
-MECHANISM, FAMILY, KERNEL = (
+MECHANISM, PART, FAMILY, KERNEL = (
     "a module that `conf/attention/` names",
+    "a module that `conf/attention/<part>/` names, but for layouts",
     "a module that `conf/model/` names",
     "`kernels/<op>/`",
 )
@@ -34,6 +35,8 @@ class Rule(NamedTuple):
         """The files that it is about."""
         if self.kind in (MECHANISM, FAMILY):
             return targets(*(("attention", "attention") if self.kind == MECHANISM else ("model", "backbones")))
+        if self.kind == PART:
+            return [path for part in PARTS if part != "layout" for path in targets(f"attention/{part}", "attention")]
         if self.kind == KERNEL:
             return [path.parent for path in sorted(ROOT.glob("kernels/*/cases.py"))]
         return [path for pattern in re.findall(r"`([^`]+)`", self.kind) for path in sorted(ROOT.glob(pattern))]
@@ -175,6 +178,12 @@ RULES = [
         "has a test of the paper's property in `tests/models/attention/`, which imports it",
         has_a_test,
         ("nobody.py", '"""Attention."""\n'),
+    ),
+    Rule(
+        PART,
+        "has `Source:` with the number on arXiv and `Shapes:` in its docstring, and a test in `tests/models/attention/`",
+        lambda path: has_a_source(path) and "Shapes:" in docstring(path) and has_a_test(path),
+        ("nobody.py", '"""A part.\n\nSource: a paper, arXiv:2106.14881.\n"""\n'),
     ),
     Rule(
         FAMILY,

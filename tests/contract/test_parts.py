@@ -1,4 +1,4 @@
-"""Every part of a mechanism, in the softmax core: in a ViT, in shifted windows, under a mixture of heads.
+"""Every part of a mechanism, in the softmax core: in a ViT, in windows and neighbourhoods, under a mixture of heads.
 
 Layouts have tests of their own.
 """
@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from conf import names
 from conf.errors import UserError
-from models import create_model
+from models import cost, create_model
 from models.attention import Grid, Mixer, Refused, Site, make
 from models.attention.focused_linear import focused_linear_attention
+from models.attention.layouts.halo import halo
+from models.attention.layouts.neighborhood import neighborhood
 from models.attention.moh import MoHAttention
 from models.attention.softmax import softmax_attention
 from models.factory import instantiate
@@ -28,7 +30,10 @@ PLACES = {
     "class token": (VIT._replace(grid=Grid(4, 6, 1)), {}),
     "shifted windows": (VIT._replace(kind="hierarchical"), {"window": 4, "shift": True}),
     "moh": (VIT._replace(grid=Grid(4, 6, 1)), {}),
+    "halo": (VIT._replace(kind="hierarchical"), {"layout": partial(halo, block=2, halo=1)}),
+    "neighborhood": (VIT._replace(kind="hierarchical"), {"layout": partial(neighborhood, kernel=3)}),
 }
+PLACED = {"shifted windows": "Windows", "halo": "Halo", "neighborhood": "Neighborhood"}  # where each key has its place
 DROPS = [("transform", "random_keys")]  # cannot be in shifted windows, or in a core that needs the map of its keys
 # values that mean something: all other wrong ones are of a wrong type or out of range
 ALLOWED = {
@@ -64,8 +69,8 @@ def tokens(place: str, grid: Grid | None = None) -> tuple[torch.Tensor, Grid]:
 @each
 def test_it_works_wherever_softmax_attention_does(part, name, place):
     """Every parameter has a gradient, images do not see each other, and another map runs."""
-    if place == "shifted windows" and (part, name) in DROPS:
-        with pytest.raises(Refused, match=r"RandomKeys drops keys, and shifted windows needs"):
+    if place in PLACED and (part, name) in DROPS:
+        with pytest.raises(Refused, match=f"RandomKeys drops keys, and {PLACED[place]} needs all of them on their map"):
             mixer(part, name, place)
         return
     made = mixer(part, name, place)
@@ -83,7 +88,7 @@ def test_it_works_wherever_softmax_attention_does(part, name, place):
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "moh"])
 @each
 def test_the_projection_of_weights_times_values_is_the_output(part, name, place):
-    if place == "shifted windows" and (part, name) in DROPS:
+    if place in PLACED and (part, name) in DROPS:
         return
     made = mixer(part, name, place).eval()
     x, grid = tokens(place)
@@ -103,6 +108,13 @@ def test_each_says_whether_rows_sum_to_one(part, name):
             torch.nn.init.normal_(parameter)
     sums = made.attention_matrix(*tokens("vit")).sum(-1)
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-4) == made.core.row_stochastic
+
+
+@each
+def test_it_is_made_and_counted_without_memory(part, name):
+    with torch.device("meta"):
+        model = create_model("vit_32px", attention="softmax", depth=1, dim=32, **{part: name})
+    assert cost.multiply_adds(model, (32, 32)) > 0
 
 
 @each

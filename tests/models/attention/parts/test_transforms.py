@@ -13,6 +13,7 @@ from models.attention import Grid, Refused, Site
 from models.attention.biases.kerple import kerple
 from models.attention.contract.layout import Layout
 from models.attention.layouts.grid import grid as dilated
+from models.attention.layouts.neighborhood import neighborhood
 from models.attention.layouts.window import window
 from models.attention.softmax import softmax_attention
 from models.attention.transforms.primer import primer
@@ -21,6 +22,7 @@ from models.attention.transforms.random_keys import random_keys
 from models.attention.transforms.rope import rope
 from models.attention.transforms.selective import selective
 from models.attention.values.lepe import lepe
+from models.callbacks.routing import Routing
 
 SITE = Site(dim=16, num_heads=2, grid=Grid(4, 5), stage=0, block=0, depth=2, kind="vit")
 PREFIXED = SITE.grid._replace(prefix=2)
@@ -149,6 +151,12 @@ def test_every_key_is_seen_about_as_often():
     assert counts.min() > 60 and counts.max() < 140
 
 
+def test_a_run_draws_anew_after_every_step():
+    part = random_keys(SITE)
+    Routing().update(torch.nn.Sequential(part))
+    assert part.step == 1
+
+
 def test_random_keys_are_the_same_under_recomputation():
     mixer = softmax_attention(SITE, transform=random_keys)
     x = torch.randn(2, 20, 16, requires_grad=True)
@@ -165,7 +173,8 @@ def test_random_keys_are_the_same_under_recomputation():
     [
         ({"bias": kerple}, "SoftmaxCore"),
         ({"value": lepe}, "LePE"),
-        ({"layout": lambda site: window(site, size=2, shift=True)}, "shifted windows"),
+        ({"layout": lambda site: window(site, size=2, shift=True)}, "Windows"),
+        ({"layout": lambda site: neighborhood(site, kernel=3)}, "Neighborhood"),
     ],
 )
 def test_what_needs_the_place_of_every_key_refuses_random_keys(parts, what):
