@@ -181,7 +181,7 @@ RULES = [
     ),
     Rule(
         PART,
-        "has `Source:` with the number on arXiv and `Shapes:` in its docstring, and a test in `tests/models/attention/`",
+        "has in its docstring `Source:` with the arXiv number, and `Shapes:`, and a test in `tests/models/attention/`",
         lambda path: has_a_source(path) and "Shapes:" in docstring(path) and has_a_test(path),
         ("nobody.py", '"""A part.\n\nSource: a paper, arXiv:2106.14881.\n"""\n'),
     ),
