@@ -50,10 +50,11 @@ def mimetic(
             raise UserError(f"mimetic: {name} must be true or false, got {value!r}; set initializer.{name}")
     places = projections(model, "mimetic", "initializer")
     for place in places:
-        if place.inner > place.proj.out_features:
+        dim, inner, out = place.qkv.in_features, place.inner, place.proj.out_features
+        if out != dim or inner > dim:
             raise UserError(
-                f"mimetic: heads together must have no more channels than tokens, got {place.inner} and "
-                f"{place.proj.out_features} in {place.name}; set initializer=null"
+                f"mimetic: heads must have no more channels than tokens, and a projection back to all of these, got "
+                f"{dim} → {inner} → {out} in {place.name}; set initializer=null"
             )
     for place in places:
         _queries_and_keys(place, alpha_qk, beta_qk)
