@@ -122,6 +122,8 @@ def _refuse_lists_of_options(arguments: list[str]) -> None:
             continue
         if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
             raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
+        if "null" in value.split(",") and (group in PLACES or group.removeprefix("attention/") in PARTS):
+            raise UserError(f"{group}: must be a name, got {value}; give {group}=none for nothing, or leave it out")
         if group in groups() and group not in PLACES and value in ("null", ""):
             raise UserError(
                 f"{group}: must name one of {', '.join(options(group))}, got {value!r}; or leave {group}= out"

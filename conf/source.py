@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from conf import families, recipes
-from conf.names import PLACES
+from conf.names import PARTS, PLACES
 
 MODEL, PLAN, RECIPE = "model/", "attention/plan/", "recipe/"
 GIVEN = {
@@ -53,6 +53,8 @@ class _Conf(FileConfigSource):
         return "conf"
 
     def load_config(self, config_path: str) -> ConfigResult:
+        if _is_none(config_path):
+            return ConfigResult(self.provider, self.full_path(), OmegaConf.create({}), header={"package": "_global_"})
         rows, name = _rows(config_path)
         if name not in rows:
             result = super().load_config(_place(config_path))
@@ -65,7 +67,11 @@ class _Conf(FileConfigSource):
 
     def is_config(self, config_path: str) -> bool:
         rows, name = _rows(config_path)
-        return name in rows or (not config_path.startswith(MODEL) and super().is_config(_place(config_path)))
+        return (
+            _is_none(config_path)
+            or name in rows
+            or (not config_path.startswith(MODEL) and super().is_config(_place(config_path)))
+        )
 
     def is_group(self, config_path: str) -> bool:
         return super().is_group(_place(config_path))
@@ -93,6 +99,12 @@ def _place(config_path: str) -> str:
     if not f"{config_path}/".startswith(RECIPE):
         return config_path
     return f"{relpath(recipes.ROOT, families.CONF)}/{config_path.removeprefix('recipe')}"
+
+
+def _is_none(config_path: str) -> bool:
+    """Whether it is the choice of nothing, as in `-m gate=none,eca`, where nothing is chosen by default."""
+    group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+    return name == "none" and group in (*PLACES, *(f"attention/{part}" for part in PARTS))
 
 
 def _rows(config_path: str) -> tuple[dict[str, Any], str]:

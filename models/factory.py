@@ -22,6 +22,8 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
         cfg.image_size = settings.pop("image_size")
     for key, value in settings.items():
         part = next((part for part in (cfg.model, cfg.attention) if key in _settings(part)), None)
+        if part is None and value is None and key in (*names.PARTS, *names.PLACES):
+            continue
         if part is None:
             raise UserError(_unknown(name, key, value, cfg))
         part[key] = merged(f"create_model: {name}", key, part[key], value)

@@ -49,7 +49,7 @@ def projections(model: nn.Module, who: str, key: str) -> list[Projections]:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(
             f"{who}: mixers must have one projection `qkv` to 3·M·D channels and `proj`, got {lacking[0]}{more}; "
-            f"choose attention=softmax, or {key}=null"
+            f"choose attention=softmax, or {key}=none"
         )
     if not found:
         text = "every mixer of the model is a convolution, so nothing was changed; choose attention=softmax"

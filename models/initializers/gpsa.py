@@ -39,7 +39,7 @@ def gpsa(model: nn.Module, *, locality: float = 1.0) -> None:
         if place.inner != place.qkv.in_features:
             raise UserError(
                 f"gpsa: values start as the tokens, so heads must have as many channels together, got {place.inner} "
-                f"and {place.qkv.in_features} in {place.name}; leave attention.head_dim out, or set initializer=null"
+                f"and {place.qkv.in_features} in {place.name}; leave attention.head_dim out, or set initializer=none"
             )
     for place in places:
         place.qkv.weight[2 * place.inner :] = torch.eye(place.inner)

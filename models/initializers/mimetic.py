@@ -54,7 +54,7 @@ def mimetic(
         if out != dim or inner > dim:
             raise UserError(
                 f"mimetic: heads must have no more channels than tokens, and a projection back to all of these, got "
-                f"{dim} → {inner} → {out} in {place.name}; set initializer=null"
+                f"{dim} → {inner} → {out} in {place.name}; set initializer=none"
             )
     for place in places:
         _queries_and_keys(place, alpha_qk, beta_qk)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from conf import names
+from conf.compose import compose_run
 from models import create_model
 from models.reparam import fold, is_reparametrised
 
@@ -133,9 +134,20 @@ def test_what_cannot_be_is_refused(model, chosen, text):
         built(model, **chosen)
 
 
+def test_nothing_may_be_chosen_by_name():
+    chosen = [f"{names.group_of(key)}=none" for key in (*names.PLACES, *names.PARTS)]
+    assert compose_run(["model=vit_32px", *chosen])[0].model == compose_run(["model=vit_32px"])[0].model
+    assert is_reparametrised(built("vit_32px", gate=None, weights=None, reparam="sigma"))
+
+
+def test_null_is_no_name(command):
+    status, _, err = command("train", "-m", "reparam=null,sigma")
+    assert status == 2 and "reparam: must be a name, got null,sigma; give reparam=none for nothing, or leave it" in err
+
+
 @pytest.mark.parametrize("key", ["mimetic", "gpsa"])
 def test_an_initializer_refuses_mixers_without_its_projections_and_passes_over_convolutions(key):
-    text = rf"{key}: mixers must have one projection .*, got stages.*; choose attention=softmax, or initializer=null"
+    text = rf"{key}: mixers must have one projection .*, got stages.*; choose attention=softmax, or initializer=none"
     with pytest.raises(ValueError, match=text):
         built("vit_32px", attention="conv", initializer=key)
     with pytest.warns(UserWarning, match="every mixer of the model is a convolution, so nothing was changed"):

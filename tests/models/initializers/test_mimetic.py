@@ -73,9 +73,7 @@ def test_position_tables_and_wide_heads():
     assert torch.equal(table[:, 1:], position_table(4, 4, 48))
     narrow = vit(partial(softmax_attention, head_dim=8), initializer=mimetic)
     assert products(narrow)[0][1].trace() / 48 < -0.2
-    with pytest.raises(
-        ValueError, match=r"no more channels than tokens, .*, got 48 → 96 → 48 in .*; set init"
-    ):
+    with pytest.raises(ValueError, match=r"no more channels than tokens, .*, got 48 → 96 → 48 in .*; set init"):
         vit(partial(softmax_attention, head_dim=32), initializer=mimetic)
 
 
