@@ -61,6 +61,6 @@ def _of(name: str, module: nn.Module) -> Projections | None:
     qkv, proj, heads = (getattr(module, key, None) for key in ("qkv", "proj", "num_heads"))
     if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)):
         return None
-    if qkv.out_features != 3 * proj.in_features or proj.in_features % heads:
+    if (qkv.out_features, qkv.in_features) != (3 * proj.in_features, proj.out_features) or proj.in_features % heads:
         return None
     return Projections(name, qkv, proj, heads, module)
