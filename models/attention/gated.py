@@ -64,6 +64,7 @@ class GatedAttention(Mixer):
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
         self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
         self.has_matrix, self.has_queries = self.mixer.has_matrix, self.mixer.has_queries
+        self.ignores_grid = self.mixer.ignores_grid
         if not self.accepts.gates:
             who = type(self.mixer).__name__
             raise Refused(f"gated cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")

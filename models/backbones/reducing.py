@@ -7,7 +7,7 @@ from torch import nn
 from conf.errors import UserError
 from models.layers.reduced import Reducer
 
-FIX = "choose attention=softmax with no layout, bias or gate, or leave reducer= out"
+FIX = "choose one that takes them as they come, such as attention=softmax or gate=eca, or leave reducer= out"
 
 
 def put_reducers(model: nn.Module, reducer: Callable[..., Reducer | None] | None) -> None:
@@ -31,7 +31,7 @@ def put_reducers(model: nn.Module, reducer: Callable[..., Reducer | None] | None
     places = range(1, len(model.stages))
     made = {s: reducer(model.channels[s], model.grids[s], s) for s in places}
     made = {str(s): module for s, module in made.items() if module is not None}
-    for s in range(int(next(iter(made))), len(model.stages)):
+    for s in range(min(map(int, made)), len(model.stages)):
         for number, block in enumerate(model.stages[s].blocks):
             _check(block, f"block {number} of quarter {s}")
     model.reducers = nn.ModuleDict(made)

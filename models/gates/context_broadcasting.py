@@ -24,6 +24,7 @@ class ContextBroadcasting(Gate):
     """
 
     at = "mlp"
+    ignores_grid = True
 
     def __init__(self, site: Site, scaled: bool = False) -> None:
         super().__init__(site)

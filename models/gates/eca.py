@@ -27,6 +27,8 @@ class ECA(Gate):
         kernel_size: channels that a weight depends on, odd, or a list with one per stage; None for the paper's formula.
     """
 
+    ignores_grid = True
+
     def __init__(self, site: Site, kernel_size: int | Sequence[int] | None = None) -> None:
         super().__init__(site)
         self.conv = channel_convolution(site, "eca", kernel_size)

@@ -32,6 +32,7 @@ class GaussianAdaptive(Gate):
         scale: "size" for a mean weight of one, or "released" for weights that sum to one.
     """
 
+    ignores_grid = True
     undecayed = ("offset", "width")
 
     def __init__(self, site: Site, heads: int = 4, gaussians: int = 4, scale: str = "size") -> None:

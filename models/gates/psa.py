@@ -27,6 +27,7 @@ class PolarizedParallel(Gate):
         spatial: "paper" or "released", see above.
     """
 
+    ignores_grid = True
     narrowest = 2  # channels, that the halves are not empty
 
     def __init__(self, site: Site, spatial: str = "paper") -> None:

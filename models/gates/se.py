@@ -22,6 +22,8 @@ class SqueezeExcitation(Gate):
         ratio: channels over hidden ones; at least one of these is left.
     """
 
+    ignores_grid = True
+
     def __init__(self, site: Site, ratio: int = 16) -> None:
         super().__init__(site)
         values.whole("se", "ratio", ratio, fix="set gate.ratio")

@@ -33,12 +33,14 @@ class Gate(nn.Module):
     Attributes:
         at: where a block has it if nothing else is chosen: "mixer", "mlp" or "block".
         carries, carries_across_stages: as those of `models.attention.Mixer`.
+        ignores_grid: whether its result depends on the tokens alone, however they are laid out.
         undecayed: names of parameters without weight decay, besides biases and others of one dimension.
     """
 
     at = "mixer"
     carries = False
     carries_across_stages = False
+    ignores_grid = False
     undecayed: tuple[str, ...] = ()
 
     def __init__(self, site: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf import names
 from conf.errors import UserError
 from models import create_model
-from models.attention import Grid
+from models.attention import Grid, Site
 from models.backbones.base import Backbone
 from models.checkpoints import check_config, convert, settings_of
 from models.cost import multiply_adds
@@ -215,3 +215,30 @@ def test_a_stored_run_builds_again_and_its_weights_start_another(name, attention
     notes = start_from(str(tmp_path / "weights.safetensors"), other, config)
     assert notes[1] == "the head starts anew: 7 classes in the weights, 4 in the data"
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items() if key not in anew)
+
+
+def grid_free(group: str) -> list[str]:
+    """Mixers on a whole map, or gates, that say that the map does not matter to them."""
+    return [
+        name for name in names.options(group) if "/" not in name and getattr(part_at(group, name), "ignores_grid", 0)
+    ]
+
+
+@cache
+def part_at(group: str, name: str) -> nn.Module | None:
+    site = Site(32, 4, Grid(4, 6, 1), 0, 1, 2, "vit")
+    node = compose_model("vit_32px", name).attention if group == "attention" else chosen(group, name)
+    try:
+        return perturbed(instantiate(node)(site)).eval()
+    except UserError:  # refused with a class token
+        return None
+
+
+@pytest.mark.parametrize("group", ["attention", "gate"])
+def test_what_may_stand_behind_a_reducer(group):
+    """Who says that the map does not matter gives the same for another."""
+    x, found = images(2, 25, 32), grid_free(group)
+    assert {"attention": {"softmax", "moh", "flow", "xca"}, "gate": {"eca", "se"}}[group] <= set(found)
+    for name in found:
+        part = part_at(group, name)
+        torch.testing.assert_close(part(x, Grid(4, 6, 1)).x, part(x, Grid(1, 24, 1)).x, msg=name)

@@ -69,6 +69,7 @@ class DifferentialCore(Core):
 
     masks = True
     adds = True  # a norm behind the weighted values
+    ignores_grid = True
 
     def __init__(self, head_dim: int, layer: int, *, qk_norm: bool = False, dual_lambda: bool = False) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class EfficientCore(Core):
     """No parameters; in float32 at least."""
 
     row_stochastic = True
+    ignores_grid = True
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         with full_precision(q_BMND.device):

@@ -44,6 +44,8 @@ def flow_attention(
 class FlowCore(Core):
     """No parameters; in float32 at least."""
 
+    ignores_grid = True
+
     def __init__(self, outer_eps: bool = True) -> None:
         super().__init__()
         self.outer = EPS if outer_eps else 0.0

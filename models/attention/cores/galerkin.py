@@ -80,7 +80,7 @@ class SoftmaxFree(Core):
 
     def __init__(self, num_heads: int, head_dim: int, positions: bool = False) -> None:
         super().__init__()
-        self.positions = positions
+        self.positions, self.ignores_grid = positions, not positions
         self.keys = frozenset({SAME, SHORTENED}) if positions else KEYS
 
     def placed(self, x_BMND: Tensor, grid: Grid) -> Tensor:

@@ -105,6 +105,7 @@ class HedgehogCore(Core):
     """Features, the state φ(k)ᵀ v, and its reading by every query."""
 
     row_stochastic = True
+    ignores_grid = True
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int, *, tied: bool = False, **features: str | bool):
         super().__init__()

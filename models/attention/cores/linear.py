@@ -36,6 +36,8 @@ def linear_attention(site: Site, *, denominator_min: float = 100, **composition:
 class LinearCore(Core):
     """Features, the state φ(k)ᵀ v, and its reading by every query; in float32 at least."""
 
+    ignores_grid = True
+
     def __init__(self, num_heads: int, head_dim: int, denominator_min: float = 100) -> None:
         super().__init__()
         self.denominator_min = denominator_min

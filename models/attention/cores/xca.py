@@ -43,6 +43,7 @@ class CrossCovarianceCore(Core):
     """The covariance of the channels, its softmax, and its product with the values; in float32 at least."""
 
     keys = frozenset({SAME})  # its sums are over tokens that are queries and keys
+    ignores_grid = True
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

@@ -70,6 +70,10 @@ def test_what_is_left_is_pooled_and_losses_come_together():
     assert model.eval().forward_pooled(images(2, 3, 32, 32)).weights.shape == (2, 5, 32)
 
 
+def test_other_mixers_and_gates_that_need_no_map():
+    assert vit(attention="xca", gate="eca")(images(1, 3, 32, 32)).shape == (1, 5)
+
+
 def test_recomputation_gives_the_same_gradients():
     plain, recomputed = vit(), vit()
     recomputed.set_gradient_checkpointing(True)
@@ -99,7 +103,7 @@ def test_layer_decay_takes_a_reducer_with_the_block_behind_it():
         ),
         (
             {"bias": "relative"},
-            r"which the attention needs, got it in block 0 of quarter 2; choose attention=softmax with no",
+            r"which the attention needs, got it in block 0 of quarter 2; choose one that takes them as",
         ),
         ({"layout": "window"}, r"which the attention needs, got it in block 0 of quarter 2"),
         ({"features_only": True}, r"features_only: maps need all tokens, got the reducer Top; leave reducer= out"),
