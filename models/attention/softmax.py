@@ -29,6 +29,20 @@ from models.attention.multihead import Core
 Part = Callable[[Site], nn.Module]
 
 
+class SoftmaxParts(Composition, total=False):
+    """Options of mechanisms that are softmax attention in a layout of their own: those of `Composition`, and its parts.
+
+    head_dim, score, bias, weights, factor, max_tokens: see `softmax_attention`.
+    """
+
+    head_dim: int | None
+    score: Part | None
+    bias: Part | None
+    weights: Part | None
+    factor: Part | None
+    max_tokens: int
+
+
 def softmax_attention(
     site: Site,
     *,

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Unpack
 
-from models.attention.assemble import Composition
 from models.attention.biases.rpb import rpb
 from models.attention.contract import Mixer, Refused, Site
 from models.attention.contract.options import check_flags
 from models.attention.layouts.neighborhood import neighborhood
-from models.attention.softmax import softmax_attention
+from models.attention.softmax import SoftmaxParts, softmax_attention
 
 
 def neighborhood_attention(
@@ -25,7 +24,7 @@ def neighborhood_attention(
     dilation: int | Sequence[int] | Sequence[Sequence[int]] = 1,
     pad: bool = True,
     relative_position_bias: bool = True,
-    **composition: Unpack[Composition],
+    **parts: Unpack[SoftmaxParts],
 ) -> Mixer:
     """Softmax attention in the layout `neighborhood`, with the bias `rpb`.
 
@@ -33,14 +32,16 @@ def neighborhood_attention(
         site: the place in the backbone.
         kernel, stride, dilation, pad: see `models.attention.layouts.neighborhood.neighborhood`.
         relative_position_bias: the learned bias per head and offset.
-        composition: other parts, projection and backend, see `models.attention.assemble.Composition`.
+        parts: parts, projection and backend, see `models.attention.softmax.SoftmaxParts`.
 
     Raises:
-        Refused: another layout, or a map that is too small without padding.
+        Refused: another layout or bias, or a map that is too small without padding.
     """
     check_flags("neighborhood", relative_position_bias=relative_position_bias)
-    if composition.get("layout") is not None:
+    if parts.get("layout") is not None:
         raise Refused("neighborhood attention is a layout by itself", "choose attention=softmax with attention/layout")
     layout = partial(neighborhood, kernel=kernel, stride=stride, dilation=dilation, pad=pad)
-    bias = rpb if relative_position_bias else None
-    return softmax_attention(site, bias=bias, **composition | {"layout": layout})
+    if relative_position_bias and parts.get("bias") is not None:
+        raise Refused("two biases, relative_position_bias and attention/bias", "set relative_position_bias=false")
+    own = {"layout": layout} | ({"bias": rpb} if relative_position_bias else {})
+    return softmax_attention(site, **parts | own)

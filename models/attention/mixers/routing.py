@@ -7,10 +7,9 @@ Shapes: B = batch, N = H·W tokens, C = channels.
 from functools import partial
 from typing import Unpack
 
-from models.attention.assemble import Composition
 from models.attention.contract import Mixer, Refused, Site
 from models.attention.layouts.clusters.routing import routing
-from models.attention.softmax import softmax_attention
+from models.attention.softmax import SoftmaxParts, softmax_attention
 
 
 def routing_attention(
@@ -22,20 +21,20 @@ def routing_attention(
     shared_qk: bool = False,
     memory: int = 0,
     decay: float = 0.999,
-    **composition: Unpack[Composition],
+    **parts: Unpack[SoftmaxParts],
 ) -> Mixer:
     """Softmax attention in the layout `clusters/routing`.
 
     Args:
         site: the place in the backbone.
         clusters, members, cover, shared_qk, memory, decay: see `models.attention.layouts.clusters.routing.routing`.
-        composition: other parts, projection and backend, see `models.attention.assemble.Composition`.
+        parts: parts, projection and backend, see `models.attention.softmax.SoftmaxParts`.
 
     Raises:
         Refused: another layout.
     """
-    if composition.get("layout") is not None:
+    if parts.get("layout") is not None:
         raise Refused("routing attention is a layout by itself", "choose attention=softmax with attention/layout")
     options = {"clusters": clusters, "members": members, "cover": cover, "shared_qk": shared_qk}
     layout = partial(routing, **options, memory=memory, decay=decay)
-    return softmax_attention(site, **composition | {"layout": layout})
+    return softmax_attention(site, **parts | {"layout": layout})

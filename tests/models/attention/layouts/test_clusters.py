@@ -14,6 +14,7 @@ from models.attention.layouts.clusters.routing import Routed, routing
 from models.attention.mixers.boat import boat_attention
 from models.attention.mixers.routing import routing_attention
 from models.attention.softmax import SoftmaxCore, softmax_attention
+from models.attention.values.lepe import lepe
 from models.layers.block import recomputed
 
 MAP = Grid(6, 9)
@@ -163,7 +164,23 @@ def test_centroids_stay_in_evaluation() -> None:
     assert before["num_batches_tracked"] == 1 and before["pending"].any()
 
 
+def test_every_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What centroids move by is summed over processes, here two of the same tokens."""
+    x = torch.randn(2, MAP.tokens, 32)
+    mixer = routing_attention(SITE)
+    mixer(x, MAP)
+    alone = mixer.content.pending.clone()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.mul_(2))
+    with torch.no_grad():
+        mixer.content.pending.zero_()
+        mixer(x, MAP)
+    torch.testing.assert_close(mixer.content.pending, 2 * alone)
+
+
 def test_wrong_choices_are_refused() -> None:
+    with pytest.raises(Refused, match=r"two values, lepe and attention/value; set attention.lepe=false"):
+        boat_attention(SITE, value=lepe)
     with pytest.raises(Refused, match=r"one token makes one cluster; choose attention=softmax"):
         boat(SITE._replace(grid=Grid(1, 1)))
     with pytest.raises(Refused, match=r"SoftmaxCore cannot work on tokens without a map, as in Bisected"):

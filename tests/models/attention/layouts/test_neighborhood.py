@@ -6,6 +6,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
+from models import create_model
 from models.attention import Grid, Refused, Site, build
 from models.attention.biases.relative import relative
 from models.attention.biases.rpb import rpb
@@ -14,6 +15,7 @@ from models.attention.layouts.neighborhood import Neighborhood, dilation_of, key
 from models.attention.mixers.neighborhood import neighborhood_attention
 from models.attention.multihead import MultiHead
 from models.attention.softmax import SoftmaxCore, softmax_attention
+from models.attention.weights.sigmoid import SigmoidWeights
 
 MAP = Grid(9, 7)
 SITE = Site(dim=16, num_heads=2, grid=MAP, stage=0, block=0, depth=2, kind="hierarchical")
@@ -131,7 +133,19 @@ def test_dilations_by_block_and_stage(dilation: object, expected: list[int]) -> 
     assert [dilation_of(dilation, SITE._replace(stage=1, block=block)) for block in range(3)] == expected
 
 
+@pytest.mark.parametrize("attention", ["neighborhood", "boat", "routing"])
+def test_parts_are_taken(attention: str) -> None:
+    options = {"neighborhood": {"bias": "kerple", "relative_position_bias": False}}.get(attention, {})
+    model = create_model("vit_32px", attention, weights="sigmoid", transform="qk_norm", num_classes=5, **options)
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    core = next(module for module in model.modules() if isinstance(module, SoftmaxCore))
+    assert isinstance(core.weights, SigmoidWeights) and (core.bias is not None) == bool(options)
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_wrong_options_are_refused() -> None:
+    with pytest.raises(Refused, match=r"two biases, .*; set relative_position_bias=false"):
+        neighborhood_attention(SITE, bias=rpb)
     with pytest.raises(ValueError, match=r"neighborhood: stride must be at most the kernel \(3, 3\), got \(4, 4\)"):
         neighborhood(SITE, kernel=3, stride=4)
     with pytest.raises(ValueError, match=r"neighborhood: dilation must be a whole number of at least 1, got 0"):
