@@ -7,7 +7,8 @@ What a mixer can take of it:
 - W_V = I wherever there are `qkv` and `proj` of as many inner as outer channels;
 - the logits where it has a learned table of relative positions, to which they are given: there they are added to those
   of queries and keys, which start small, in place of being mixed with them behind two softmaxes by a learned gate;
-- the gate λ never: that is the mechanism `gpsa` itself. Without a table the start is W_V = I alone.
+- the gate λ never: that is the mechanism `attention=gpsa`, whose heads look at their cells by themselves.
+Without a table the start is W_V = I alone.
 Shapes: C = channels, M = heads, D = channels per head.
 """
 

@@ -87,6 +87,16 @@ def test_u_moves_in_the_copy_that_is_trained_and_in_the_pyramid():
     assert moved(before, us(pyramid))
 
 
+def test_a_loaded_model_goes_on_bit_for_bit():
+    model, other, images = vit(reparam=sigma).train(), vit(reparam=sigma).train(), torch.randn(2, 3, 16, 16)
+    disturb(model)
+    model(images)
+    disturb(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), other(images))
+    assert all(torch.equal(value, us(other)[name]) for name, value in us(model).items())
+
+
 def test_two_forward_passes_before_one_backward_pass():
     model = vit(reparam=sigma).train()
     images = torch.randn(2, 3, 16, 16)
