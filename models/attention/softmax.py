@@ -84,7 +84,8 @@ def softmax_attention(
         table = RelativePositionBias(num_heads, tuple(grid[:2])) if relative_position_bias else bias and bias(local)
         made = {"score": score and score(local), "weights": weights and weights(local)}
         made |= {"factor": factor and factor(local), "bias": table, "max_tokens": max_tokens}
-        check_tokens(grid, kv_grid, explicit=any((score, weights, factor)), most=max_tokens)
+        explicit = any(made[part] is not None for part in ("score", "weights", "factor"))
+        check_tokens(grid, kv_grid, explicit=explicit, most=max_tokens)
         return SoftmaxCore(num_heads, dim, qk_norm=qk_norm, **made)
 
     return assemble(site, core, head_dim=dim, **composition)

@@ -19,7 +19,9 @@ from models.attention.focused_linear import focused_linear_attention
 from models.attention.layouts.halo import halo
 from models.attention.layouts.neighborhood import neighborhood
 from models.attention.moh import MoHAttention
+from models.attention.scores.dot import dot
 from models.attention.softmax import softmax_attention
+from models.attention.weights.softmax import softmax
 from models.factory import instantiate
 from tests.contract.test_options import hints, wrong
 
@@ -165,6 +167,15 @@ def test_unknown_options_and_wrong_values_are_refused_by_name(part, name):
             if not re.match(rf"\w+: .*\b{option}\b.*; (set|give) .*", str(error)):
                 taken.append(f"{option}={value!r} is not named: {error}")
     assert not taken, "\n".join(taken)
+
+
+@pytest.mark.parametrize(("part", "function"), [("score", dot), ("weights", softmax)])
+def test_what_a_core_has_anyway_can_be_named(part, function):
+    """So that a sweep may list it: nothing changes, the kernel included, and no weights are written out."""
+    site = VIT._replace(grid=Grid(100, 100))
+    named, plain = make(partial(softmax_attention, **{part: function}), site), softmax_attention(site)
+    assert named.runs(gated=True) == plain.runs(gated=True) and named.runs(gated=True).fused
+    assert named.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_parts_by_the_names_of_their_groups():

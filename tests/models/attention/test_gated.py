@@ -95,6 +95,20 @@ def test_gates_per_channel_do_not_go_to_a_kernel_that_takes_those_of_heads():
     assert GatedAttention(SITE, core=core, kind="elementwise").runs() == core(SITE).runs(gated=False)
 
 
+@pytest.mark.fused
+@pytest.mark.parametrize("kind", ["token", "head", "constant", "elementwise"])
+@pytest.mark.parametrize("options", [{}, {"window": 2, "shift": True}], ids=["whole", "windows"])
+def test_kernels_give_the_same(kind, options):
+    site = SITE._replace(block=1)
+    fused, plain = (
+        GatedAttention(site, core=partial(softmax_attention, backend=backend, **options), kind=kind)
+        for backend in ("auto", "torch")
+    )
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 20, 16)
+    torch.testing.assert_close(fused(x, site.grid).x, plain(x, site.grid).x)
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [

@@ -10,6 +10,7 @@ import torch
 from models.attention import Grid, Refused, Site
 from models.attention.cosine import cosine_attention
 from models.attention.scores.cosine import cosine
+from models.attention.scores.dot import dot
 from models.attention.scores.neural import neural
 from models.attention.softmax import softmax_attention
 
@@ -64,6 +65,11 @@ def test_too_many_tokens_are_refused():
     part = neural(SITE, max_tokens=20)
     with pytest.raises(Refused, match=r"neural: 21 tokens"):
         part(torch.randn(1, 2, 21, 8), torch.randn(1, 2, 21, 8))
+
+
+def test_the_product_is_what_the_core_has_anyway():
+    mixer = softmax_attention(SITE, score=dot)
+    assert mixer.core.score is None and not mixer.core.explicit
 
 
 def test_cosine_is_that_of_cosine_attention():
