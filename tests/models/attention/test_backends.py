@@ -12,6 +12,7 @@ from models import create_model, list_attentions
 from models.attention import Grid, Refused, Site, build, check
 from models.attention.agent import agent_attention
 from models.attention.aggregated import aggregated_attention
+from models.attention.axial import AxialAttention
 from models.attention.backend import describe_backend
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
@@ -19,6 +20,7 @@ from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
 from models.attention.moh import MoHAttention
+from models.attention.multi_window import multi_window_attention
 from models.attention.softmax import softmax_attention
 from models.factory import compose_model, instantiate
 
@@ -48,6 +50,8 @@ MECHANISMS = {
     "inline in windows": lambda site: inline_attention(site, window=4),
     "inline in stripes": lambda site: inline_attention(site, stripe=3, lepe=True),
     "inline without residual": lambda site: inline_attention(site, residual=False),
+    "windows of each head": lambda site: multi_window_attention(site, windows=[3, 4], shift=True),
+    "axes": AxialAttention,
     "conv": conv,
     "heads of neighbours routed": lambda site: MoHAttention(
         site._replace(num_heads=4),
@@ -99,7 +103,7 @@ def quick(names, chosen) -> list:
 # the same kernels in another layout, or a second router: the slowest of them
 ALIKE = {
     *("agents in windows", "focused in windows", "focused in stripes", "inline in windows", "inline in stripes"),
-    *("heads of neighbours routed", "routed, no lepe"),
+    *("heads of neighbours routed", "routed, no lepe", "windows of each head", "axes"),
 }
 
 
