@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from conf import families
-from conf.names import PARTS
+from conf.names import PARTS, PLACES, group_of
+from conf.names import options as names_in
 from models import list_attentions, recipe_tables
 
 ROOT = families.CONF.parent
@@ -41,6 +42,16 @@ def attention_table() -> str:
 def option_sections() -> str:
     """Markdown: the options of every mechanism with their defaults and what the file says of them."""
     return "\n\n".join(_option_section(name) for name in list_attentions())
+
+
+def part_sections() -> str:
+    """Markdown: a section per part of a mechanism, one line per name, with paper and options."""
+    return "\n\n".join(_group_section(part) for part in PARTS)
+
+
+def place_sections() -> str:
+    """Markdown: likewise, of the other places."""
+    return "\n\n".join(_group_section(place) for place in PLACES)
 
 
 def family_table() -> str:
@@ -122,6 +133,23 @@ def _option_section(name: str) -> str:
     file = f"[conf/attention/{name}.yaml](../../conf/attention/{name}.yaml)"
     table = _table(("option", "default", ""), ((key, value, text.replace("|", "\\|")) for key, value, text in rows))
     return f"### {name}\n\n{_comment(_file(name))} In {file}.\n\n{table}"
+
+
+def _group_section(part: str) -> str:
+    """Heading, and one line per name of a group."""
+    group = group_of(part)
+    rows = (_part_row(families.CONF / group / f"{name}.yaml") for name in names_in(group))
+    return f"### {part}\n\n{_table((f'`{group}=`', 'what it is', 'paper', 'options'), rows)}"
+
+
+def _part_row(path: Path) -> tuple[str, ...]:
+    about = _comment(path)
+    paper = re.search(r"arXiv:([\d.]+\d)", about)
+    link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+    what = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
+    options = {key: value for key, value in yaml.safe_load(path.read_text()).items() if not key.startswith("_")}
+    listed = ", ".join(f"`{key}={plain(value)}`" for key, value in options.items())
+    return f"`{path.stem}`", what.replace("|", "\\|"), link, listed.replace("|", "\\|")
 
 
 def _said(name: str) -> dict[str, str]:
@@ -207,6 +235,7 @@ TABLES = {
     ROOT / "README.md": {"families": family_table},
     REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
     REFERENCE / "models.md": {"models": model_sections},
+    REFERENCE / "parts.md": {"parts": part_sections, "places": place_sections},
     REFERENCE / "recipes.md": {"papers": recipe_tables.short_table, "recipes": recipe_tables.table},
 }
 
