@@ -1,6 +1,6 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
-from conf.names import short
+from conf.names import PARTS, PLACES, short
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.callbacks.guard import NonFinite
@@ -218,10 +218,21 @@ def _report(
 
 
 def title(config: dict[str, Any]) -> str:
-    """ "coatnet_32px with softmax attention on digits"."""
-    run = config["run"]
+    """ "coatnet_32px with softmax attention (weights sigmoid), gate eca, on digits"."""
+    run, attention = config["run"], config.get("attention")
     size = ", reduced," if run.get("fit") else ""
-    return f"{run['model']}{size} with {run['attention']} attention on {run['data']}"
+    parts = _named(attention, PARTS) if isinstance(attention, dict) else []
+    places = _named(config["model"], PLACES)
+    composed = f" ({', '.join(parts)})" if parts else ""
+    return (
+        f"{run['model']}{size} with {', '.join([run['attention'] + ' attention' + composed, *places])} on {run['data']}"
+    )
+
+
+def _named(node: dict[str, Any], groups: Sequence[str]) -> list[str]:
+    """What was chosen of these groups: a part is called as its file."""
+    chosen = {group: node[group] for group in groups if isinstance(node.get(group), dict)}
+    return [f"{group} {part['_target_'].split('.')[-2]}" for group, part in chosen.items()]
 
 
 def reduced(config: dict[str, Any]) -> list[str]:
