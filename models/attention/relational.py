@@ -7,14 +7,11 @@ with R relations l of E channels and a symbol s_j that says which one token j is
 kind of heads has an output projection of its own, and their results stand beside each other.
 Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head, R = relations, E = channels of one, P =
 symbols. Relations are summed as ⟨W_q x_i, Σ_j α_ij W_k x_j⟩, so that no (R, N, N) is written out.
-Beyond the authors' code, which has sequences: relative symbols are of the offset on the map, one more is for class
-tokens, and there is no table of absolute positions, since backbones add those.
+Beyond the authors' code, which has sequences: symbols of offsets and of positions are those of the map, and class
+tokens have symbols of their own.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf import values
@@ -22,10 +19,7 @@ from models.attention.contract import Grid, Mixed, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.options import check_flags, check_whole
 from models.attention.softmax import softmax_attention
-from models.layers.resizable import Resizable
-from models.layers.tokens import square_side
-
-SYMBOLS = ("relative", "symbolic")
+from models.attention.symbols import SYMBOLS
 
 
 class RelationalAttention(Mixer):
@@ -34,8 +28,8 @@ class RelationalAttention(Mixer):
     Args:
         site: the place in the backbone.
         relational_heads: how many of the heads, or which fraction, rounded down to one at least; not all.
-        symbols: "relative" (a symbol for every offset of two tokens) or "symbolic" (attention of each token over a
-            library of symbols).
+        symbols: "relative" (a symbol for every offset of two tokens), "position" (one for every cell of the map) or
+            "symbolic" (attention of each token over a library of symbols).
         relations: R; as many as relational heads by default.
         symmetric: a relation of i and j is that of j and i.
         num_symbols: size of the library.
@@ -74,7 +68,7 @@ class RelationalAttention(Mixer):
             site._replace(num_heads=self.heads[0], head_dim=head_dim), qkv_bias=qkv_bias, backend=backend
         )
         self.sensory.proj = nn.Linear(inner, inner, bias=False)
-        made = RelativeSymbols(site) if symbols == "relative" else SymbolicAttention(site.dim, num_symbols, number)
+        made = SYMBOLS[symbols](site, num_symbols, number)
         self.relational = RelationalHeads(site.dim, number, head_dim, relations or number, made, symmetric)
 
     def runs(self, gated: bool = False) -> Runs:
@@ -129,65 +123,6 @@ class RelationalHeads(nn.Module):
         q_BRNE, k_BRNE = (split_heads(side, 1, self.relations)[0] for side in sides)
         seen_BMNRE = torch.einsum("bmij,brje->bmire", weights_BMNN.to(k_BRNE.dtype), k_BRNE)
         return torch.einsum("bmire,brie->bmir", seen_BMNRE, q_BRNE) * q_BRNE.shape[-1] ** -0.5
-
-
-class RelativeSymbols(Resizable, nn.Module):
-    """A symbol for every offset of two tokens of the map, the nearest beyond; one more where class tokens take part."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.sides = tuple(2 * side - 1 for side in site.grid[:2])
-        self.table = nn.Parameter(torch.empty(math.prod(self.sides), site.dim))
-        self.prefix_symbol = nn.Parameter(torch.empty(1, site.dim)) if site.grid.prefix else None
-        for table in self.parameters():
-            nn.init.trunc_normal_(table, std=0.02)
-
-    def forward(self, weights_BMNN: Tensor, x_BNC: Tensor, grid: Grid, project: nn.Linear) -> Tensor:
-        symbols_PC = self.table if self.prefix_symbol is None else torch.cat([self.table, self.prefix_symbol])
-        values_MPD = split_heads(project(symbols_PC[None]), 1, weights_BMNN.shape[1])[0][0]
-        shares = weights_BMNN.new_zeros(*weights_BMNN.shape[:3], len(symbols_PC))
-        index_NN = self.offset(grid, weights_BMNN.device).expand_as(weights_BMNN)
-        return shares.scatter_add(-1, index_NN, weights_BMNN).to(values_MPD.dtype) @ values_MPD
-
-    def offset(self, grid: Grid, device: torch.device) -> Tensor:
-        """(N, N): which symbol a query has for a key, by key minus query."""
-        axes = []
-        for side, most in zip(grid[:2], self.sides, strict=True):
-            place = torch.arange(side, device=device)
-            axes.append((place[None] - place[:, None] + most // 2).clamp(0, most - 1))
-        rows, columns = axes
-        index = (rows[:, None, :, None] * self.sides[1] + columns[None, :, None, :]).flatten(2).flatten(0, 1)
-        return F.pad(index, (grid.prefix, 0, grid.prefix, 0), value=len(self.table))
-
-    def resized(self, name: str, value: Tensor) -> Tensor:
-        """A table of another square map as the one of this module, bicubically; the rest stays as it is."""
-        if name != "table":
-            return value
-        side = square_side(value.shape[0], "offsets")
-        table_1CHW = value.unflatten(0, (side, side)).permute(2, 0, 1)[None]
-        return F.interpolate(table_1CHW, size=self.sides, mode="bicubic")[0].permute(1, 2, 0).flatten(0, 1)
-
-
-class SymbolicAttention(nn.Module):
-    """Every token attends to a library of symbols, by the features of templates."""
-
-    def __init__(self, dim: int, num_symbols: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.template_features = nn.Parameter(torch.randn(num_symbols, dim))
-        self.symbol_library = nn.Parameter(torch.randn(num_symbols, dim))
-        self.q_proj = nn.Linear(dim, dim)
-
-    def forward(self, weights_BMNN: Tensor, x_BNC: Tensor, grid: Grid, project: nn.Linear) -> Tensor:
-        values = split_heads(project(self.retrieve(x_BNC)), 1, weights_BMNN.shape[1])[0]
-        return weights_BMNN.to(values.dtype) @ values
-
-    def retrieve(self, x_BNC: Tensor) -> Tensor:
-        """The symbol of every token, (B, N, C)."""
-        parts = (self.q_proj(x_BNC), self.template_features[None], self.symbol_library[None])
-        heads = (split_heads(part.to(x_BNC.dtype), 1, self.num_heads)[0] for part in parts)
-        q, k, v = (head.expand(len(x_BNC), -1, -1, -1) for head in heads)
-        return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 def heads_of(relational_heads: int | float, site: Site) -> int:

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Grid, Refused, Site
-from models.attention.relational import RelationalAttention, RelativeSymbols
+from models.attention.relational import RelationalAttention
 from models.attention.softmax import softmax_attention
+from models.attention.symbols import SYMBOLS, PositionSymbols, RelativeSymbols
 
 MAP = Grid(4, 6)
 SITE = Site(32, 4, MAP, 0, 0, 2, "vit")
@@ -51,7 +52,17 @@ def test_a_relative_symbol_is_of_the_offset_alone(x: Tensor) -> None:
     assert symbols.resized("table", file).shape == symbols.table.shape
 
 
-@pytest.mark.parametrize("symbols", ["relative", "symbolic"])
+def test_a_symbol_of_a_position_says_where_a_token_is(x: Tensor) -> None:
+    """Weights that look at one cell give its symbol, whatever the tokens are like; on another map it is between."""
+    symbols, project = PositionSymbols(SITE), nn.Linear(32, 16)
+    looking = torch.eye(24)[7].expand(2, 2, 24, 24)
+    seen = symbols(looking, x, MAP, project)
+    torch.testing.assert_close(seen[0, :, 3].flatten(), project(symbols.table[7]))
+    assert symbols(torch.rand(2, 2, 70, 70), x, Grid(7, 10), project).shape == (2, 2, 70, 8)
+    assert symbols.resized("table", torch.randn(16, 32)).shape == (24, 32)
+
+
+@pytest.mark.parametrize("symbols", SYMBOLS)
 def test_class_tokens_take_part(symbols: str) -> None:
     grid = Grid(4, 6, prefix=1)
     mixer, x = RelationalAttention(SITE._replace(grid=grid), symbols=symbols), torch.randn(2, 25, 32)
