@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.source import GIVEN
 from models.checkpoints.format.directory import latest, nearby, resolve, verify
 from models.checkpoints.format.write import recover
 
@@ -102,15 +101,11 @@ def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterab
 
 
 def _as_of_today(config: dict[str, Any]) -> dict[str, Any]:
-    """An older configuration with the names and the plain settings that models have by now."""
+    """An older configuration with the names that settings have by now."""
     model = config.get("model")
-    if not isinstance(model, dict):
-        return config
-    plain = {key: value for key, value in GIVEN.items() if key[0] != "_" and "${" not in str(value)}
-    model = plain | model
-    if model["norm"] in ("used", "none", "unused"):  # of a PVT, once
-        model |= {"last_norm": model["norm"], "norm": None}
-    return config | {"model": model}
+    if isinstance(model, dict) and model.get("norm") in ("used", "none", "unused"):  # of a PVT, once
+        return config | {"model": model | {"last_norm": model["norm"], "norm": None}}
+    return config
 
 
 def without_backend(node: Any) -> Any:

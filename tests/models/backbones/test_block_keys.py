@@ -122,7 +122,7 @@ def test_the_last_norm_of_an_older_pvt(name):
     old, new = create_model("pvt_32px", norm=name), create_model("pvt_32px", last_norm=name)
     assert type(old.norm) is type(new.norm) and old.state_dict().keys() == new.state_dict().keys()
     stored = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": name}}
-    today = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": None, "last_norm": name, "gate_at": "mixer"}}
+    today = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": None, "last_norm": name}}
     assert not differences(stored, today, ("model",))
     other = today["model"] | {"last_norm": "other", "wiring": "parallel"}
     found = differences(stored, {"model": other}, ("model",))
