@@ -164,6 +164,8 @@ class MultiHead(Resizable, Mixer):
         """What FlexAttention computes here; None where it does not."""
         if not self.core.flexible or self.head_dim < flex.NARROWEST_HEAD:
             return None
+        if self.core.bias is not None and torch.are_deterministic_algorithms_enabled():
+            return None  # the gradient of its table is summed in no fixed order
         if self.layout.around is not None:
             return "neighbourhoods are a mask of blocks"
         biased = type(self.layout) is Layout and self.core.bias is not None

@@ -79,6 +79,16 @@ def test_what_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         check(neighborhood_attention(SITE, backend="triton"), SITE)
 
 
+def test_what_must_be_the_same_every_time_has_no_table() -> None:
+    biased, plain = neighborhood_attention(SITE), neighborhood_attention(SITE, relative_position_bias=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert biased.runs().operation == "scaled_dot_product_attention" and plain.runs().operation == flex.WHO
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert biased.runs().operation == flex.WHO
+
+
 def test_a_gpu_takes_it_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr("models.attention.multihead.is_fused", lambda who, *_: taken.append(who))
