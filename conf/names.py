@@ -41,7 +41,7 @@ def choosable() -> list[str]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ ", did you mean 'agent'?" or "" when nothing is close."""
-    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.51)  # more than half
     return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
