@@ -14,7 +14,7 @@ site = Site(8, 2, Grid(3, 5), 0, 0, 1, "convnet")
 def test_it_is_a_depthwise_convolution_of_the_map():
     torch.manual_seed(0)
     mixer, x = conv(site), torch.randn(2, 15, 8)
-    y, losses = mixer(x, Grid(3, 5))
+    y, losses, _ = mixer(x, Grid(3, 5))
     expected = F.conv2d(to_map(x, Grid(3, 5)), mixer.proj.weight, mixer.proj.bias, padding=3, groups=8)
     torch.testing.assert_close(y, to_tokens(expected))
     assert losses == {} and mixer.proj.weight.shape == (8, 1, 7, 7)
