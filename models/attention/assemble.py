@@ -114,7 +114,9 @@ def _layout(
             )
         return layout(site)
     if size is not None:
-        return windows(site, size=size, **of_windows)
+        chosen = windows(site, size=size, **of_windows)
+        chosen.takes_prefix = False  # as Swin, whose windows these are, has none
+        return chosen
     if width is not None:
         return Directions(width)
     return reduced(site, ratio=ratio, pool=kv_pool) if shortened else Layout()

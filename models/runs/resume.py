@@ -102,9 +102,12 @@ def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterab
 
 def _as_of_today(config: dict[str, Any]) -> dict[str, Any]:
     """An older configuration with the names that settings have by now."""
-    model = config.get("model")
+    model, task = config.get("model"), config.get("task")
     if isinstance(model, dict) and model.get("norm") in ("used", "none", "unused"):  # of a PVT, once
-        return config | {"model": model | {"last_norm": model["norm"], "norm": None}}
+        config = config | {"model": model | {"last_norm": model["norm"], "norm": None}}
+    if isinstance(task, dict) and isinstance(task.get("auxiliary"), dict):  # a loss that is newer than the run
+        auxiliary = {"commitment": {"weight": 1.0, "reduction": "sum"}} | task["auxiliary"]
+        config = config | {"task": task | {"auxiliary": auxiliary}}
     return config
 
 

@@ -2,12 +2,14 @@
 
 Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.2. Maps are zero-padded at the bottom and
 right to whole windows before the projection, and padded tokens take part, as in the authors' code.
-Shapes: B = batch, N = H·W tokens, C = channels, R = windows, T = tokens in a window.
+Shapes: B = batch, N = prefix + H·W tokens, C = channels, T = tokens in a window, W = B·windows, P = prefix tokens.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import windows
@@ -38,9 +40,10 @@ def window(site: Site, *, size: int | Sequence[int] = 7, shift: bool = False, st
 
 
 class Windows(Layout):
-    """Windows of fixed sides, rolled by `shift`."""
+    """Windows of fixed sides, rolled by `shift`.
 
-    takes_prefix = False
+    Class tokens stand in front of every window, and get the mean of what they get there.
+    """
 
     def __init__(
         self, window: tuple[int, int] | None, shift: tuple[int, int] = (0, 0), stored_mask: bool = False
@@ -49,20 +52,28 @@ class Windows(Layout):
         self.stored_mask = stored_mask and any(shift)
 
     def local(self, grid: Grid) -> Grid:
-        return Grid(*self.window_on(grid))
+        return Grid(*self.window_on(grid), grid.prefix)
 
     def split(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        x, arranged = self.arrange(x_BNC, grid)
-        return windows.split(x, arranged.height, arranged.width, self.window_on(grid), self.shift)
+        if not grid.prefix:
+            x, arranged = self.arrange(x_BNC, grid)
+            return windows.split(x, arranged.height, arranged.width, self.window_on(grid), self.shift)
+        x_WTC = self.split(x_BNC[:, grid.prefix :], grid._replace(prefix=0))
+        prefix_WPC = x_BNC[:, : grid.prefix].repeat_interleave(len(x_WTC) // len(x_BNC), 0)
+        return torch.cat([prefix_WPC, x_WTC], dim=1)
 
     def merge(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        arranged = self.arranged(grid)
-        merged = windows.merge(x_BNC, arranged.height, arranged.width, self.window_on(grid), self.shift)
-        return self.restore(merged, grid)
+        if not grid.prefix:
+            arranged = self.arranged(grid)
+            merged = windows.merge(x_BNC, arranged.height, arranged.width, self.window_on(grid), self.shift)
+            return self.restore(merged, grid)
+        x_BNC, prefix_WPC = self.merge(x_BNC[:, grid.prefix :], grid._replace(prefix=0)), x_BNC[:, : grid.prefix]
+        return torch.cat([prefix_WPC.unflatten(0, (len(x_BNC), -1)).mean(1), x_BNC], dim=1)
 
     def arranged(self, grid: Grid) -> Grid:
         """The size of what `arrange` gives."""
         return grid
 
     def mask(self, grid: Grid, device: Any) -> Tensor | None:
-        return windows.shift_mask(grid.height, grid.width, self.window_on(grid), self.shift, device)
+        mask = windows.shift_mask(grid.height, grid.width, self.window_on(grid), self.shift, device)
+        return F.pad(mask, (grid.prefix, 0, grid.prefix, 0), value=True) if mask is not None and grid.prefix else mask

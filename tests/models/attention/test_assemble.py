@@ -125,9 +125,39 @@ def test_misfits_say_what_to_do(factory, text):
         build(factory, [SITE])
 
 
-def test_a_class_token_goes_with_the_whole_map_alone():
-    with pytest.raises(ValueError, match=r"cannot take the 1 class token.*; set model.class_token=false"):
-        create_model("vit_32px", layout="grid", class_token=True)
+def test_a_class_token_stands_in_every_group():
+    """It sees all tokens, all see it; what they get with one alone on the map is what a window with it gives."""
+    mixer = softmax_attention(SITE._replace(grid=Grid(6, 8, 1)), layout=partial(grid, size=(3, 4)))
+    x = torch.randn(1, 49, 16, requires_grad=True)
+    out = mixer(x, Grid(6, 8, 1)).x
+    (of_class,) = torch.autograd.grad(out[0, 0].sum(), x, retain_graph=True)
+    (of_cell,) = torch.autograd.grad(out[0, 1].sum(), x)
+    assert (of_class.abs().sum(-1) > 0).all() and of_cell[0, 0].abs().sum() > 0
+    assert (of_cell[0, 1:].abs().sum(-1) > 0).sum() == 12
+    alone = softmax_attention(SITE._replace(grid=Grid(6, 8, 1)))
+    whole = softmax_attention(SITE._replace(grid=Grid(6, 8, 1)), layout=partial(window, size=8))
+    whole.load_state_dict(alone.state_dict())
+    torch.testing.assert_close(whole(x, Grid(6, 8, 1)).x, alone(x, Grid(6, 8, 1)).x)
+
+
+def test_shifted_windows_mask_no_class_token():
+    chosen = partial(window, size=4, shift=True)
+    mixer = softmax_attention(SITE._replace(grid=Grid(6, 8, 1)), layout=chosen, bias=relative)
+    assert mixer.attention_matrix(torch.randn(2, 49, 16), Grid(6, 8, 1))[:, :, 0].gt(0).all()
+
+
+def test_names_that_a_library_user_types():
+    parts = {"layout": "grid", "weights": "sigmoid", "bias": "kerple", "transform": "rope"}
+    model = create_model("vit_32px", attention="softmax", gate="eca", pool="simpool", class_token=True, **parts)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    lacking = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert lacking == [] and model.pooling is not None
+
+
+def test_old_windows_and_layouts_with_other_keys_take_no_class_token():
+    for chosen in ({"attention": "window"}, {"layout": "halo"}, {"layout": "stripes"}):
+        with pytest.raises(ValueError, match=r"cannot take the 1 class token.*; set model.class_token=false"):
+            create_model("vit_32px", class_token=True, **chosen)
     create_model("vit_32px", layout="whole", class_token=True)
 
 
