@@ -10,6 +10,7 @@ from PIL import Image
 
 from conf import recipes
 from conf.compose import compose_run
+from conf.names import PLACES
 from models.runs.verdict import deviations, judge
 
 NAMES = recipes.names()
@@ -261,7 +262,8 @@ def evaluation(*overrides: str, name: str = "biformer/tiny_in1k") -> dict:
     root = [] if "data=fake" in overrides else ["data.root=/somewhere"]
     cfg, choices = compose_run([f"recipe={name}", "data.batch_size=32", *root, *overrides])
     cfg.run = {"data": choices["data"]}
-    kept = ["image_size", "attention", "model", "data", "run", "augment", "seed", *(["task"] if "dit" in name else [])]
+    kept = ["image_size", "attention", "model", "data", "run", "augment", "seed", *PLACES]
+    kept += ["task"] if "dit" in name else []
     cfg.task = {"sampling": cfg.task.get("sampling")}
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
 
@@ -284,6 +286,8 @@ def test_nothing_is_reproduced_by_another_protocol():
         assert deviations(name, evaluation(override), *whole) == [text]
     assert deviations(name, evaluation("image_size=256"), *whole)[0] == "image_size=256 instead of 224"
     assert any("attention._target_" in text for text in deviations(name, evaluation("attention=agent"), *whole))
+    gated = "model.gate._target_=models.gates.eca.ECA instead of None"
+    assert gated in deviations(name, evaluation("gate=eca"), *whole)
     assert deviations(name, evaluation(), 1000, 1000) == ["1,000 of 50,000 images"]
     assert deviations(name, evaluation(), 50_000, 0) == ["0 of 50,000 images"]
     samples, given = "dit/xl_2_guided_in1k", {"samples": 50_000}

@@ -82,7 +82,8 @@ def deviations(recipe: str, given: dict[str, Any], images: int, measured: int) -
     wanted, found = dict(_leaves(_judged(cfg))), dict(_leaves(_judged(given)))
     keys = [key for key in wanted if key not in FREE and not key.startswith(FREE_BELOW)]
     changed = [key for key in keys if found.get(key) != wanted[key]]
-    texts = [f"{key}={found.get(key)} instead of {wanted[key]}" for key in changed]
+    added = [key for key in found if key.endswith("._target_") and key not in wanted]  # parts and places of a model
+    texts = [f"{key}={found.get(key)} instead of {wanted.get(key)}" for key in changed + added]
     target = recipes.load(recipe).target
     if "samples" in target:
         made = given.get("samples") or 0

@@ -93,8 +93,10 @@ def test_a_recorded_choice_is_no_matter_of_rounding():
 
     Rounding in float32 reaches 2.4e-5, in the router of moh_transnext_small_75, whose closest choice is 1.0e-4 apart.
     """
-    cases = map(reference.info, reference.cases())
-    margins = [case.get(key) for case in cases for key in ("routing_margin_min", "min_topk_gap_logit")]
+    compared = [name for name in reference.cases() if name.startswith(("biformer/", "moh/"))]
+    margins = [
+        case.get(key) for case in map(reference.info, compared) for key in ("routing_margin_min", "min_topk_gap_logit")
+    ]
     assert min(margin for margin in margins if margin is not None) > 5e-5
 
 
