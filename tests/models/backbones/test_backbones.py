@@ -39,15 +39,10 @@ def images(*shape: int) -> torch.Tensor:
 # for their costs; of DiT, which generates: tests/models/backbones/test_dit.py.
 OWN = [name for name, row in ROWS.items() if "_target_" in families.tables()[row["family"]]["common"].get("model", {})]
 OWN = [name for name in OWN if ROWS[name]["family"] != "dit"]
-# The small one and the cheapest other of each; the rest differs in numbers and takes more than a minute.
-COSTS = {name: row["counted"]["multiply_adds"] for name, row in ROWS.items() if row["counted"]}
-LEAST = sorted((name for name in OWN if name in COSTS and name not in SMALL), key=lambda name: -COSTS[name])
-LEAST = {ROWS[name]["family"]: name for name in LEAST}.values()
+# The small one of each; the rest differs in numbers and takes minutes.
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in SMALL or n in LEAST else pytest.mark.full) for n in OWN]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.full) for n in OWN])
 def test_shapes(name):
     """Parameters, channels and strides, and logits, on the meta device at the model's own image size."""
     size = pair(compose_model(name).image_size)
