@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.layouts.stripes import Directions
 from models.attention.multihead import Core, check_layout, check_transform
@@ -78,6 +79,11 @@ class CrossShaped(Mixer):
         """Height and width of a vertical and of a horizontal stripe."""
         return self.layout.sizes(grid)
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether weights times values are all that it computes."""
+        return not self.values and all(core.has_matrix and not core.adds for core in self.cores)
+
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`; the gates are applied behind the heads."""
         runs = self.cores[0].runs(None, False)
@@ -91,6 +97,8 @@ class CrossShaped(Mixer):
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        if is_explaining() and self.has_matrix:
+            return Mixed(self._attended(note(self, self._matrix(x_BNC, grid)), x_BNC, grid, gates_BNM), {})
         runs = self.runs()
         fused = runs.fused and is_fused(runs.operation, self.backend, x_BNC)
         source, shares = stream_BNC if self.reads_stream else x_BNC, 1 if self.layout.summed else 2
@@ -102,8 +110,52 @@ class CrossShaped(Mixer):
             qkv_RTC = windows.split(F.linear(x_BNC, weight, bias), *grid[:2], size)
             compute = self.cores[i].fused if fused else self._in_pytorch(i)
             mixed.append(windows.merge(compute(qkv_RTC, Grid(*size), self.num_heads, **given), *grid[:2], size))
-        o_BNC = mixed[0] + mixed[1] if self.layout.summed else torch.cat(mixed, dim=-1)
-        return Mixed(self.proj(gated_heads(o_BNC, gates_BNM)), {})
+        return Mixed(self._finish(mixed, gates_BNM), {})
+
+    def _finish(self, mixed: Sequence[Tensor], gates_BNM: Tensor | None) -> Tensor:
+        """What both directions give, (B, N, channels of a direction) each → (B, N, C)."""
+        o_BNC = mixed[0] + mixed[1] if self.layout.summed else torch.cat(list(mixed), dim=-1)
+        return self.proj(gated_heads(o_BNC, gates_BNM))
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, N) of every query on every key of the map, the heads of vertical stripes first.
+
+        Where both directions have all heads there are 2·M. What a row lacks to its sum lies on what completes the map.
+
+        Raises:
+            TypeError: a core has no matrix, or it is not all that is computed.
+        """
+        if not self.has_matrix:
+            raise TypeError(f"attention_matrix: {type(self.cores[0]).__name__} gives more than weights times values")
+        return self._matrix(x_BNC if self.pre is None else self.pre(x_BNC, grid), grid)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """What the mixer gives if its weights, as from `attention_matrix`, are these: (B, N, C)."""
+        return self._attended(weights, x_BNC if self.pre is None else self.pre(x_BNC, grid), grid, None)
+
+    def _matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        found = []
+        for direction, core in enumerate(self.cores):
+            q, k, _, stripe = self._stripes(direction, x_BNC, grid)
+            found.append(spread(core.matrix(q, k, stripe, stripe), grid, stripe))
+        return torch.cat(found, dim=1)
+
+    def _attended(self, weights: Tensor, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        mixed = []
+        for direction, weights_BMNN in enumerate(weights.chunk(2, dim=1)):
+            _, _, v, stripe = self._stripes(direction, x_BNC, grid)
+            v_BNC = windows.merge(merge_heads(v), *grid[:2], stripe[:2])
+            mixed.append(merge_heads(weights_BMNN @ split_heads(v_BNC, 1, self.num_heads)[0]))
+        return self._finish(mixed, gates_BNM)
+
+    def _stripes(self, direction: int, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
+        """Queries, keys and values (B·R, M, T, D) of the stripes of a direction, and the map of one."""
+        size = self.layout.sizes(grid)[direction]
+        weight, bias = list(self._projections(1 if self.layout.summed else 2))[direction]
+        q, k, v = split_heads(windows.split(F.linear(x_BNC, weight, bias), *grid[:2], size), 3, self.num_heads)
+        if self.transforms:
+            q, k, v = self.transforms[direction](q, k, v, Grid(*size), Grid(*size))
+        return q, k, v, Grid(*size)
 
     def _projections(self, shares: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Weight and bias of queries, keys and values of each direction: what they give need not be copied apart."""
@@ -131,3 +183,13 @@ class CrossShaped(Mixer):
             return {}
         stripes = windows.padded(grid.height, size[0]) // size[0] * windows.padded(grid.width, size[1]) // size[1]
         return {key: value.repeat_interleave(stripes, 0) for key, value in core.context(x_BNC).items()}
+
+
+def spread(weights: Tensor, grid: Grid, window: Grid) -> Tensor:
+    """Weights (B·R, M, T, T) in the windows of a map → (B, M, N, N) on the map, 0 between windows."""
+    number = torch.arange(1, grid.cells + 1, device=weights.device).view(1, -1, 1)
+    cells_RT = windows.split(number, *grid[:2], window[:2]).squeeze(-1)  # 0: what completes the map
+    of_images = weights.unflatten(0, (-1, len(cells_RT))).transpose(1, 2)
+    whole = weights.new_zeros(*of_images.shape[:2], grid.cells + 1, grid.cells + 1)
+    whole[:, :, cells_RT[:, :, None], cells_RT[:, None, :]] = of_images
+    return whole[:, :, 1:, 1:]

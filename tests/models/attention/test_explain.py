@@ -12,7 +12,15 @@ SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 
 @pytest.mark.parametrize(
     "chosen",
-    [{}, {"layout": "grid"}, {"attention": "agent"}, {"attention": "focused_linear"}, {"attention": "moh"}],
+    [
+        {},
+        {"layout": "grid"},
+        {"layout": "axial"},
+        {"layout": "stripes", "bias": "relative"},
+        {"attention": "agent"},
+        {"attention": "focused_linear"},
+        {"attention": "moh"},
+    ],
     ids=lambda chosen: "-".join(chosen.values()) or "softmax",
 )
 def test_the_output_is_the_same_and_so_is_its_gradient(chosen):
