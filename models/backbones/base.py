@@ -53,7 +53,7 @@ class Trunk(nn.Module, metaclass=Furnished):
 
     @classmethod
     def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options under their names of today; a stored configuration may have older ones."""
+        """Options under the names that the constructor and `furnish` have for them."""
         return options
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:

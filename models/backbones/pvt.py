@@ -2,7 +2,7 @@
 
 Source: Pyramid Vision Transformer, Wang et al., ICCV 2021, arXiv:2102.12122, section 3 and table 1. As in the authors'
 code the class token joins in the last stage, and its row comes first in the position table there; their code for
-detection has neither token nor last norm (`class_token=False`, `last_norm="none"`). The keys shortened by 8, 4, 2 and 1
+detection has neither token nor last norm (`class_token=False`, `norm="none"`). The keys shortened by 8, 4, 2 and 1
 are the attention `spatial_reduction`.
 Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """
@@ -17,6 +17,7 @@ from conf.errors import UserError
 from models.attention import Grid
 from models.backbones.hierarchical import Hierarchical
 from models.layers.downsample import ConvDownsample
+from models.layers.norm import NORMS
 from models.layers.patch_embed import PatchEmbed
 from models.layers.position import LearnedPosition
 from models.layers.stem import PatchStem
@@ -32,12 +33,13 @@ class PVT(Hierarchical):
     Args:
         mlp_ratios: hidden over outer channels of each stage.
         class_token: classify from a class token in the last stage (PVT) or from the mean over the map.
-        last_norm: before pooling: "used" (PVT), "none" (Agent Attention, InLine), or "unused": frozen weights that are
-            there for the sake of files and counts (FLatten).
+        norm: before pooling: "used" (PVT), "none" (Agent Attention, InLine), or "unused": frozen weights that are
+            there for the sake of files and counts (FLatten); or the kind of all norms, as every backbone takes it.
+        last_norm: that before pooling, where `norm` is a kind.
         args, options: see `Hierarchical`.
 
     Raises:
-        ValueError: an unknown last norm, and what `Hierarchical` refuses.
+        ValueError: an unknown norm, and what `Hierarchical` refuses.
     """
 
     norm_eps = 1e-6
@@ -48,16 +50,14 @@ class PVT(Hierarchical):
         self, *args: Any, mlp_ratios: Sequence[float], class_token: bool = True, last_norm: str = "used", **options: Any
     ) -> None:
         if last_norm not in LAST_NORMS:
-            raise UserError(
-                f"PVT: last_norm must be one of {', '.join(LAST_NORMS)}, got {last_norm!r}; set model.last_norm"
-            )
+            raise UserError(f"PVT: norm must be one of {', '.join(LAST_NORMS)}, got {last_norm!r}; set model.norm")
         self.last_prefix, self.use_of_norm = int(class_token), last_norm
         super().__init__(*args, mlp_ratio=mlp_ratios, **options)
 
     @classmethod
     def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """`norm` was once the name of `last_norm`."""
-        if options.get("norm") in LAST_NORMS:
+        """`norm` is that before pooling, unless it is a kind of norms, which every backbone takes."""
+        if options.get("norm") is not None and options["norm"] not in NORMS:
             options["last_norm"] = options.pop("norm")
         return options
 

@@ -86,7 +86,7 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterable[str]) -> list[str]:
     """Every setting of the attention and of some sections that two configurations have otherwise: "x and not y"."""
-    saved, current = (without_backend(_as_of_today(config)) for config in (saved, current))
+    saved, current = (without_backend(config) for config in (saved, current))
     before, after = saved.get("attention"), current.get("attention")
     found = []
     if before != after and None not in (before, after):
@@ -98,17 +98,6 @@ def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterab
                 name = key.removesuffix("._target_")
                 found.append(f"{name} {_describe(was.get(key), None)} and not {_describe(now.get(key), None)}")
     return found
-
-
-def _as_of_today(config: dict[str, Any]) -> dict[str, Any]:
-    """An older configuration with the names that settings have by now."""
-    model, task = config.get("model"), config.get("task")
-    if isinstance(model, dict) and model.get("norm") in ("used", "none", "unused"):  # of a PVT, once
-        config = config | {"model": model | {"last_norm": model["norm"], "norm": None}}
-    if isinstance(task, dict) and isinstance(task.get("auxiliary"), dict):  # a loss that is newer than the run
-        auxiliary = {"commitment": {"weight": 1.0, "reduction": "sum"}} | task["auxiliary"]
-        config = config | {"task": task | {"auxiliary": auxiliary}}
-    return config
 
 
 def without_backend(node: Any) -> Any:

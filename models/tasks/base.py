@@ -16,6 +16,8 @@ from models.tasks.effective_batch import images_per_step, scaled_rate
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
+# losses that bring their factor, unless a task weights them: that of attention=routing
+FACTORED = {"commitment": {"weight": 1.0, "reduction": "sum"}}
 
 
 class Task(pl.LightningModule):
@@ -142,12 +144,12 @@ class Task(pl.LightningModule):
         scheduler.step_update(self.trainer.global_step)
 
     def _auxiliary(self, name: str, layers_L: Tensor) -> tuple[Tensor, float]:
-        if name not in self.auxiliary:
+        how = self.auxiliary.get(name, FACTORED.get(name))
+        if how is None:
             raise UserError(
                 f"task: the model returns the auxiliary loss {name!r}, which has no weight; "
                 f"set +task.auxiliary.{name}='{{weight: 0.01, reduction: mean}}'"
             )
-        how = self.auxiliary[name]
         return REDUCTIONS[how["reduction"]](layers_L), how["weight"]
 
 

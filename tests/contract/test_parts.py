@@ -179,13 +179,11 @@ def test_what_a_core_has_anyway_can_be_named(part, function):
 
 
 def test_parts_by_the_names_of_their_groups():
-    """DESIGN's example; the grid of MaxViT takes no class token."""
+    """With a class token and without."""
     options = {"layout": "grid", "weights": "sigmoid", "bias": "kerple", "transform": "rope", "pre": "ssm2d"}
-    with pytest.raises(ValueError, match=r"cannot take the 1 class token\(s\) in front of it; set model.class_token=f"):
-        create_model("vit_tiny", attention="softmax", depth=1, **options)
-    model = create_model(
-        "vit_tiny", attention="softmax", class_token=False, depth=1, num_classes=3, image_size=64, **options
-    )
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    for token in (True, False):
+        small = {"class_token": token, "depth": 1, "num_classes": 3, "image_size": 64}
+        model = create_model("vit_tiny", attention="softmax", **small, **options)
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match=r"there is no weights 'sigmiod'; did you mean 'sigmoid'\?"):
         create_model("vit_32px", attention="softmax", weights="sigmiod")

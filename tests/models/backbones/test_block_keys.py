@@ -11,7 +11,6 @@ from models.layers.block import Block
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.deformable import DeformableDownsample
 from models.layers.norm import TokenBatchNorm
-from models.runs.resume import differences
 
 SMALL = {"depths": [1, 1, 1, 1], "num_classes": 5}
 
@@ -116,14 +115,7 @@ def test_a_dit_takes_activations():
     assert all(type(block.mlp).__name__ == "SwiGLU" for block in blocks(model))
 
 
-@pytest.mark.parametrize("name", ["used", "none", "unused"])
-def test_the_last_norm_of_an_older_pvt(name):
-    """`norm` was its key; configurations that runs have stored still have it."""
-    old, new = create_model("pvt_32px", norm=name), create_model("pvt_32px", last_norm=name)
-    assert type(old.norm) is type(new.norm) and old.state_dict().keys() == new.state_dict().keys()
-    stored = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": name}}
-    today = {"model": {"_target_": "models.backbones.pvt.PVT", "norm": None, "last_norm": name}}
-    assert not differences(stored, today, ("model",))
-    other = today["model"] | {"last_norm": "other", "wiring": "parallel"}
-    found = differences(stored, {"model": other}, ("model",))
-    assert sorted(found) == [f"model.last_norm {name} and not other", "model.wiring None and not parallel"]
+def test_the_norm_of_a_pvt_is_its_last_or_the_kind_of_all():
+    last, kind = create_model("pvt_32px", norm="none"), create_model("pvt_32px", norm="rmsnorm")
+    assert isinstance(last.norm, nn.Identity) and isinstance(kind.norm, nn.RMSNorm)
+    assert any(isinstance(module, nn.RMSNorm) for module in kind.stages.modules())

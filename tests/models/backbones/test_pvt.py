@@ -80,7 +80,7 @@ def test_no_last_norm_and_an_unused_one_give_the_same(class_token):
     models = []
     for norm in ("none", "unused", "used"):
         torch.manual_seed(0)
-        models.append(small(last_norm=norm, class_token=class_token).eval())
+        models.append(small(norm=norm, class_token=class_token).eval())
     none, unused, used = models
     assert torch.equal(none(images(32, 32)), unused(images(32, 32)))
     assert not torch.allclose(none(images(32, 32)), used(images(32, 32)))
@@ -88,7 +88,7 @@ def test_no_last_norm_and_an_unused_one_give_the_same(class_token):
 
 
 def test_an_unused_norm_is_frozen_and_everything_else_learns():
-    model = small(last_norm="unused").train()
+    model = small(norm="unused").train()
     model(images(32, 32)).square().sum().backward()
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"norm.weight", "norm.bias"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -109,8 +109,8 @@ def test_attention_without_class_tokens_is_refused_in_the_last_stage():
 
 
 def test_an_unknown_norm_is_refused():
-    with pytest.raises(ValueError, match=r"PVT: last_norm must be one of used, none, unused, got 'last'; set model.l"):
-        small(last_norm="last")
+    with pytest.raises(ValueError, match=r"PVT: norm must be one of used, none, unused, got 'last'; set model.norm"):
+        small(norm="last")
 
 
 def test_lists_of_unequal_length_are_refused():

@@ -18,7 +18,7 @@ import torch
 from models.callbacks.preemption import Preemption, Stopped
 from models.callbacks.randomness import StepRandomness
 from models.checkpoints import latest, read_manifest
-from models.runs.resume import compare_configs, differences, find_resume
+from models.runs.resume import compare_configs, find_resume
 from tests.models.callbacks.tiny_run import TinyBatch, fingerprint, fit
 
 ROOT = Path(__file__).parents[3]
@@ -269,11 +269,3 @@ def test_what_may_change_in_a_continued_run():
 def test_configs_that_do_not_fit_are_named(change, match):
     with pytest.raises(ValueError, match=match):
         compare_configs(SAVED, SAVED | change)
-
-
-def test_a_run_from_before_a_loss_was_weighted_goes_on():
-    balance = {"load_balance": {"weight": 0.01, "reduction": "mean"}}
-    today = {"task": {"auxiliary": balance | {"commitment": {"weight": 1.0, "reduction": "sum"}}}}
-    assert not differences({"task": {"auxiliary": balance}}, today, ("task",))
-    other = {"task": {"auxiliary": balance | {"commitment": {"weight": 2.0, "reduction": "sum"}}}}
-    assert differences({"task": {"auxiliary": balance}}, other, ("task",))
