@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from conf import values
 from conf.errors import UserError
-from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site, make
+from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
 from models.attention.contract.heads import gated_heads, head_channels
+from models.attention.gating import Gating
 
 KINDS = ("token", "head", "constant", "elementwise")
 WHO = "gated"
 
 
-class GatedAttention(Mixer):
+class GatedAttention(Gating):
     """Any attention whose heads are gated.
 
     Args:
@@ -57,17 +58,9 @@ class GatedAttention(Mixer):
         scale: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(site, backend)
         _check(kind, hidden, shared, init, scale)
-        self.kind, self.scale = kind, scale
-        self.mixer = make(core, site)
-        self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
-        self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
-        self.has_matrix, self.has_queries = self.mixer.has_matrix, self.mixer.has_queries
-        self.ignores_grid = self.mixer.ignores_grid
-        if not self.accepts.gates:
-            who = type(self.mixer).__name__
-            raise Refused(f"gated cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")
+        super().__init__(site, core, WHO, backend)
+        self.kind, self.scale, self.has_queries = kind, scale, self.mixer.has_queries
         width = site.num_heads * (getattr(self.mixer, "head_dim", None) or head_channels(site))
         self.gate = _gate(site, kind, hidden, shared, init, width)
 
@@ -92,21 +85,15 @@ class GatedAttention(Mixer):
         stream_BNC: Tensor | None = None,
         carry: Any = None,
     ) -> Mixed:
-        given = {"stream_BNC": stream_BNC} if self.reads_stream else {}
-        given |= {"carry": carry} if self.carries else {}
         gates = self.gates(x_BNC)
         if gates_BNM is not None:
             wide, narrow = sorted((gates, gates_BNM), key=lambda gates: -gates.shape[-1])
             gates = gated_heads(wide, narrow)
-        return self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **given)
+        return self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **self.handed(stream_BNC, carry))
 
     def queries(self, x_BNC: Tensor) -> Tensor:
         """Of the gated attention; see `models.attention.Mixer`."""
         return self.mixer.queries(x_BNC)
-
-    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """Of the gated attention, before the gates."""
-        return self.mixer.attention_matrix(x_BNC, grid)
 
 
 class HeadGates(nn.Module):

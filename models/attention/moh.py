@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from conf import values
 from conf.errors import UserError
-from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site, make
+from models.attention import AttentionFactory, Grid, Mixed, Refused, Runs, Site
 from models.attention.contract.heads import gated_heads
 from models.attention.contract.options import check_flags, for_stage
+from models.attention.gating import Gating
 from models.attention.head_router import ROUTERS
 
 BALANCES = ("loss", "bias")
 Heads = int | float | Sequence[int | float]
 
 
-class MoHAttention(Mixer):
+class MoHAttention(Gating):
     """Any attention with gated heads.
 
     Args:
@@ -63,22 +64,16 @@ class MoHAttention(Mixer):
         all_reduce: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(site, backend)
         _check(router, balance, backend)
         check_flags("moh", all_reduce=all_reduce)
         counts = for_layer("shared_heads", shared_heads, site), for_layer("routed_heads", routed_heads, site)
         shared, routed = resolve_heads(site.num_heads, *counts)
-        self.mixer = make(core, site)
-        self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
-        self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
-        self.has_matrix, self.ignores_grid = self.mixer.has_matrix, self.mixer.ignores_grid
-        who = type(self.mixer).__name__
-        if not self.accepts.gates:
-            raise Refused(f"moh cannot gate the heads of {who}", "choose another attention.core, e.g. softmax")
+        super().__init__(site, core, "moh", backend)
         made = ROUTERS[router]
         if made.reads_queries and not self.mixer.has_queries:
+            inner = type(self.mixer).__name__
             raise Refused(
-                f"router=l2 needs the queries of each token, which {who} has not", "set attention.router=relu"
+                f"router=l2 needs the queries of each token, which {inner} has not", "set attention.router=relu"
             )
         options = {"balance": balance, "all_reduce": all_reduce, "backend": backend}
         self.router = made(site.dim, site.num_heads, shared, routed, **options)
@@ -95,21 +90,15 @@ class MoHAttention(Mixer):
         stream_BNC: Tensor | None = None,
         carry: Any = None,
     ) -> Mixed:
-        given = {"stream_BNC": stream_BNC} if self.reads_stream else {}
-        given |= {"carry": carry} if self.carries else {}
         queries = self.mixer.queries(x_BNC) if self.router.reads_queries else None
         gates, balance = self.router(x_BNC, queries)
         if gates_BNM is not None:
             gates = gated_heads(gates_BNM, gates)
-        mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **given)
+        mixed = self.mixer(x_BNC, grid, gates.to(x_BNC.dtype), **self.handed(stream_BNC, carry))
         if balance is None or not self.training:
             return mixed
         losses = {**mixed.losses, "load_balance": balance + mixed.losses.get("load_balance", 0.0)}
         return mixed._replace(losses=losses)
-
-    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """Of the gated attention, before the gates."""
-        return self.mixer.attention_matrix(x_BNC, grid)
 
 
 def active_heads(model: nn.Module) -> float | None:

@@ -157,8 +157,11 @@ def test_flow_between_two_sequences(name: str) -> None:
 def test_linear(name: str) -> None:
     h, (_, tokens, dim) = reference.info(name)["hparams"], reference.info(name)["input_shape"]
     module = linear_attention(place(dim, h["num_heads"], tokens), qkv_bias=h["qkv_bias"])
-    state = lambda theirs: {key.replace("temp", "core.temp"): value for key, value in theirs.items()}  # noqa: E731
-    parity.check(name, module, state, lambda m, x: m(x, Grid(1, tokens)).x)
+
+    def ours(theirs: dict) -> dict:
+        return {key.replace("temp", "core.temp"): value for key, value in theirs.items()}
+
+    parity.check(name, module, ours, lambda m, x: m(x, Grid(1, tokens)).x)
 
 
 @pytest.mark.parametrize("name", cases("galerkin"))

@@ -1,0 +1,43 @@
+"""A mixer around another one whose heads it gates: what that one can take, and what it is given.
+
+Shapes: B = batch, N = tokens, C = channels.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from models.attention import AttentionFactory, Grid, Mixer, Refused, Site, make
+
+
+class Gating(Mixer):
+    """What mechanisms that gate the heads of another have in common; `mixer` is the other.
+
+    Args:
+        site: the place in the backbone.
+        core: factory of the attention whose heads are gated, any with `accepts.gates`.
+        who: what errors call it.
+        backend: see `models.attention.Mixer`.
+
+    Raises:
+        Refused: the attention cannot be gated.
+    """
+
+    def __init__(self, site: Site, core: AttentionFactory, who: str, backend: str) -> None:
+        super().__init__(site, backend)
+        self.mixer = make(core, site)
+        self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
+        self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
+        self.has_matrix, self.ignores_grid = self.mixer.has_matrix, self.mixer.ignores_grid
+        if not self.accepts.gates:
+            inner = type(self.mixer).__name__
+            raise Refused(f"{who} cannot gate the heads of {inner}", "choose another attention.core, e.g. softmax")
+
+    def handed(self, stream_BNC: Tensor | None, carry: Any) -> dict[str, Any]:
+        """Of what a block gives, that which the gated attention takes."""
+        given = {"stream_BNC": stream_BNC} if self.reads_stream else {}
+        return given | ({"carry": carry} if self.carries else {})
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Of the gated attention, before the gates."""
+        return self.mixer.attention_matrix(x_BNC, grid)
