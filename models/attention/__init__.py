@@ -111,8 +111,8 @@ def _no_place(part: str) -> str:
     if part == "layout":
         return "the mechanism decides by itself who sees whom, so it takes no layout"
     if part in ("score", "bias", "weights", "factor"):
-        return f"the mechanism has no logits of queries and keys on which a {part} could work"
-    return f"the mechanism has no place for a {part}"
+        return f"the mechanism has no logits of queries and keys on which attention/{part} could work"
+    return f"the mechanism has no place for attention/{part}"
 
 
 def options_of(factory: AttentionFactory) -> dict[str, Any]:

@@ -133,9 +133,8 @@ def test_on_a_linear_core(part, name):
     """What works on logits is refused in a sentence with the key; what changes tokens or values is not."""
     made = partial(focused_linear_attention, **{part: factory(part, name)})
     if part in ("score", "bias", "weights", "factor"):
-        text = (
-            f"the mechanism has no logits of queries and keys on which a {part} could work; leave out attention/{part}"
-        )
+        group = f"attention/{part}"
+        text = f"the mechanism has no logits of queries and keys on which {group} could work; leave out {group}"
         with pytest.raises(Refused, match=text):
             make(made, VIT)
     elif (part, name) in DROPS:

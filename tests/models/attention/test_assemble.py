@@ -97,14 +97,14 @@ def test_parts_reach_what_is_wrapped():
     [
         (
             partial(agent_attention, weights=relative),
-            "no logits of queries and keys on which a weights could work",
+            "no logits of queries and keys on which attention/weights could work",
         ),
-        (partial(agent_attention, bias=relative), "no logits .* a bias could work; leave out attention/bias"),
+        (partial(agent_attention, bias=relative), "no logits .* attention/bias could work; leave out attention/bias"),
         (
             partial(biformer_attention, layout=window),
             "decides by itself who sees whom, so it takes no layout",
         ),
-        (partial(biformer_attention, pre=window), "has no place for a pre; leave out attention/pre"),
+        (partial(biformer_attention, pre=window), "has no place for attention/pre; leave out attention/pre"),
         (
             partial(softmax_attention, layout=window, window=2),
             "two layouts, attention/layout and a window",
