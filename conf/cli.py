@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import extras, recipes, resolvers, source
 from conf.compose import compose, version_base
-from conf.errors import UserError, reason
+from conf.errors import Failure, UserError, reason
 from conf.names import CONF, PARTS, PLACES, choosable, groups, nearest, options
 
 
@@ -53,12 +53,13 @@ def run(
         except UserError as error:
             failed.append(error.status)
             _print(str(error))
-        except Exception:
+            return Failure(error)
+        except Exception as error:
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 raise
             failed.append(1)
             traceback.print_exc()
-        return None
+            return Failure(f"{type(error).__name__}: {error}")
 
     try:
         _refuse_lists_of_options(arguments)

@@ -13,6 +13,10 @@ class RunFailed(UserError):
     status = 1
 
 
+class Failure(str):
+    """What a run of a sweep said when it ended without a result; the other runs go on."""
+
+
 def reason(error: Exception) -> str:
     """The first line of an error, without what OmegaConf puts in front of the message of a resolver of ours."""
     line = str(error).splitlines()[0]

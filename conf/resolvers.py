@@ -1,12 +1,12 @@
 """Values that the configuration computes when it is composed. Torch-free: `--help` must be instant."""
 
 import os
-import re
 from datetime import datetime
 from importlib.metadata import version
 
 from omegaconf import OmegaConf
 
+from conf import sweeps
 from conf.errors import UserError
 from conf.folders import count_class_folders
 
@@ -26,15 +26,10 @@ def run_name() -> str:
     return os.environ.setdefault("VISION_ZOO_RUN_NAME", f"{now:%Y-%m-%d_%H-%M-%S}-{now.microsecond // 1000:03d}")
 
 
-def slug(number: int, overrides: str) -> str:
-    """A folder name for one job of a sweep, such as `0_attention-softmax`: it can be pasted after `ckpt=`."""
-    return re.sub(r"[^\w.+-]+", "-", f"{number}_{overrides.replace('++', '')}")[:120].rstrip("_-")
-
-
 def register() -> None:
     """Make the resolvers known to OmegaConf; calling it again changes nothing."""
     # the name since OmegaConf 2.4; before, it was that of another function
     since_2_4 = tuple(map(int, version("omegaconf").split(".")[:2])) >= (2, 4)
     add = OmegaConf.register_resolver if since_2_4 else OmegaConf.register_new_resolver
-    for name, resolver in [("run_name", run_name), ("slug", slug), ("class_folders", count_class_folders)]:
+    for name, resolver in [("run_name", run_name), ("slug", sweeps.folder), ("class_folders", count_class_folders)]:
         add(name, resolver, replace=True)

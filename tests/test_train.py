@@ -140,13 +140,16 @@ def test_another_attention_than_the_checkpoint_is_one_sentence(command):
     assert status == 2 and "softmax_attention" in err and "agent_attention" in err and "run.name" in err
 
 
-def test_a_sweep_ends_in_one_table(command):
-    status, out, err = command(
-        "train", "-m", *SMALL, "trainer.max_epochs=1", "attention=softmax,focused_linear", "run.name=s"
-    )
+def test_a_sweep_ends_in_one_table(command, tmp_path):
+    """Folders are called by what differs, and no line shows how Hydra was told."""
+    swept = ("trainer.max_epochs=1", "attention=softmax,focused_linear", "seed=1", "run.name=s")
+    status, out, err = command("train", "-m", *SMALL, *swept)
     assert status == 0, err
+    assert "run 2 of 2: attention=focused_linear\n" in out and "++" not in out and "HYDRA" not in out
     table = out[out.index("2 of 2 runs") :]
     assert "attention=softmax" in table and "attention=focused_linear" in table and "top-1" in table
+    found = {path.parent.relative_to(tmp_path / "outputs/s").as_posix() for path in tmp_path.rglob("metrics.json")}
+    assert found == {"softmax/seed-1", "focused_linear/seed-1"}
 
 
 def test_a_sweep_goes_on_after_a_wrong_configuration(command):

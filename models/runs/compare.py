@@ -1,62 +1,79 @@
-"""The table that ends a sweep (`-m`): one line per run, best first; also as runs.csv in the folder of the sweep."""
+"""What a sweep (`-m`) ends with: one row per setting, seeds averaged; the same as CSV files, pictures and a page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-COLUMNS = {
-    "val/top1": "top-1",
-    "val/top1_ema": "EMA",
-    "val/loss": "loss",
-    "val/recognised_ema": "recognised, EMA",
-    "routing/active": "active heads",
-    "parameters": "parameters",
-    "images_per_second": "images/s",
-    "seconds": "seconds",
-}
+from conf import sweeps
+from conf.errors import Failure
+from conf.names import short
 
 
 class CompareRuns(Callback):
-    """Collects the metrics.json of every job and prints them side by side, named by what differs between them."""
+    """Announces the runs of a sweep and, at its end, puts what they left side by side."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[list[str], Path]] = []
+        self.jobs: list[tuple[list[str], int, Path, str]] = []
+        self.sweeps, self.total = False, None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.sweeps = True
+        params = OmegaConf.select(config, "hydra.sweeper.params")
+        self.total = sweeps.begin(config.hydra.overrides.task, params)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.sweeps:
+            settings = " ".join(f"{key}={value}" for key, value in _differing(config).items())
+            of = f" of {self.total}" if self.total else ""
+            print(f"\nrun {len(self.jobs) + 1}{of}: {settings or 'defaults'}", flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        hydra = job_return.hydra_cfg.hydra
-        overrides = [override.lstrip("+") for override in hydra.overrides.task]
-        self.jobs.append((overrides, Path(hydra.runtime.output_dir)))
+        result = job_return.return_value
+        said = str(result) if isinstance(result, Failure) else ""
+        self.jobs.append((_differing(config), config.seed, Path(config.hydra.runtime.output_dir), said))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.table import Table
+        from models.runs.sweep import columns_of, read_run, rows_of, table_of, write_comparison, write_runs
+        from models.runs.sweep_pictures import draw_active_heads
 
-        from models.runs.report import shown
-        from models.runs.sweep import draw_active_heads, write_table
-
-        common = set.intersection(*(set(overrides) for overrides, _ in self.jobs)) if len(self.jobs) > 1 else set()
-        names = [" ".join(o for o in overrides if o not in common) or "defaults" for overrides, _ in self.jobs]
-        files = [path / "metrics.json" for _, path in self.jobs]
-        runs = [(name, json.loads(file.read_text())) for name, file in zip(names, files, strict=True) if file.exists()]
-        present = [key for key in COLUMNS if any(key in figures for _, figures in runs)]
-        table = Table(title=f"{len(runs)} of {len(names)} runs", title_justify="left")
-        table.add_column("run", no_wrap=True)
-        for key in present:
-            table.add_column(COLUMNS[key], justify="right")
-        for name, figures in sorted(
-            runs, key=lambda run: -(run[1].get("val/top1") or run[1].get("val/recognised_ema") or 0)
-        ):
-            table.add_row(name, *(shown(key, figures.get(key)) for key in present))
-        console = Console() if Console().is_terminal else Console(width=120)
-        console.print(table)
-        for name, file in zip(names, files, strict=True):
-            if not file.exists():
-                console.print(f"no result: {name}")
-        if not runs:
-            return
+        sweeps.end()
+        runs = [read_run(*job) for job in self.jobs]
+        monitor, mode = str(config.checkpoint.monitor), str(config.checkpoint.mode)
+        rows = rows_of(runs, monitor, mode)
+        columns = columns_of(rows, monitor)
+        done = [run for run in runs if run.figures is not None]
+        print()
+        _print_table(f"{len(done)} of {len(runs)} runs", table_of(rows, columns))
+        for run in runs:
+            if run.figures is None:
+                print(f"no result: {run.title}: {run.said.splitlines()[0]}")
         folder = Path(config.hydra.sweep.dir)
-        written = write_table(folder / "runs.csv", runs, present), draw_active_heads(folder / "active_heads.png", runs)
-        console.print(f"written: {', '.join(str(path) for path in written if path)}")
+        written = [write_runs(folder / "runs.csv", runs, list(columns))]
+        if rows:
+            written.append(write_comparison(folder / "comparison.csv", rows, list(columns)))
+            written.append(draw_active_heads(folder / "active_heads.png", rows))
+        print(f"written: {', '.join(short(path.absolute()) for path in written if path)}")
+
+
+def _differing(config: DictConfig) -> dict[str, str]:
+    settings = sweeps.differing(config.hydra.overrides.task)
+    settings.pop("run.name", None)
+    return settings
+
+
+def _print_table(title: str, table: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if len(table) < 2:
+        print(title)
+        return
+    shown = Table(title=title, title_justify="left")
+    for number, label in enumerate(table[0]):
+        shown.add_column(label, no_wrap=number == 0, justify="right" if number else "left")
+    for row in table[1:]:
+        shown.add_row(*row)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(shown)

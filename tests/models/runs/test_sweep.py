@@ -1,0 +1,84 @@
+"""The table at the end of a sweep: seeds averaged, what failed named, everything in files."""
+
+import csv
+import json
+
+import pytest
+
+from models.runs.sweep import cell, columns_of, read_run, rows_of, table_of, write_comparison, write_runs
+from models.runs.sweep_pictures import draw_active_heads
+
+TOP1 = "val/top1"
+
+
+def run(folder, attention, seed, said="", **figures):
+    path = folder / attention / f"seed-{seed}"
+    path.mkdir(parents=True)
+    if figures:
+        (path / "metrics.json").write_text(json.dumps({key.replace("__", "/"): v for key, v in figures.items()}))
+    return read_run({"attention": attention, "seed": str(seed)}, seed, path, said)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        run(tmp_path, "softmax", 0, val__top1=0.90, val__loss=0.5, parameters=100, flops=20_300_000),
+        run(tmp_path, "softmax", 1, val__top1=0.92, val__loss=0.4, parameters=100, flops=20_300_000),
+        run(tmp_path, "agent", 0, val__top1=0.95, val__loss=0.2, parameters=120, flops=2_100_000_000),
+        run(tmp_path, "agent", 1, "the loss is NaN", val__top1=0.10, parameters=120),
+        run(tmp_path, "window", 0),
+    ]
+
+
+def test_seeds_are_averaged_and_the_best_is_first(runs):
+    rows = rows_of(runs, TOP1)
+    assert [row.name for row in rows] == ["attention=agent", "attention=softmax"]
+    assert rows[1].mean(TOP1) == pytest.approx(0.91) and rows[1].spread(TOP1) == pytest.approx(0.02 / 2**0.5)
+    assert [row.name for row in rows_of(runs, "val/loss", "min")] == ["attention=agent", "attention=softmax"]
+    columns = columns_of(rows, TOP1)
+    assert list(columns) == [TOP1, "val/loss", "parameters", "flops"]
+    assert table_of(rows, columns) == [
+        ["run", "top-1", "loss", "parameters", "multiply-adds", "seeds"],
+        ["attention=agent", "95.00%", "0.2", "120", "2.10 G", "1"],
+        ["attention=softmax", "91.00 ± 1.41%", "0.45 ± 0.071", "100", "20.3 M", "2"],
+    ]
+
+
+def test_one_seed_each_has_no_spread_and_no_column_of_seeds(runs):
+    rows = rows_of([runs[0], runs[2]], TOP1)
+    assert table_of(rows, {TOP1: "top-1"}) == [
+        ["run", "top-1"],
+        ["attention=agent", "95.00%"],
+        ["attention=softmax", "90.00%"],
+    ]
+
+
+def test_figures_of_an_earlier_command_are_not_those_of_a_run_that_failed(runs):
+    assert runs[3].figures is None and runs[3].said == "the loss is NaN"
+    assert runs[4].said == "it left no metrics.json"
+
+
+def test_a_figure_that_is_not_there(tmp_path):
+    rows = rows_of([run(tmp_path, "a", 0, val__top1=0.5), run(tmp_path, "b", 0, val__loss=None)], TOP1)
+    assert cell(rows[1], TOP1) == "-" and rows[1].mean("val/loss") is None
+    assert cell(rows_of([run(tmp_path, "c", 0, peak_memory=3 * 2**29)], TOP1)[0], "peak_memory") == "1.50 GiB"
+
+
+def test_what_is_written(runs, tmp_path):
+    rows = rows_of(runs, TOP1)
+    each = list(csv.DictReader(write_runs(tmp_path / "runs.csv", runs, [TOP1]).open()))
+    assert [(line["attention"], line["seed"], line[TOP1], line["failed"]) for line in each][2:] == [
+        ("agent", "0", "0.95", ""),
+        ("agent", "1", "", "the loss is NaN"),
+        ("window", "0", "", "it left no metrics.json"),
+    ]
+    mean = list(csv.DictReader(write_comparison(tmp_path / "comparison.csv", rows, [TOP1]).open()))
+    assert mean[0] == {"run": "attention=agent", "seeds": "1", TOP1: "0.95", f"{TOP1} sd": ""}
+    assert float(mean[1][f"{TOP1} sd"]) == pytest.approx(0.0141, abs=1e-4)
+
+
+def test_active_heads_are_drawn_where_they_differ(tmp_path):
+    runs = [run(tmp_path, f"heads{k}", 0, val__top1=0.9, routing__active=k / 8) for k in (4, 5)]
+    rows = rows_of(runs, TOP1)
+    assert draw_active_heads(tmp_path / "one.png", rows[:1]) is None
+    assert draw_active_heads(tmp_path / "two.png", rows) == tmp_path / "two.png"
