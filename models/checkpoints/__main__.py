@@ -9,7 +9,6 @@ Exit status 2 and one sentence where that cannot be done; then no output file ex
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -124,34 +123,18 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Tensor], chosen: argparse.Namespace) -> None:
-    """The file under a hidden name beside the target, flushed to the disk, then renamed.
+    """The file, whole or not at all.
 
     Raises:
-        OSError: it could not be written; nothing of it remains.
+        OSError: it could not be written.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from models.checkpoints.write import write_weights
 
-    from models.checkpoints.format.codec import plain_tensor
-    from models.checkpoints.format.write import sync
-
-    out = chosen.output
-    temporary = out.with_name(f".writing-{out.name}-{os.getpid()}")
-    state = {name: plain_tensor(value, name) for name, value in state.items()}
     try:
-        if out.suffix == ".pth":
-            torch.save({"model": state}, temporary)
-        else:
-            metadata = {"format": "pt", "model": chosen.model, "source": Path(chosen.file).name}
-            save_file(state, temporary, metadata)
-        sync(temporary)
-        os.rename(temporary, out)
-        sync(out.parent)
-    except (RuntimeError, SafetensorError) as error:  # of a full disk, in the words of the two writers
-        raise OSError(f"--output: cannot be written, got {out}: {error}; make room, or write elsewhere") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_weights(chosen.output, state, {"model": chosen.model, "source": Path(chosen.file).name})
+    except OSError as error:
+        text = f"--output: cannot be written, got {chosen.output}: {error}; make room, or write elsewhere"
+        raise OSError(text) from error
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from conf.errors import UserError
 from conf.names import PARTS, PLACES
 from models import list_models
 from models.checkpoints.fitting import (
+    DETECTOR,
     MADE,
     Table,
     advice,
     best,
     family_of,
     learned,
+    prefix_of,
     problem_of,
     some,
     tables,
@@ -32,8 +34,6 @@ from models.checkpoints.weights import strip, unwrap
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
     from torch import Tensor
-
-DETECTOR = "backbone."
 
 
 def convert(
@@ -119,8 +119,9 @@ def _matched(
     state_dict: Mapping[str, Any], name: str, settings: dict[str, Any], who: str, *, resize: bool
 ) -> tuple[Table, dict[str, Tensor]]:
     """The way to read a file, and what it holds for the model; one that does not fit is an error."""
-    state = _weights(state_dict, who)
-    table = best(tables(name, settings), state)
+    known = list(tables(name, settings))
+    state = _weights(state_dict, known, who)
+    table = best(known, state)
     state = learned(table, state)
     if problem := problem_of(table, state, name, resize):
         raise UserError(f"{who}: {problem}; {advice(state, name)}")
@@ -142,11 +143,17 @@ def _ours(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def source_of(state_dict: Mapping[str, Any], name: str, **settings: Any) -> str:
     """Whose names a file has, e.g. "timm"."""
-    return best(tables(name, settings), _weights(state_dict, "source_of")).layout.source
+    known = list(tables(name, settings))
+    return best(known, _weights(state_dict, known, "source_of")).layout.source
 
 
-def _weights(state_dict: Mapping[str, Any], who: str) -> dict[str, Tensor]:
+def _weights(state_dict: Mapping[str, Any], known: list[Table], who: str) -> dict[str, Tensor]:
+    """The weights in a file, without the prefix behind which they are the model's."""
     content = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     state = strip(unwrap(content, False, "the state dict", who), "the state dict", who)
-    backbone = {key.removeprefix(DETECTOR): value for key, value in state.items() if key.startswith(DETECTOR)}
-    return backbone or state
+    prefix = prefix_of(state, known)
+    below = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if len(below) < len(state) and not prefix.endswith(DETECTOR):
+        left = [key for key in state if not key.startswith(prefix)]
+        warnings.warn(f"{who}: the weights below {prefix!r} were taken, and {some(left)} left out", stacklevel=4)
+    return below

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models import create_model, list_models
 from models.checkpoints.names.layout import OURS, Layout, Part
+from models.checkpoints.weights import AVERAGE
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
     import torch
     from torch import Tensor
 
+DETECTOR = "backbone."  # what stands before the names of a backbone in the files of detectors and segmenters
 COUNTER = "num_batches_tracked"  # of batch norms; files from before torch 0.4.1 have none
 MASK = ".shift_mask"  # of windows; whether there is one depends on the size of the map
 MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map, and a file may lack
@@ -92,7 +95,28 @@ def skeleton(name: str, **settings: Any) -> Skeleton:
 _skeleton_of_file = functools.cache(skeleton)  # a model as it stands in conf/model is asked for again and again
 
 
-def best(tables: Iterator[Table], state: dict[str, Tensor]) -> Table:
+def prefix_of(state: Mapping[str, Tensor], known: Iterable[Table]) -> str:
+    """What stands in a file before most names of the model, such as Lightning's `model.`; "" where they begin so.
+
+    Of two with equally many, averages and teachers come last.
+    """
+    counts: Counter[str] = Counter()
+    for table in known:
+        names = table.names.keys()
+        found = Counter(prefix for key in state for prefix in _prefixes(key) if key.removeprefix(prefix) in names)
+        counts |= found
+    if not counts:
+        return DETECTOR if any(key.startswith(DETECTOR) for key in state) else ""
+    return max(counts, key=lambda prefix: (counts[prefix], not AVERAGE.search(prefix), -len(prefix)))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Every beginning of a name at which it can be cut."""
+    yield ""
+    yield from (name[: match.end()] for match in re.finditer(r"\.", name))
+
+
+def best(tables: Iterable[Table], state: dict[str, Tensor]) -> Table:
     """The table with the most names in common, and of those the one with the fewest that the state lacks."""
     return max(tables, key=lambda table: (len(table.names.keys() & state.keys()), -len(table.names)))
 

@@ -13,26 +13,33 @@ from safetensors import SafetensorError
 
 from conf.errors import UserError
 from models.checkpoints.format.directory import EMA, MODEL, read_manifest, resolve, verify
-from models.checkpoints.stand_ins import stand_ins
+from models.checkpoints.stand_ins import Settings, stand_ins
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
     from torch import Tensor
 
-# How the published files nest their weights; the averaged ones come first where they are asked for.
-_RAW_NESTS = ("model", "state_dict", "state_dict_ema", "model_ema")
+# How files nest their weights, the usual names first; any other mapping that holds most tensors is one as well.
+_RAW_NESTS = ("model", "state_dict", "model_state_dict", "net", "weights", "params", "state_dict_ema", "model_ema")
 _EMA_NESTS = ("model_ema", "state_dict_ema", "ema")
-_PREFIXES = ("module.", "_orig_mod.")
+AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|teacher|momentum)([._]|$)")
+_NO_NEST = re.compile("optim|scaler")  # their tensors have the names of weights, too
 _MAX_NESTS = 8  # a hostile file can hold itself
+# What wrappers put before all names: DataParallel and DDP, Lightning modules, and those of tutorials;
+_PREFIXES = ("module.", "model.", "net.", "network.")
+# and what compiled, sharded and recomputed blocks put before theirs.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNTERS = re.compile(r"(^|.*\.)(total_ops|total_params|n_averaged)")  # of thop's profiler, and of torch's averages
 
 
 def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
     """The weights in a checkpoint, by the names that the file gives them, on the CPU.
 
     Args:
-        path: a checkpoint directory (`step-…`, `best`, `last`), a `.safetensors` file, or a `.pth`, `.pt`, `.bin`,
-            `.ckpt` or `.tar` file as authors publish them. The latter is read by torch's weights-only loader, with
-            stand-ins for the settings that many keep beside the weights (`stand_ins.py`), and its usual nests (`model`,
-            `state_dict`, …) and prefixes (`module.`, `_orig_mod.`) are taken off.
+        path: a checkpoint directory (`step-…`, `best`, `last`), the folder of a run (its best, else its last), a
+            safetensors file, or a file of torch with any suffix, as authors, Lightning and tutorials write them. The
+            latter is read by torch's weights-only loader, with stand-ins for the settings that many keep beside the
+            weights (`stand_ins.py`); nests (`model`, `state_dict`, …), prefixes (`module.`, `model.`, `_orig_mod.`)
+            and counters of profilers are taken off.
         ema: the averaged weights instead of the raw ones.
 
     Raises:
@@ -41,7 +48,7 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
     path = Path(path)
     if path.is_dir() or not path.exists() or path.name in ("best", "last"):
         return _from_directory(resolve(path), ema)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _begins_as_safetensors(path):
         return _from_safetensors(path, ema)
     return _from_torch(path, ema)
 
@@ -65,6 +72,12 @@ def _from_safetensors(path: Path, ema: bool) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"load_weights: not a valid safetensors file, got {path}: {error}; fetch it again") from error
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a file of another suffix has the head of a safetensors file: eight bytes of length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(10)[8:] == b'{"'
 
 
 def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
@@ -112,17 +125,47 @@ def _refuse_compressed(path: Path) -> None:
 
 def unwrap(content: Any, ema: bool, where: str, who: str = "load_weights") -> dict[str, Any]:
     """The innermost mapping of weights in an authors' file."""
-    nests, found = _EMA_NESTS if ema else _RAW_NESTS, ""
+    wanted = ema
     for _ in range(_MAX_NESTS):
-        key = next((k for k in nests if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
+        key = _nest(content, wanted) if isinstance(content, dict) else None
         if key is None:
             break
-        content, found, nests = content[key], key, _RAW_NESTS
-    if ema and not found:
+        content, wanted = content[key], False
+    if wanted:
         raise UserError(f"{who}: this file has no averaged weights, got {where}; use ema=False")
+    if isinstance(content, Settings):
+        raise UserError(f"{who}: this file holds a model itself, got {where}; save its state_dict() instead")
     if not isinstance(content, dict):
         raise UserError(f"{who}: a mapping of weights was expected, got {type(content).__name__} in {where}")
     return content
+
+
+def _nest(content: dict[Any, Any], ema: bool) -> str | None:
+    """The key below which the (averaged) weights are; None where they are not deeper."""
+    nests = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, dict)}
+    if known := next((key for key in (_EMA_NESTS if ema else _RAW_NESTS) if key in nests), None):
+        return known
+    if _tensors(content) and not ema:
+        return None
+    sizes = {key: _most(value) for key, value in nests.items() if not _NO_NEST.search(key)}
+    averages = [key for key in sizes if sizes[key] and AVERAGE.search(key)]
+    others = [key for key in sizes if sizes[key] and key not in averages]
+    found = averages if ema else others or averages
+    return max(found, key=sizes.get, default=None)
+
+
+def _most(content: dict[Any, Any], depth: int = 0) -> int:
+    """How many tensors are together in a mapping, or in one inside of it."""
+    if depth > _MAX_NESTS:
+        return 0
+    inner = (value for key, value in content.items() if isinstance(key, str) and isinstance(value, dict))
+    return max(_tensors(content), *(_most(value, depth + 1) for value in inner), 0)
+
+
+def _tensors(content: dict[Any, Any]) -> int:
+    from torch import Tensor
+
+    return sum(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
 
 
 def strip(content: dict[str, Any], where: str, who: str = "load_weights") -> dict[str, Tensor]:
@@ -133,7 +176,7 @@ def strip(content: dict[str, Any], where: str, who: str = "load_weights") -> dic
     if not weights:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{who}: no weights were found, got {where} with the keys: {keys}")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    weights = {_WRAPPERS.sub("", name): value for name, value in weights.items() if not _COUNTERS.fullmatch(name)}
+    while prefix := next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from models.checkpoints.format.directory import latest, nearby, resolve, verify
+from models.checkpoints.format.directory import POINTERS, latest, nearby, resolve, verify
 from models.checkpoints.format.write import recover
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,10 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
         log.debug("resume=auto: %s", f"continuing {found}" if found else f"no checkpoint in {directory}, starting at 0")
         return found
     path = Path(resume)
-    if path.suffix in (".safetensors", ".pth", ".pt", ".ckpt") and path.is_file():
+    if path.is_file() and path.name not in POINTERS:
         raise UserError(f"resume: a single file holds weights and nothing of the optimizer, got {path}; {nearby(path)}")
-    path = resolve(path)
+    newest = path / "checkpoints" / "last"  # of the folder of a run
+    path = resolve(newest if newest.exists() else path)
     verify(path)
     return path
 

@@ -56,11 +56,13 @@ def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
 def resolve(path: str | os.PathLike) -> Path:
     """The step directory that a path means: the directory itself, or where a `best` or `last` pointer points.
 
+    The folder of a run means its best checkpoint, else its last.
+
     Raises:
         ValueError: there is nothing, or something else, at the path; the message lists the checkpoints near it.
     """
     path = Path(path)
-    target = path
+    target = path = _of_run(path)
     if path.is_file() and path.name in POINTERS:
         target = path.parent / _pointer_text(path)
     if not target.exists():
@@ -70,6 +72,15 @@ def resolve(path: str | os.PathLike) -> Path:
     if not (target / MANIFEST).is_file():
         raise CorruptCheckpoint(f"checkpoint: this directory has no {MANIFEST}, got {path}; {nearby(path)}")
     return target.resolve()
+
+
+def _of_run(path: Path) -> Path:
+    """The best checkpoint of a run, else its last, else the one of the highest step; any other path as it is."""
+    folder = path / "checkpoints"
+    if not folder.is_dir() or (path / MANIFEST).exists():
+        return path
+    found = [folder / name for name in ("best", "last") if (folder / name).exists()]
+    return next(iter([*found, *reversed(step_directories(folder).values())]), path)
 
 
 def _pointer_text(path: Path) -> str:

@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
 from models.checkpoints.format.directory import FORMAT, MANIFEST, CorruptCheckpoint, file_entry, verify
@@ -37,7 +38,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], plain: d
     try:
         temporary.mkdir()
         for name, content in tensors.items():
-            _save_tensors(content, temporary / name)
+            save_tensors(content, temporary / name)
         for name, content in plain.items():
             _write(temporary / name, json.dumps(content, allow_nan=False).encode())
         files = {name: file_entry(temporary / name) for name in [*tensors, *plain]}
@@ -50,9 +51,17 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], plain: d
         raise
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A new safetensors file, flushed to the disk, with the permissions that every other new file gets.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with path.open("wb"):
+        mode = path.stat().st_mode  # as the umask has it; safetensors lets only the owner read
     try:
-        save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata)
+        path.chmod(stat.S_IMODE(mode))
     except Exception as error:
         # safetensors reports a full disk as its own error; the caller handles storage errors by their type.
         if any(words in str(error) for words in ("I/O error", "os error", "IoError")):  # IoError: older

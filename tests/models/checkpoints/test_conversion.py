@@ -313,6 +313,16 @@ def test_nests_and_prefixes(tiny):
         assert same(convert(content, "biformer_tiny", **SMALL), ours)
 
 
+def test_a_prefix_of_any_name_is_found_and_what_is_beside_is_said():
+    ours = create_model("vit_32px", dim=32, depth=1, num_classes=5).state_dict()
+    settings = {"dim": 32, "depth": 1}
+    inside = {f"student.encoder.{key}": value for key, value in ours.items()}
+    assert same(convert(inside, "vit_32px", **settings), ours)
+    beside = {f"teacher.encoder.{key}": 0 * value for key, value in ours.items()} | inside
+    with pytest.warns(UserWarning, match=r"below 'student.encoder.' were taken, and 'teacher.* more left out"):
+        assert same(convert(beside | {"criterion.weight": torch.ones(5)}, "vit_32px", **settings), ours)
+
+
 @pytest.mark.parametrize("name", ["biformer_tiny", "davit_tiny"])
 def test_of_a_detector_the_backbone_is_taken(name):
     ours = small(name, features_only=True)

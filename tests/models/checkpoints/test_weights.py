@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime
+import functools
 import importlib
 import os
 import sys
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 
 from models.checkpoints import load_weights
 from models.checkpoints.format.directory import step_name
-from models.checkpoints.format.write import point, write_checkpoint
+from models.checkpoints.format.write import point
+from models.checkpoints.write import write_checkpoint, write_weights
+from models.runs.resume import find_resume
 
 WEIGHTS = {"norm.weight": torch.ones(3), "head.weight": torch.arange(6.0).view(2, 3)}
 AVERAGE = {name: value + 1 for name, value in WEIGHTS.items()}
@@ -85,6 +88,20 @@ def test_a_damaged_weight_file_is_named(tmp_path):
         lambda w: {"model": {f"module.{name}": value for name, value in w.items()}},
         lambda w: {"state_dict": {f"module._orig_mod.{name}": value for name, value in w.items()}},
         lambda w: {"model": w, "model_ema": AVERAGE, "optimizer": {"state": {}}, "lr": 0.1},
+        lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+        lambda w: {"net": w, "acc": 91.2, "epoch": 3},
+        lambda w: {"best_weights": w, "ema_weights": AVERAGE, "optimizer": {"state": {"w": dict.fromkeys("abc", 1)}}},
+        lambda w: {"run": {"student": {"backbone": w}}, "teacher": AVERAGE, "rng": torch.ones(2).byte().tolist()},
+        lambda w: {"state_dict": {f"model._orig_mod.{name}": value for name, value in w.items()}, "epoch": 1},
+        lambda w: {"state_dict": {f"net.module.{name}": value for name, value in w.items()}},
+        lambda w: {"module": {name.replace(".", "._checkpoint_wrapped_module."): value for name, value in w.items()}},
+        lambda w: {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in w.items()}},
+        lambda w: {
+            **w,
+            "total_ops": torch.zeros(1),
+            "norm.total_ops": torch.ones(1),
+            "norm.total_params": torch.ones(1),
+        },
     ],
 )
 def test_authors_nests_are_unwrapped(tmp_path, nest):
@@ -92,7 +109,7 @@ def test_authors_nests_are_unwrapped(tmp_path, nest):
     assert same(load_weights(tmp_path / "paper.pth"), WEIGHTS)
 
 
-@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema", "ema_state_dict", "teacher"])
 def test_authors_averages(tmp_path, key):
     torch.save(
         {"state_dict": WEIGHTS, key: {f"module.{name}": value for name, value in AVERAGE.items()}}, tmp_path / "p.pt"
@@ -235,10 +252,51 @@ def test_files_of_torch_before_1_6(tmp_path):
     assert same(load_weights(tmp_path / "old.pth"), WEIGHTS)
     content = {"model": WEIGHTS, "args": argparse.Namespace(lr=1)}
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        ValueError, match=r"could run code, got .*: it asks for argparse\.Namespace; export its state_dict"
-    ):
+    assert same(load_weights(tmp_path / "old.pth"), WEIGHTS)
+    content["payload"] = Payload(tmp_path / "marker")
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"could run code, got .*: it asks for posix\.mkdir; export its state_dict"):
         load_weights(tmp_path / "old.pth")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_what_lightning_keeps_beside_the_weights(tmp_path):
+    given = {"optimizer": functools.partial(torch.optim.AdamW, lr=1e-3), "criterion": torch.nn.CrossEntropyLoss()}
+    content = {"state_dict": {f"net.{name}": value for name, value in WEIGHTS.items()}, "hyper_parameters": given}
+    torch.save(content, tmp_path / "epoch_003.ckpt")
+    assert same(load_weights(tmp_path / "epoch_003.ckpt"), WEIGHTS)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"holds a model itself, got .*model\.pt; save its state_dict\(\) instead"):
+        load_weights(tmp_path / "model.pt")
+
+
+def test_the_folder_of_a_run_means_its_best(tmp_path):
+    path = directory(tmp_path / "run" / "checkpoints")
+    for name in ("", "last", "best"):
+        if name:
+            point(path.with_name(name), path)
+        assert same(load_weights(tmp_path / "run"), WEIGHTS) and same(load_weights(tmp_path / "run", ema=True), AVERAGE)
+    assert find_resume(str(tmp_path / "run"), tmp_path) == path
+
+
+def test_a_file_is_known_by_its_content(tmp_path):
+    save_file(WEIGHTS, tmp_path / "weights.bin")
+    torch.save(WEIGHTS, tmp_path / "weights.model")
+    for name in ("weights.bin", "weights.model"):
+        assert same(load_weights(tmp_path / name), WEIGHTS)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        path = directory(tmp_path)
+        write_weights(tmp_path / "w.safetensors", WEIGHTS, {})
+        write_weights(tmp_path / "w.pth", WEIGHTS, {})
+    finally:
+        os.umask(before)
+    files = [*path.iterdir(), tmp_path / "w.safetensors", tmp_path / "w.pth"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask} and len(files) == 6
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 700, -600, -1])

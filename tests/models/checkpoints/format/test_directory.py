@@ -102,7 +102,8 @@ def test_a_missing_path_lists_what_exists(tmp_path):
         with pytest.raises(ValueError, match=r"nothing at this path.*choose one of last, step-00000012 in"):
             resolve(path)
     with pytest.raises(ValueError, match=r"has no manifest\.json, .*choose one of last, step-00000012"):
-        resolve(tmp_path)
+        resolve(folder)
+    assert resolve(tmp_path) == folder / "step-00000012", "a run without a best checkpoint"
     (folder / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"a file and not a checkpoint directory"):
         resolve(folder / "notes.txt")
