@@ -9,7 +9,6 @@ import os
 import random
 import runpy
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -94,10 +93,8 @@ def command(tmp_path, monkeypatch, capsys):
 
     It draws no curves, which takes as long as a small run, and times a model for a moment.
     """
-    from models.runs import evaluation
-
     monkeypatch.setattr("models.runs.training.draw_curves", lambda run_dir: None)
-    monkeypatch.setattr(evaluation, "_throughput", partial(evaluation._throughput, seconds=0.01))
+    monkeypatch.setattr("models.probes.forward_cost.SECONDS", 0.01)
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)

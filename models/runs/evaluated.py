@@ -9,12 +9,13 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from conf import recipes
+from conf import probes, recipes
 from conf.compose import compose_run
 from conf.errors import UserError
 from conf.names import PLACES
 
 CHOICES = ("recipe", "model", "attention", "data")
+LOOKING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
 # what an evaluation of samples takes from the task that a model was trained with
 GENERATION = ("autoencoder", "diffusion_steps", "sampling", "score", "seed")
 
@@ -30,12 +31,26 @@ def take_config(given: list[str]) -> list[str]:
     node: dict = {}
     if "ckpt" in arguments:
         node = _evaluated(arguments)
+    if "probe" not in arguments and "samples" in node:
+        arguments["probe"] = "generation"
+        given = [*given, "probe=generation"]
+    if "ckpt" not in arguments and not LOOKING & set(given):
+        node = _without_checkpoint(arguments)
     if "recipe" not in node.get("run", {}) and "data" in arguments:
         node = {"defaults": [{"data": arguments["data"]}, "_self_"]} | node
     else:
         given = [a for a in given if a.partition("=")[0] not in (*CHOICES, "task")]
     ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
     return given
+
+
+def _without_checkpoint(arguments: dict[str, str]) -> dict:
+    """What a probe looks at that is not about trained weights: data, a model before its training, or neither."""
+    probe = arguments.get("probe", "accuracy")
+    if probes.needs_checkpoint(probe):
+        raise UserError("ckpt: no value; give one on the command line: ckpt=...")
+    wanted = {"data", "network"} & set(probes.wants(probes.target(probe)))
+    return _composed(arguments) if wanted else {}
 
 
 def _evaluated(arguments: dict[str, str]) -> dict:

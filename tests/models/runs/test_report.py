@@ -8,7 +8,7 @@ from rich.console import Console
 
 from conf.errors import UserError
 from models.callbacks.progress import duration
-from models.runs.evaluation import _check_classes
+from models.runs.finished import check_classes
 from models.runs.report import draw_curves, print_table, shown, write_json
 
 
@@ -53,9 +53,9 @@ def test_curves_are_drawn_from_what_was_logged(tmp_path):
 
 def test_evaluation_on_other_classes_is_refused():
     data = SimpleNamespace(class_names=["cat", "emu", "dog"])
-    _check_classes(None, data)
-    _check_classes(["cat", "emu", "dog"], data)
+    check_classes(None, data)
+    check_classes(["cat", "emu", "dog"], data)
     with pytest.raises(
         UserError, match=r"label 1 was 'dog' and is 'emu' here; evaluate on folders with the same names"
     ):
-        _check_classes(["cat", "dog", "emu"], data)
+        check_classes(["cat", "dog", "emu"], data)

@@ -18,16 +18,6 @@ from models.tasks.generation import Generation
 FILE = "samples.npz"
 
 
-def generation(given: dict[str, Any], model: nn.Module, num_classes: int) -> Generation:
-    """The task that measures a generating model, from the configuration of an evaluation.
-
-    Raises:
-        UserError: settings of the samples that it cannot take.
-    """
-    check_samples(given["samples"])
-    return Generation(model, {}, {}, num_classes, **given["task"])
-
-
 def check_samples(count: Any) -> None:
     """Refuses what is no number of samples.
 

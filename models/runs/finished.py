@@ -1,0 +1,172 @@
+"""What is evaluated: a checkpoint of ours, a published file of weights or a model before training, and its data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from conf.errors import UserError
+from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
+from models.probes import Subject
+from models.runs.initial import in_our_names
+from models.runs.preflight import check_data, part_of
+from models.runs.results import FOLDER
+from models.runs.resume import differences
+from models.runs.training import title
+
+
+class Weights(NamedTuple):
+    """Weights that are evaluated, and what is known of them.
+
+    title: for people. known: for the files of results. path: of the checkpoint. latest: the file of figures that every
+    evaluation of these weights renews. load: `ema -> weights, or None`. num_classes, classes: of the model, and their
+    names in training where they are known. monitor: what the best checkpoint was chosen by.
+    """
+
+    title: str
+    known: dict[str, Any]
+    path: Path
+    latest: Path
+    load: Callable[[bool], dict[str, Tensor] | None]
+    num_classes: int | None = None
+    classes: list[str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where results belong: in the folder of the run, or beside the file."""
+        place = self.path.parent
+        return (place.parent if place.name == "checkpoints" and self.path.is_dir() else place) / FOLDER
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+
+def weights_of(cfg: DictConfig, given: dict[str, Any]) -> Weights:
+    """What `ckpt=` names."""
+    return _of_file(cfg, given) if Path(cfg.ckpt).is_file() else _of_directory(cfg, given)
+
+
+def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
+    """A checkpoint of ours: it says itself what it is."""
+    try:
+        path = resolve(cfg.ckpt)
+        config, step = read_config(path), read_manifest(path)["step"]
+        check_config({key: config[key] for key in ("model", "data")})
+    except OSError as error:
+        raise UserError(str(error)) from error
+    if changed := differences(config, given, ("attention", "model")):
+        raise UserError(
+            f"eval: the checkpoint was trained with {', '.join(changed)} as this command asks; leave that out, "
+            "or train a model with it"
+        )
+
+    def load(ema: bool) -> dict[str, Tensor] | None:
+        return None if ema and not (path / "ema.safetensors").exists() else load_weights(path, ema=ema)
+
+    known = {"checkpoint": str(path), "step": step}
+    latest = Path(cfg.ckpt).parent / "metrics.json"
+    classes = config["model"]["num_classes"], config.get("classes")
+    return Weights(f"{title(config)}, step {step}", known, Path(cfg.ckpt), latest, load, *classes)
+
+
+def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
+    """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
+    path, classes = Path(cfg.ckpt), given["model"]["num_classes"]
+
+    def load(ema: bool) -> dict[str, Tensor] | None:
+        try:
+            content = load_weights(path, ema)
+        except UserError:
+            if not ema:
+                raise
+            return None  # the raw weights were there: the file has no average
+        state, notes = in_our_names(content, given, classes)
+        for note in notes if not ema else ():
+            print(note)
+        return state
+
+    known = {"checkpoint": str(path), "model": given["run"]["model"]}
+    latest = path.with_name(f"{path.name}.metrics.json")
+    return Weights(f"{title(given)}, {path.name}", known, path, latest, load)
+
+
+class Parts:
+    """What probes may ask for (`conf.probes.GIVEN`), each built when it is: `Parts(cfg, given).made(wanted)`."""
+
+    def __init__(self, cfg: DictConfig, given: dict[str, Any]) -> None:
+        self.cfg, self.given = cfg, given
+        self.weights = weights_of(cfg, given) if given.get("ckpt") is not None else None
+
+    def made(self, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """By name; the data comes first, since looking at it costs least."""
+        parts: dict[str, Any] = {}
+        if "data" in wanted:
+            parts["data"] = self._data("model" in wanted)
+        if {"model", "network"} & set(wanted):
+            model, ema = self._model(False), self._model(True) if "ema" in wanted else None
+            parts |= {"model": model, "network": model, "ema": ema}
+        if {"model", "network", "trainer"} & set(wanted):
+            parts["trainer"] = self._trainer()
+            for name in ("model", "ema", "network"):
+                if parts.get(name) is not None:
+                    parts[name].to(parts["trainer"].strategy.root_device)
+        parts["subject"] = self._subject()
+        return parts
+
+    def _data(self, labelled: bool) -> pl.LightningDataModule:
+        data = part_of(self.cfg, "data")
+        if labelled and self.weights is not None:
+            check_number(self.weights.num_classes, data)
+        check_data(data, training=False)
+        if labelled and self.weights is not None:
+            check_classes(self.weights.classes, data)
+        return data
+
+    def _model(self, ema: bool) -> nn.Module | None:
+        """The model with the weights of the checkpoint, or None where it has no average."""
+        if self.weights is None:
+            return None if ema else part_of(self.cfg, "model").eval()
+        try:
+            state = self.weights.load(ema)
+            if state is None:
+                return None
+            model = part_of(self.cfg, "model")
+            model.load_state_dict(state)
+        except (OSError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+        return model.eval()
+
+    def _trainer(self) -> pl.Trainer:
+        return part_of(self.cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
+
+    def _subject(self) -> Subject:
+        if self.weights is None:
+            named = title(self.given) if self.given.get("run", {}).get("model") else ""
+            return Subject(named, None, None, "raw", self.given, Path.cwd() / FOLDER)
+        weights = self.weights
+        return Subject(weights.title, weights.path, weights.classes, "raw", self.given, weights.latest.parent)
+
+
+def check_number(num_classes: int | None, data: pl.LightningDataModule) -> None:
+    """Raises when there are more or fewer classes than in training."""
+    if num_classes not in (None, data.num_classes):
+        raise UserError(
+            f"eval: the checkpoint has {num_classes} classes, the data has {data.num_classes}; "
+            "evaluate on the data it was trained for"
+        )
+
+
+def check_classes(trained: list[str] | None, data: pl.LightningDataModule) -> None:
+    """Raises when a label means another class than in training."""
+    if trained is None or trained == data.class_names:
+        return
+    pairs = enumerate(zip(trained, data.class_names, strict=False))
+    label, (was, now) = next(((i, names) for i, names in pairs if names[0] != names[1]), (-1, ("", "")))
+    raise UserError(
+        f"eval: the classes are not those of training: label {label} was {was!r} and is {now!r} here; "
+        "evaluate on folders with the same names"
+    )
