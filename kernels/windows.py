@@ -4,8 +4,6 @@ Source: Swin Transformer, Liu et al., ICCV 2021, arXiv:2103.14030, section 3.2.
 Shapes: B = batch, N = H·W tokens, C = channels, R = windows per image, T = tokens in a window.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,18 +36,22 @@ def merge(x_WTC: Tensor, height: int, width: int, window: tuple[int, int], shift
     return x[:, :height, :width].reshape(B, height * width, C)
 
 
-@lru_cache(maxsize=64)
 def shift_mask(
     height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """Which pairs of a shifted window were neighbours before the roll: bool (R, T, T), or None without a shift."""
+    """Which pairs of a shifted window were neighbours before the roll: bool (R, T, T), or None without a shift.
+
+    Made anew for every call: kept ones would be of the mode (export, inference) in which they were made.
+    """
     if not any(shift):
         return None
     sizes = [padded(height, window[0]), padded(width, window[1])]
-    rows, columns = (
-        torch.bucketize(torch.arange(size), torch.tensor([size - w, size - s]), right=True)
-        for size, w, s in zip(sizes, window, shift, strict=True)
-    )
-    region = (rows[:, None] * 3 + columns[None, :]).to(device).view(1, -1, 1).float()
-    region_RT = split(region, *sizes, window).squeeze(-1)
+    rows, columns = (_bands(*along, device) for along in zip(sizes, window, shift, strict=True))
+    region_RT = split((rows[:, None] * 3 + columns).view(1, -1, 1), *sizes, window).squeeze(-1)
     return region_RT[:, :, None] == region_RT[:, None, :]
+
+
+def _bands(size: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """(size,): 0, 1 or 2 for the cells before the last window, and within it for those before and behind the roll."""
+    cells = torch.arange(size, device=device)
+    return (cells >= size - window).int() + (cells >= size - shift).int()

@@ -52,7 +52,9 @@ def attend(
     """
     check_tensors(WHO, {"q": q, "k": k, "v": v})
     scored = None if bias is None else score_mod(bias, grid, around, q.device)
-    seen = None if around is None else block_mask(grid, around, q.device)
+    kept = type(q) is Tensor  # what is made of fake tensors, in an export, is not kept
+    find = block_mask if kept else block_mask.__wrapped__
+    seen = None if around is None else find(grid, around, q.device)
     alone = q.is_cuda and not torch.compiler.is_compiling()  # else part of what is compiled
     compute = compiled(grid, around) if alone else flex_attention
     return compute(q, k, v, score_mod=scored, block_mask=seen, scale=scale)

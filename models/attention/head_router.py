@@ -13,7 +13,7 @@ L = logits.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,11 @@ class HeadRouter(nn.Module):
         # what training adds up between two optimizer steps: uses of each routed head, and tokens; with activation
         # checkpointing both twice, which changes no share
         self.register_buffer("load", torch.zeros(self.experts + 1) if biased else None, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Counting begins anew, also in a model that was made on the meta device."""
+        super()._load_from_state_dict(*args)
+        self.load = None if self.load is None else self.bias.new_zeros(self.experts + 1)
 
     def _add_layers(self, dim: int) -> None:
         self.wg = nn.Linear(dim, self.experts, bias=False) if self.routed else None

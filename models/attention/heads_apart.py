@@ -7,6 +7,7 @@ Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class HeadsApart(Mixer):
         refusing = any(part.accepts.prefix == "refused" for part in self.parts)
         self.accepts = Accepts(prefix="refused" if refusing else "attended")
         self.reads_stream = any(part.reads_stream for part in self.parts)
-        for part, first in zip(self.parts, torch.tensor([0, *self.heads]).cumsum(0).tolist(), strict=False):
+        for part, first in zip(self.parts, accumulate(self.heads, initial=0), strict=False):
             del part.qkv
             part.qkv, part.proj = Rows(self.qkv, self.num_heads, slice(first, first + part.num_heads)), nn.Identity()
 

@@ -23,6 +23,7 @@ from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING, Around
 from models.attention.contract.options import check_flags, check_whole
+from models.attention.contract.places import of_maps
 from models.attention.lepe import depthwise
 from models.attention.multihead import Core
 
@@ -175,7 +176,8 @@ class SoftmaxCore(Core):
         """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
         if window is None:
             return moh_attention(qkv_BNC, gates.float(), num_heads, scale=self.scale)
-        bias = None if self.bias is None else self.bias(Grid(*window), Grid(*window))
+        window_grid = Grid(*window)
+        bias = None if self.bias is None else of_maps(self.bias, window_grid, window_grid, qkv_BNC.device)
         layout = {"shift": shift, "padding": padding, "bias_MTT": bias, "scale": self.scale}
         return window_attention(qkv_BNC, grid[:2], num_heads, window, **layout)
 
@@ -200,7 +202,7 @@ class SoftmaxCore(Core):
         else:
             q, k = self.q_norm(q_BMND), self.k_norm(k_BMSD)
             if self.bias is None or offsets is None:
-                bias = None if self.bias is None else self.bias(grid, kv_grid)
+                bias = None if self.bias is None else of_maps(self.bias, grid, kv_grid, q.device)
                 o_BMND = softmax_heads(q, k, v_BMSD, bias, mask, scale=self.scale)
             else:
                 added = self._added(q, grid, kv_grid, mask, offsets)
@@ -229,16 +231,16 @@ class SoftmaxCore(Core):
             weights = self.weights(logits if added is None else logits + added, _open(mask, len(logits)))
         if self.factor is None:
             return weights
-        return weights * _placed(self.factor, grid, kv_grid, offsets, len(weights)).to(weights.dtype)
+        return weights * _placed(self.factor, grid, kv_grid, offsets, weights).to(weights.dtype)
 
     def _added(
         self, like: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None, offsets: Tensor | None
     ) -> Tensor | None:
         """Bias and mask together, broadcastable to (B, M, N, S); None for nothing."""
         if self.bias is None or offsets is None:
-            bias = None if self.bias is None else self.bias(grid, kv_grid)
+            bias = None if self.bias is None else of_maps(self.bias, grid, kv_grid, like.device)
             return added_to_logits(like, bias, mask)
-        placed, closed = _placed(self.bias, grid, kv_grid, offsets, len(like)), added_to_logits(like, None, mask)
+        placed, closed = _placed(self.bias, grid, kv_grid, offsets, like), added_to_logits(like, None, mask)
         return placed.to(like.dtype) if closed is None else placed.to(like.dtype) + closed
 
 
@@ -267,11 +269,11 @@ def _open(mask: Tensor | None, batch: int) -> Tensor | None:
     return allowed[:, None].repeat(batch // len(mask), 1, 1, 1)
 
 
-def _placed(part: nn.Module, grid: Grid, kv_grid: Grid, offsets: Tensor | None, batch: int) -> Tensor:
+def _placed(part: nn.Module, grid: Grid, kv_grid: Grid, offsets: Tensor | None, like: Tensor) -> Tensor:
     """What a part of positions gives, broadcastable to (B, M, N, S)."""
     if offsets is None:
-        return part(grid, kv_grid)[None]
+        return of_maps(part, grid, kv_grid, like.device)[None]
     table = part.at(offsets)
     if offsets.dim() == 3:
         return table[None]
-    return table.transpose(0, 1).repeat(batch // len(offsets), 1, 1, 1)
+    return table.transpose(0, 1).repeat(len(like) // len(offsets), 1, 1, 1)

@@ -31,7 +31,11 @@ class PatchMerging(nn.Module):
         B, _, C = x_BNC.shape
         small = reduced(grid)
         x = F.pad(x_BNC.view(B, *grid[:2], C), (0, 0, 0, grid.width % 2, 0, grid.height % 2))
-        x = x.view(B, small.height, 2, small.width, 2, C).permute(0, 1, 3, 4, 2, 5).reshape(B, -1, 4 * C)
+        x = (
+            x.view(B, small.height, 2, small.width, 2, C)
+            .permute(0, 1, 3, 4, 2, 5)
+            .reshape(B, small.height * small.width, 4 * C)
+        )
         return self.reduction(self.norm(x)), small
 
 

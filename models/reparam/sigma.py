@@ -10,6 +10,7 @@ Shapes: O I = rows and columns of a flattened weight.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,12 @@ class SpectralNorm(nn.Module):
         self.sigma = nn.Parameter(flat_OI.new_ones(1))
         self.register_buffer("u", flat_OI.new_zeros(flat_OI.shape[1]))
         self.register_buffer("v", flat_OI.new_zeros(flat_OI.shape[0]), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """`v` is in no file: training makes it by the next step, where `u` is."""
+        super()._load_from_state_dict(*args)
+        if self.v.is_meta:
+            self.v = torch.zeros_like(self.v, device=self.u.device)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -26,10 +26,11 @@ class Alibi(OfOffset):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        slopes = 2.0 ** (-8 * torch.arange(1, num_heads + 1) / num_heads)
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.num_heads = num_heads
 
     def at(self, offsets: Tensor) -> Tensor:
         """(M, …); see `OfOffset`."""
         distance = offsets.float().norm(dim=-1)
-        return -self.slopes.view(-1, *(1 for _ in distance.shape)) * distance
+        heads = torch.arange(1, self.num_heads + 1, device=offsets.device)
+        slopes = 2.0 ** (-8 * heads / self.num_heads)
+        return -slopes.view(-1, *(1 for _ in distance.shape)) * distance

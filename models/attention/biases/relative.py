@@ -31,10 +31,6 @@ class RelativePositionBias(Resizable, OfOffset):
         height, width = self.window = window
         self.table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
         nn.init.trunc_normal_(self.table, std=0.02)
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        y, x = y.flatten(), x.flatten()
-        offset = (y[:, None] - y[None, :] + height - 1) * (2 * width - 1) + x[:, None] - x[None, :] + width - 1
-        self.register_buffer("offset", offset, persistent=False)
 
     def resized(self, name: str, value: Tensor) -> Tensor:
         """A table ((2h' - 1)(2w' - 1), M) of other square windows as the one of this module, bicubically.
@@ -50,7 +46,14 @@ class RelativePositionBias(Resizable, OfOffset):
     def forward(self, grid: Grid | None = None, kv_grid: Grid | None = None) -> Tensor:
         """(M, T, T) of its own map, or (M, N, S) of two others."""
         own = (grid is None or grid == Grid(*self.window)) and (kv_grid is None or kv_grid == Grid(*self.window))
-        return self.table[self.offset].permute(2, 0, 1).contiguous() if own else super().forward(grid, kv_grid)
+        return self.table[self._rows()].permute(2, 0, 1).contiguous() if own else super().forward(grid, kv_grid)
+
+    def _rows(self) -> Tensor:
+        """(T, T): where the table has the offset of each pair; made anew, so that no device or file can spoil it."""
+        height, width = self.window
+        rows, columns = (torch.arange(side, device=self.table.device) for side in self.window)
+        first_T = (rows[:, None] * (2 * width - 1) + columns).flatten()
+        return first_T[:, None] - first_T + (height - 1) * (2 * width - 1) + width - 1
 
     def at(self, offsets: Tensor) -> Tensor:
         """(M, …), bilinearly between offsets, and the nearest one beyond its own map."""

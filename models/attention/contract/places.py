@@ -4,8 +4,6 @@ Shapes: M = heads, N = queries, S = keys, T = queries of a group; offsets are (â
 in cells of the map of the queries.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from models.attention.contract import Grid
 from models.layers.resizable import Resizable
 
 
-def places(grid: Grid, like: Grid, device: torch.device) -> Tensor:
+def places(grid: Grid, like: Grid, device: torch.device | None) -> Tensor:
     """Where the cells of a map lie, (HÂ·W, 2), in cells of the map `like` of the same extent; prefix tokens left out."""
     axes = []
     for side, of in zip(grid[:2], like[:2], strict=True):
@@ -23,7 +21,7 @@ def places(grid: Grid, like: Grid, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-def offsets(grid: Grid, kv_grid: Grid, device: torch.device) -> Tensor:
+def offsets(grid: Grid, kv_grid: Grid, device: torch.device | None) -> Tensor:
     """(N, S, 2) of the cells of two maps of the same extent."""
     return places(grid, grid, device)[:, None] - places(kv_grid, grid, device)[None]
 
@@ -41,12 +39,21 @@ class OfOffset(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no function of offsets")
 
     def forward(self, grid: Grid, kv_grid: Grid) -> Tensor:
-        """(M, N, S) for a map of queries and one of keys."""
-        device = next(itertools.chain(self.parameters(), self.buffers())).device
+        """(M, N, S) for a map of queries and one of keys, on the device of the parameters."""
+        return self.on(grid, kv_grid, next((parameter.device for parameter in self.parameters()), None))
+
+    def on(self, grid: Grid, kv_grid: Grid, device: torch.device | None) -> Tensor:
+        """The same on a given device."""
         table_MNS = self.at(offsets(grid, kv_grid, device))
         if grid.prefix or kv_grid.prefix:
             table_MNS = F.pad(table_MNS, (kv_grid.prefix, 0, grid.prefix, 0), value=self.neutral)
         return table_MNS
+
+
+def of_maps(part: nn.Module, grid: Grid, kv_grid: Grid, device: torch.device) -> Tensor:
+    """What a part gives for two maps; one without parameters is told the device of the tokens."""
+    fixed = isinstance(part, OfOffset) and next(part.parameters(), None) is None
+    return part.on(grid, kv_grid, device) if fixed else part(grid, kv_grid)
 
 
 class OffsetTable(Resizable, OfOffset):

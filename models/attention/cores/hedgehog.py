@@ -88,7 +88,8 @@ class Features(nn.Module):
             nn.init.ones_(self.weight.detach().diagonal(dim1=-2, dim2=-1))
 
     def forward(self, x_BMND: Tensor) -> Tensor:
-        y_BMNF = wide(x_BMND) @ self.weight
+        x_BMND = wide(x_BMND)
+        y_BMNF = x_BMND @ self.weight.to(x_BMND.dtype)
         y_BMNF = y_BMNF + x_BMND if self.skip else y_BMNF
         if self.feature == "joint":
             y_BMNF = 2 * (y_BMNF + self.bias)

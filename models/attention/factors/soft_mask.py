@@ -36,8 +36,7 @@ class SoftMask(OfOffset):
 
     def __init__(self, num_heads: int, rho: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.register_buffer("rho", torch.tensor(rho), persistent=False)
+        self.num_heads, self.rho = num_heads, rho
 
     def at(self, offsets: Tensor) -> Tensor:
         """(M, …); see `OfOffset`."""

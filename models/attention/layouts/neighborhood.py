@@ -133,7 +133,7 @@ class Neighborhood(Layout):
         around = (gathered(t, grid, rows, columns) for t in (k, v))
 
         def back(o: Tensor) -> Tensor:
-            return o.view(B, N, M, -1).transpose(1, 2)
+            return o.view(B, N, M, o.shape[-1]).transpose(1, 2)
 
         return Groups(alone, *around, Grid(1, 1), Grid(*self.kernel), {"offsets": offsets}, back, {})
 

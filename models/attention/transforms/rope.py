@@ -46,24 +46,23 @@ class Rope(nn.Module):
 
     def __init__(self, pairs: int, base: float, axes: str) -> None:
         super().__init__()
-        self.axes = axes
-        self.register_buffer("frequencies", base ** (-torch.arange(pairs) / pairs), persistent=False)
+        self.pairs, self.base, self.axes = pairs, base, axes
 
     def forward(
         self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid
     ) -> tuple[Tensor, Tensor, Tensor]:
-        angles = self.angles(grid, grid)
-        of_keys = angles if kv_grid == grid else self.angles(kv_grid, grid)
+        angles = self.angles(grid, grid, q_BMND.device)
+        of_keys = angles if kv_grid == grid else self.angles(kv_grid, grid, q_BMND.device)
         return turned(q_BMND, angles), turned(k_BMSD, of_keys), v_BMSD
 
-    def angles(self, grid: Grid, like: Grid) -> Tensor:
+    def angles(self, grid: Grid, like: Grid, device: torch.device | None = None) -> Tensor:
         """(N, D / 2) of the tokens of a map, which stand on the cells of the map `like`."""
-        device = self.frequencies.device
+        frequencies = self.base ** (-torch.arange(self.pairs, device=device) / self.pairs)
         if self.axes == "sequence":
             at = places(Grid(1, grid.tokens), Grid(1, like.tokens), device)[:, 1:]
         else:
             at = places(grid, like, device)
-        angles = (at[:, :, None] * self.frequencies.float()).flatten(1)
+        angles = (at[:, :, None] * frequencies).flatten(1)
         prefix = 0 if self.axes == "sequence" else grid.prefix
         return torch.cat([angles.new_zeros(prefix, angles.shape[1]), angles])
 
