@@ -94,6 +94,8 @@ def command(tmp_path, monkeypatch, capsys):
     It draws no curves, which takes as long as a small run, and times a model for a moment.
     """
     monkeypatch.setattr("models.runs.training.draw_curves", lambda run_dir: None)
+    monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
+    monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
     monkeypatch.setattr("models.probes.forward_cost.SECONDS", 0.01)
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:

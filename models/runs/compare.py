@@ -1,5 +1,7 @@
 """What a sweep (`-m`) ends with: one row per setting, seeds averaged; the same as CSV files, pictures and a page."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +37,43 @@ class CompareRuns(Callback):
         self.jobs.append((_differing(config), config.seed, Path(config.hydra.runtime.output_dir), said))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from models.runs.sweep import columns_of, read_run, rows_of, table_of, write_comparison, write_runs
-        from models.runs.sweep_pictures import draw_active_heads
+        from models.runs.sweep import columns_of, read_run, rows_of, table_of
 
         sweeps.end()
         runs = [read_run(*job) for job in self.jobs]
         monitor, mode = str(config.checkpoint.monitor), str(config.checkpoint.mode)
         rows = rows_of(runs, monitor, mode)
-        columns = columns_of(rows, monitor)
-        done = [run for run in runs if run.figures is not None]
         print()
-        _print_table(f"{len(done)} of {len(runs)} runs", table_of(rows, columns))
+        _print_table(
+            f"{sum(run.figures is not None for run in runs)} of {len(runs)} runs",
+            table_of(rows, columns_of(rows, monitor)),
+        )
         for run in runs:
             if run.figures is None:
                 print(f"no result: {run.title}: {run.said.splitlines()[0]}")
-        folder = Path(config.hydra.sweep.dir)
-        written = [write_runs(folder / "runs.csv", runs, list(columns))]
-        if rows:
-            written.append(write_comparison(folder / "comparison.csv", rows, list(columns)))
-            written.append(draw_active_heads(folder / "active_heads.png", rows))
-        print(f"written: {', '.join(short(path.absolute()) for path in written if path)}")
+        written = write_all(Path(config.hydra.sweep.dir).absolute(), rows, runs, monitor, mode)
+        print(f"written: {', '.join(map(short, written))}")
+
+
+def write_all(folder: Path, rows: list[Any], runs: list[Any], monitor: str, mode: str) -> list[Path]:
+    """Tables, pictures and the page of a sweep, in its folder."""
+    from models.runs.sweep import columns_of, write_comparison, write_runs
+    from models.runs.sweep_pictures import draw_active_heads, draw_comparison, draw_pareto
+    from models.runs.sweep_report import write_report
+
+    columns = columns_of(rows, monitor)
+    tables = [write_runs(folder / "runs.csv", runs, list(columns))]
+    if rows:
+        tables.append(write_comparison(folder / "comparison.csv", rows, list(columns)))
+    drawn = [
+        draw_comparison(folder / "curves.png", rows, monitor),
+        draw_pareto(folder / "pareto.png", rows, monitor, mode),
+        draw_active_heads(folder / "active_heads.png", rows),
+    ]
+    pictures = [picture for picture in drawn if picture is not None]
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    page = write_report(folder / "report.html", folder.name, command, rows, runs, columns, pictures)
+    return [*tables, *pictures, page]
 
 
 def _differing(config: DictConfig) -> dict[str, str]:

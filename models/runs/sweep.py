@@ -24,7 +24,6 @@ COLUMNS = {
     "seconds": "seconds",
 }
 FIXED = ("parameters", "flops", "images_per_second", "peak_memory", "epochs", "seconds")
-PERCENT = ("val/top", "val/recognised", "routing/active")
 
 
 class SweptRun(NamedTuple):
@@ -88,8 +87,18 @@ def rows_of(runs: Sequence[SweptRun], monitor: str, mode: str = "max") -> list[R
 
 def columns_of(rows: Sequence[Row], monitor: str) -> dict[str, str]:
     """The figures that there are, with their names; what the runs were chosen by comes first."""
-    known = COLUMNS if monitor in COLUMNS else {monitor: monitor.removeprefix("val/")} | COLUMNS
+    known = COLUMNS if monitor in COLUMNS else {monitor: label_of(monitor)} | COLUMNS
     return {key: label for key, label in known.items() if any(row.values(key) for row in rows)}
+
+
+def label_of(key: str) -> str:
+    """What a figure is called: the words of its name where the table has none for it."""
+    return COLUMNS.get(key) or key.removeprefix("val/").replace("/", " ")
+
+
+def is_share(key: str) -> bool:
+    """Whether a figure is shown in percent: whatever validation measures besides losses, and the share of heads."""
+    return (key.startswith("val/") and "loss" not in key) or key == "routing/active"
 
 
 def cell(row: Row, key: str) -> str:
@@ -97,7 +106,7 @@ def cell(row: Row, key: str) -> str:
     mean, spread = row.mean(key), None if key in FIXED else row.spread(key)
     if mean is None:
         return "-"
-    if key.startswith(PERCENT):
+    if is_share(key):
         return f"{100 * mean:.2f}{'' if spread is None else f' ± {100 * spread:.2f}'}%"
     if key == "flops":
         return f"{mean / 1e9:.2f} G" if mean >= 1e9 else f"{mean / 1e6:.1f} M"

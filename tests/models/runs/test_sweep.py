@@ -2,11 +2,14 @@
 
 import csv
 import json
+import re
+from html.parser import HTMLParser
 
 import pytest
 
+from models.runs.compare import write_all
 from models.runs.sweep import cell, columns_of, read_run, rows_of, table_of, write_comparison, write_runs
-from models.runs.sweep_pictures import draw_active_heads
+from models.runs.sweep_pictures import curve, draw_active_heads, draw_comparison, draw_pareto, pareto
 
 TOP1 = "val/top1"
 
@@ -82,3 +85,66 @@ def test_active_heads_are_drawn_where_they_differ(tmp_path):
     rows = rows_of(runs, TOP1)
     assert draw_active_heads(tmp_path / "one.png", rows[:1]) is None
     assert draw_active_heads(tmp_path / "two.png", rows) == tmp_path / "two.png"
+
+
+# Pictures and the page
+
+
+def test_nothing_on_the_front_is_beaten_in_cost_and_result():
+    points = [(3.0, 0.9), (1.0, 0.8), (2.0, 0.7), (2.0, 0.85), (None, 1.0), (4.0, 0.9)]
+    assert pareto(points, False, True) == [(1.0, 0.8), (2.0, 0.85), (3.0, 0.9)]
+    assert pareto(points, True, True) == [(4.0, 0.9)]
+    assert pareto([(1.0, 0.5), (2.0, 0.2), (3.0, 0.3)], False, False) == [(1.0, 0.5), (2.0, 0.2)]
+
+
+def test_a_curve_has_one_point_per_epoch(tmp_path):
+    found = run(tmp_path, "a", 0, val__top1=0.5)
+    (found.folder / "metrics.csv").write_text("step,epoch,train/loss\n0,0,3.0\n5,0,1.0\n9,1,nan\n12,2,0.5\n")
+    assert curve(found, "train/loss") == {1.0: 2.0, 3.0: 0.5} and curve(found, TOP1) == {}
+
+
+def test_pictures_are_drawn_where_runs_differ(runs, tmp_path):
+    rows = rows_of(runs, TOP1)
+    assert draw_comparison(tmp_path / "curves.png", rows, TOP1) is None
+    for number in (0, 1, 2):
+        (runs[number].folder / "metrics.csv").write_text(f"step,epoch,{TOP1}\n5,0,0.5\n9,1,0.{number + 6}\n")
+    assert draw_comparison(tmp_path / "curves.png", rows, TOP1) == tmp_path / "curves.png"
+    assert draw_pareto(tmp_path / "one.png", rows[:1], TOP1, "max") is None
+    assert draw_pareto(tmp_path / "pareto.png", rows, TOP1, "max") == tmp_path / "pareto.png"
+
+
+class Page(HTMLParser):
+    """Text and addresses of a page."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.text, self.addresses, self.open = [], [], []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attrs):
+        self.open += [tag] if tag in ("table", "tr", "figure") else []
+        self.addresses += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert tag not in ("table", "tr", "figure") or self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_no_other_file(runs, tmp_path):
+    said = "window: <no> 5 x 5 & set x"
+    runs[4] = runs[4]._replace(said=said)
+    rows = rows_of(runs, TOP1)
+    written = write_all(tmp_path, rows, runs, TOP1, "max")
+    assert [path.name for path in written] == ["runs.csv", "comparison.csv", "pareto.png", "report.html"]
+    page = Page(written[-1].read_text())
+    assert page.addresses and all(re.match(r"data:image/png;base64,\w", address) for address in page.addresses)
+    text = "|".join(page.text)
+    assert "91.00 ± 1.41%" in text and "3 of 5 runs have a result" in text and said in text and "agent/seed-0" in text
+
+
+def test_a_sweep_without_any_result_still_says_why(runs, tmp_path):
+    written = write_all(tmp_path, [], runs[3:], TOP1, "max")
+    assert [path.name for path in written] == ["runs.csv", "report.html"]
+    assert "the loss is NaN" in written[-1].read_text()
