@@ -1,22 +1,78 @@
-"""Class folders on disk: `<root>/{train,val}/<class>/…`, looked at without importing anything heavy.
+"""Class folders on disk: `<root>/{train,val}/<class>/…` or `<root>/<class>/…`, looked at without anything heavy.
 
 The number of classes is needed while a configuration is composed, before torch is imported.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from conf.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
-TREE = "<root>/train/<class>/<image> and <root>/val/<class>/<image>"
+# what Pillow reads of still pictures; other suffixes are left out, and the run says so
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif", ".avifs"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    *(".tga", ".qoi", ".pcx", ".psd", ".sgi", ".dds", ".ico", ".icns"),
+)
+TREE = "<root>/train/<class>/<image> and <root>/val/<class>/<image>, or <root>/<class>/<image> to be split"
+TRAIN = ("train", "training")
+VAL = ("val", "valid", "validation", "test", "testing")  # the first that is there
+JUNK = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information")  # folders that no person made
 SHOWN = 8  # entries named when a folder is not what it should be
 
 
-def count_class_folders(root: str | os.PathLike | None) -> int:
-    """Number of class folders. Raises `ValueError` as `class_folders` does."""
-    return len(class_folders(root, class_split(root)))
+class Layout(NamedTuple):
+    """Where the class folders are: those of `train` and of `val`, or of one of them where the other is not there."""
+
+    train: Path | None
+    val: Path | None
+    flat: bool  # they lie in the root itself
+
+
+def layout(root: str | os.PathLike | None) -> Layout:
+    """How the images below a root lie.
+
+    Raises:
+        ValueError: no root, no such folder, no class folders in it; says where it looked and what is there.
+    """
+    if not root:
+        raise UserError(f"data.root: no image folder, got {root!r}; set data.root=<root>, where images lie as {TREE}")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise _nothing(folder, root)
+    train, val = _split_folder(folder, TRAIN), _split_folder(folder, VAL)
+    if train is not None or val is not None:
+        return Layout(train, val, flat=False)
+    classes = _class_names(folder)
+    if not any(next(image_files(folder / name), None) for name in classes if name not in (*TRAIN, *VAL)):
+        lacking = _no_classes if (folder / "train").is_dir() else _nothing
+        raise lacking(folder / "train", root)
+    for name in classes:
+        parts = (folder / name / part for part in (*TRAIN, *VAL))
+        if any(part.is_dir() and _class_names(part) for part in parts):
+            raise UserError(
+                f"data.root: {printable(folder / name)} holds train/ or val/, so it is a root and not a class, got "
+                f"data.root={root}; set data.root={printable(folder / name)}"
+            )
+    return Layout(folder, None, flat=True)
+
+
+def count_class_folders(
+    root: str | os.PathLike | None, classes: str | os.PathLike | None = None, split: str | os.PathLike | None = None
+) -> int:
+    """Number of classes: those of a file that names them, of a `split.csv`, or else the class folders.
+
+    Raises:
+        ValueError: as `layout` and `conf.lists` do.
+    """
+    from conf.lists import read_classes, read_list
+
+    if classes is not None or split is not None:
+        return len(read_list(split).classes if classes is None else read_classes(classes))
+    places = layout(root)
+    return len(classes_in(places.train or places.val, root))
 
 
 def class_split(root: str | os.PathLike | None) -> str:
@@ -33,40 +89,134 @@ def class_folders(root: str | os.PathLike | None, split: str) -> list[str]:
     """
     if not root:
         raise UserError(f"data.root: no image folder, got {root!r}; set data.root=<root>, where images lie as {TREE}")
-    folder = Path(root)
+    folder = Path(root).expanduser()
     for part in (folder, folder / split):
         if not part.is_dir():
-            raise UserError(
-                f"data.root: no folder {part}, got data.root={root} ({_contents(part.parent)}); "
-                f"images must lie as {TREE}"
-            )
-    names = sorted(entry.name for entry in _visible(folder / split) if entry.is_dir())
+            raise _nothing(part, root)
+    return classes_in(folder / split, root)
+
+
+def classes_in(folder: Path, root: str | os.PathLike) -> list[str]:
+    """Sorted names of the class folders in a folder below `root`.
+
+    Raises:
+        ValueError: there are none, or one has a name that is no text.
+    """
+    names = _class_names(folder)
     if not names:
-        raise UserError(
-            f"data.root: no class folders in {folder / split}, got data.root={root} ({_contents(folder / split)}); "
-            f"images must lie as {TREE}"
-        )
+        raise _no_classes(folder, root)
+    for name in names:
+        if not name.isprintable() and "\udc7f" < max(name) < "\ue000":  # bytes that are no UTF-8
+            raise UserError(
+                f"data.root: a class folder must have a name in UTF-8, got {printable(name)} in {folder}; rename it"
+            )
     return names
 
 
-def image_files(folder: str | os.PathLike) -> Iterator[str]:
-    """Paths of the images under `folder`, relative to it, at any depth, sorted; hidden files are left out."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+def image_files(folder: str | os.PathLike, left_out: list[str] | None = None) -> Iterator[str]:
+    """Paths of the images under `folder`, relative to it, at any depth, sorted; hidden files are left out.
+
+    A link to a folder that was walked already, or that holds `folder`, is not followed. Files of other suffixes are
+    added to `left_out`.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    seen = {_identity(place) for place in (folder, *Path(os.path.abspath(folder)).parents[:2])}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        folders[:] = sorted(name for name in folders if name not in JUNK and not name.startswith("."))
+        folders[:] = [name for name in folders if not _known(os.path.join(place, name), seen)]
         inside = os.path.relpath(place, folder)
         for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield name if inside == "." else os.path.join(inside, name)
+            if name.startswith("."):
+                continue
+            path = name if inside == "." else os.path.join(inside, name)
+            if name.lower().endswith(EXTENSIONS):
+                yield path
+            elif left_out is not None:
+                left_out.append(path)
+
+
+def suffixes(files: Iterable[str]) -> str:
+    """How many files there are of each suffix, the most first: "9 .heic, 1 .txt"."""
+    counts: dict[str, int] = {}
+    for file in files:
+        suffix = os.path.splitext(file)[1].lower() or "without a suffix"
+        counts[suffix] = counts.get(suffix, 0) + 1
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {printable(suffix)}" for suffix, count in most)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as it can be printed on one line: bytes that are no text and control characters are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter.encode("unicode_escape").decode() if letter < " " else letter for letter in text)
+
+
+def _split_folder(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first folder of these names, in any case, that holds folders: one that holds images alone is a class."""
+    found = {}
+    for entry in sorted(_visible(folder), key=lambda entry: entry.name, reverse=True):
+        if entry.name.lower() in names and entry.is_dir():
+            found[entry.name.lower()] = Path(entry.path)
+    for name in names:
+        if name in found and _class_names(found[name]):
+            return found[name]
+    return None
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Folders in a folder, sorted, but for those that lead back to it or to what holds it."""
+    above = {_identity(place) for place in (folder, *Path(os.path.abspath(folder)).parents[:1])}
+    folders = [entry for entry in _visible(folder) if entry.name not in JUNK and entry.is_dir()]
+    return sorted(entry.name for entry in folders if not (entry.is_symlink() and _identity(entry.path) in above))
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _known(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder was seen before; it is from now on."""
+    identity = _identity(folder)
+    known = identity in seen
+    seen.add(identity)
+    return known
 
 
 def _visible(folder: Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        _unreadable(error)
+        raise
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"data.root: a folder cannot be read, got {printable(error.filename)} ({error.strerror}); "
+        "give it permissions, or move it away"
+    ) from error
+
+
+def _nothing(folder: Path, root: str | os.PathLike) -> UserError:
+    return UserError(
+        f"data.root: no folder {folder}, got data.root={root} ({_contents(folder.parent)}); images must lie as {TREE}"
+    )
+
+
+def _no_classes(folder: Path, root: str | os.PathLike) -> UserError:
+    return UserError(
+        f"data.root: no class folders in {folder}, got data.root={root} ({_contents(folder)}); "
+        f"images must lie as {TREE}"
+    )
 
 
 def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} does not exist"
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in _visible(folder))
+    names = sorted(printable(entry.name) + "/" * entry.is_dir() for entry in _visible(folder))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{folder} holds {', '.join(names[:SHOWN]) + more if names else 'nothing'}"

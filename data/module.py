@@ -60,7 +60,8 @@ class ImageData(pl.LightningDataModule):
         on_error: `raise` names the unreadable image and stops; `skip` reports it once and trains without it
             (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
-        root: the folder of a source that has one, for messages and for counting classes.
+        root, val_fraction, split, classes: of a source that has them (`data.sources.imagefolder`), which gets them
+            itself; here they have short names on the command line.
         token_labels: the folder of label maps for the training images (`data.token_labels`).
 
     A task that trains with label maps sets `token_grid`, rows and columns of its model's tokens, before training.
@@ -82,6 +83,9 @@ class ImageData(pl.LightningDataModule):
         on_error: str = "raise",
         timeout: float = 300,
         root: str | None = None,
+        val_fraction: float | None = None,
+        split: str | None = None,
+        classes: str | None = None,
         token_labels: str | None = None,
     ) -> None:
         super().__init__()
@@ -106,6 +110,10 @@ class ImageData(pl.LightningDataModule):
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Training batches of an epoch per process."""
         return len(self._train_sampler(0, world_size))
+
+    def notes(self) -> list[str]:
+        """What the source has to say about its images, such as how they were split, for the first lines of a run."""
+        return self.source.notes() if hasattr(self.source, "notes") else []
 
     @property
     def skipped(self) -> int:

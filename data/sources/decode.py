@@ -12,6 +12,9 @@ import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
+from conf.folders import printable
+
+MAX_RATIO = 256  # of the sides: resized to a square's height, a thinner picture would fill the memory
 
 
 class UnreadableImage(UserError):
@@ -27,11 +30,15 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> Imag
 
     Raises:
         UnreadableImage: anything that keeps it from being decoded: missing, truncated, not an image, larger than
-            Pillow's limit against decompression bombs (about 179 million pixels), floating-point pixels.
+            Pillow's limit against decompression bombs (about 179 million pixels), a thin strip, floating-point pixels.
     """
     name = name or (f"{len(file)} bytes" if isinstance(file, bytes) else os.fspath(file))
+    name = printable(name)
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if max(image.size) > MAX_RATIO * min(image.size):
+                width, height = image.size
+                raise ValueError(f"{width} × {height} pixels, one side more than {MAX_RATIO} times the other")
             return to_rgb(image)
     except Exception as error:  # decoders raise whatever a broken file makes them stumble on
         raise UnreadableImage(

@@ -1,18 +1,29 @@
-"""A folder per class: `root/{train,val}/<class>/<image>`, torchvision's layout.
+"""A folder per class: `root/{train,val}/<class>/<image>`, torchvision's layout, or `root/<class>/<image>`, to be split.
 
 Classes are the folders of `train` in alphabetical order; `val` may lack some but not add any. Evaluation alone
 needs no `train`: classes are then the folders of `val`. Files and folders that begin with a dot are left out.
+
+Where there is no folder for validation, a share of every class is held out by the hash of file names and the seed
+(`data.order.stratified`); `data.sources.split_file` says how a run keeps it.
 """
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
-from conf.folders import class_folders, class_split, image_files
+from conf.folders import Layout, class_folders, classes_in, image_files, layout, printable, suffixes
+from conf.lists import read_classes, read_list
+from data.order.stratified import check_fraction, held_out
 from data.sources.decode import read_image
+from data.sources.split_file import rows_of
+
+HELD_OUT = 0.2  # of each class, where there is no folder for validation and nothing else is said
+SHOWN = 5  # names in a message
 
 
 class FolderSplit:
@@ -22,19 +33,36 @@ class FolderSplit:
     copied into each of them, page by page, as they are counted.
     """
 
-    def __init__(self, folder: str, classes: list[str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, classes: Sequence[str]) -> None:
         files: list[bytes] = []
         labels: list[int] = []
+        self.left_out: list[str] = []  # no images by their suffix
         for label, name in enumerate(classes):
-            found = [os.fsencode(os.path.join(name, file)) for file in image_files(os.path.join(folder, name))]
+            if not os.path.isdir(os.path.join(folder, name)):
+                continue  # validation may lack classes
+            paths = image_files(os.path.join(folder, name), self.left_out)
+            found = [os.fsencode(os.path.join(name, file)) for file in paths]
             files += found
             labels += [label] * len(found)
-        self.files = np.array(files, dtype=np.bytes_)
-        self.labels = np.array(labels, dtype=np.int64)
+        self._keep(folder, np.array(files, dtype=np.bytes_), np.array(labels, dtype=np.int64))
+
+    @classmethod
+    def of(cls, folder: str, files: np.ndarray, labels: np.ndarray) -> "FolderSplit":
+        """These files, relative to a folder, with these labels."""
+        split = cls.__new__(cls)
+        split.left_out = []
+        split._keep(folder, files, labels)
+        return split
+
+    def _keep(self, folder: str, files: np.ndarray, labels: np.ndarray) -> None:
+        self.folder, self.files, self.labels = folder, files, labels
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> "FolderSplit":
+        """Some of the images: by a mask, or by positions."""
+        return FolderSplit.of(self.folder, self.files[chosen], self.labels[chosen])
 
     def relative_path(self, index: int) -> str:
         """`<class>/<image>`."""
@@ -51,33 +79,164 @@ class ImageFolder:
     """Images in class folders; the folders are read when a split is first asked for.
 
     Args:
-        root: the folder that holds `train` and `val`.
+        root: the folder that holds `train` and `val`, or the class folders.
+        val_fraction: the share of every class that is held out where there is no folder for validation; `None` for
+            a fifth. 1 takes all images for validation, to evaluate them.
+        split: a `split.csv` that says which files are for training and which for validation.
+        classes: a file of class names in the order of their labels, which may be some of the folders.
+        seed: names what is held out.
     """
 
     embedded = False
 
-    def __init__(self, root: str | os.PathLike | None) -> None:
-        self.root = root
+    def __init__(
+        self,
+        root: str | os.PathLike | None,
+        val_fraction: float | None = None,
+        split: str | os.PathLike | None = None,
+        classes: str | os.PathLike | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.root = None if root is None else os.path.expanduser(root)
+        self.val_fraction, self.split, self.named, self.seed = val_fraction, split, classes, seed
 
     @cached_property
     def classes(self) -> list[str]:
         """Raises `ValueError` when the tree is not as expected."""
-        return class_folders(self.root, class_split(self.root))
+        places = self._layout
+        if self.named is not None:
+            return self._named(places.train or places.val)
+        if self.split is not None:
+            return list(read_list(self.split).classes)
+        return classes_in(places.train or places.val, self.root)
 
     @cached_property
     def train(self) -> FolderSplit:
-        class_folders(self.root, "train")  # where there is only val, training says what is missing
-        return FolderSplit(self._folder("train"), self.classes)
+        if self._layout.train is None and self.split is None:
+            class_folders(self.root, "train")  # where there is only val, training says what is missing
+        if self._divided is not None:
+            return self._divided[0]
+        return FolderSplit(str(self._layout.train), self.classes)
 
     @cached_property
     def val(self) -> FolderSplit:
-        unknown = sorted(set(class_folders(self.root, "val")) - set(self.classes))
+        if self._divided is not None:
+            return self._divided[1]
+        folder = self._layout.val
+        unknown = sorted(set(classes_in(folder, self.root)) - set(self.classes)) if self.named is None else []
         if unknown:
             raise UserError(
-                f"ImageFolder: classes in val that train lacks, got {', '.join(unknown[:5])} "
-                f"({len(unknown)} in {self._folder('val')}); give train and val the same class folders"
+                f"ImageFolder: classes in val that train lacks, got {', '.join(unknown[:SHOWN])} "
+                f"({len(unknown)} in {folder}); give train and val the same class folders"
             )
-        return FolderSplit(self._folder("val"), self.classes)
+        return FolderSplit(str(folder), self.classes)
+
+    def notes(self) -> list[str]:
+        """What a run says about its images in its first lines; asks for the splits."""
+        found, read = [], []
+        if self._divided is not None:
+            found.append(self._split_in_words())
+            read = [self._whole] if self.split is None else []
+        else:
+            read = [self.val] if self._layout.train is None else [self.train, self.val]
+        if left_out := [file for split in read for file in split.left_out]:
+            found.append(
+                f"{len(left_out)} files are left out, by their suffix they are no images: {suffixes(left_out)}"
+            )
+        if self._layout.val is not None and self._layout.val.name != "val":
+            found.append(f"{self._layout.val.name}/ is the validation set")
+        return found
+
+    def kept_split(self) -> list[tuple[str, str, int, str]]:
+        """The rows of `split.csv` where the images were split here; none where folders say it."""
+        if self._divided is None:
+            return []
+        below = os.path.relpath(self.train.folder, self.root)
+        below = "" if below == "." else below
+        parts = (("train", self.train), ("val", self.val))
+        return [row for name, part in parts for row in rows_of(part.files, part.labels, self.classes, name, below)]
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return layout(self.root)
+
+    @cached_property
+    def _whole(self) -> FolderSplit:
+        """All images where they are to be split."""
+        return FolderSplit(str(self._layout.train), self.classes)
+
+    @cached_property
+    def _divided(self) -> tuple[FolderSplit, FolderSplit] | None:
+        """Training and validation where they are no folders; `None` where they are."""
+        if self.split is not None:
+            return self._as_listed()
+        if self._layout.val is not None:
+            if self.val_fraction is not None:
+                raise UserError(
+                    f"data.val_fraction: {self._layout.val} is the validation set, got {self.val_fraction}; "
+                    "leave data.val_fraction out, or move that folder away"
+                )
+            return None
+        fraction = HELD_OUT if self.val_fraction is None else check_fraction(self.val_fraction, "data.val_fraction")
+        chosen = held_out(self._whole.labels, self._whole.files.tolist(), fraction, self.seed)
+        return self._whole.take(~chosen), self._whole.take(chosen)
+
+    def _as_listed(self) -> tuple[FolderSplit, FolderSplit]:
+        """The splits of a `split.csv`.
+
+        Raises:
+            ValueError: it has no column for the split, or files that are not there.
+        """
+        listed = read_list(self.split)
+        if listed.splits is None or not set(listed.splits) <= {"train", "val"}:
+            raise UserError(
+                f"data.split: must have a column split of train and val, got {printable(self.split)} without; "
+                "give the split.csv of a run"
+            )
+        folder, files = self._base(listed.files)
+        missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
+        if missing:
+            raise UserError(
+                f"data.split: {len(missing)} files of {printable(self.split)} are not below {folder}, got "
+                f"{', '.join(map(printable, missing[:SHOWN]))}; put them back, or set data.split=null to split anew"
+            )
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        if wrong := sorted(set(listed.labels) - label_of.keys()):
+            raise UserError(f"data.split: classes that data.classes lacks, got {', '.join(wrong[:SHOWN])}; add them")
+        labels = np.array([label_of[name] for name in listed.labels], np.int64)
+        whole = FolderSplit.of(folder, np.array([os.fsencode(name) for name in files], np.bytes_), labels)
+        training = np.array([split == "train" for split in listed.splits])
+        return whole.take(training), whole.take(~training)
+
+    def _base(self, files: list[str]) -> tuple[str, list[str]]:
+        """The folder that all files are named below: `train`, so that names begin with the class, or the root."""
+        train = self._layout.train
+        below = "" if train is None or self._layout.flat else f"{train.name}/"
+        if below and all(file.startswith(below) for file in files):
+            return str(train), [file.removeprefix(below) for file in files]
+        return os.fspath(self.root), files
+
+    def _split_in_words(self) -> str:
+        counts = f"{len(self.train)} images for training, {len(self.val)} for validation"
+        if self.split is not None:
+            name = printable(os.path.relpath(self.split))
+            more = len(FolderSplit(str(self._layout.train), self.classes)) - len(self.train) - len(self.val)
+            new = f"; {more} images that it lacks are left out" if more > 0 else ""
+            return f"{name if len(name) < 60 else Path(self.split).name}: {counts}{new}"
+        fraction = HELD_OUT if self.val_fraction is None else self.val_fraction
+        lone = [self.classes[i] for i in np.flatnonzero(np.bincount(self._whole.labels) == 1)]
+        alone = f"; {', '.join(lone[:SHOWN])}: one image, for training alone" if lone and fraction < 1 else ""
+        missing = "train/ and val/" if self._layout.flat else "val/"
+        return f"no {missing}: {counts}, {100 * fraction:.4g} % of each class by seed {self.seed} (split.csv){alone}"
+
+    def _named(self, folder: Path) -> list[str]:
+        names, there = read_classes(self.named), set(classes_in(folder, self.root))
+        if lacking := [name for name in names if name not in there]:
+            raise UserError(
+                f"data.classes: {len(lacking)} of {len(names)} classes have no folder in {folder}, got "
+                f"{', '.join(lacking[:SHOWN])}; give the names of folders"
+            )
+        return names
 
     def _folder(self, split: str) -> str:
         return os.path.join(os.fspath(self.root), split)

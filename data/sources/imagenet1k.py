@@ -9,8 +9,8 @@ import re
 from functools import cached_property
 
 from conf.errors import UserError
-from conf.folders import class_split
-from data.sources.imagefolder import ImageFolder
+from conf.folders import class_folders, class_split
+from data.sources.imagefolder import FolderSplit, ImageFolder
 
 CLASSES = 1000
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -22,7 +22,8 @@ class ImageNet1k(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:
         """Raises `ValueError` unless there are exactly 1000 folders named by WordNet id."""
-        names, folder = super().classes, self._folder(class_split(self.root))
+        split = class_split(self.root)
+        names, folder = class_folders(self.root, split), self._folder(split)
         wrong = [name for name in names if not WORDNET_ID.fullmatch(name)]
         if wrong:
             raise UserError(
@@ -35,3 +36,8 @@ class ImageNet1k(ImageFolder):
                 "add the missing ones, or use data=imagefolder for a subset"
             )
         return names
+
+    @cached_property
+    def val(self) -> FolderSplit:
+        class_folders(self.root, "val")  # of ImageNet nothing is held out
+        return super().val

@@ -113,6 +113,14 @@ def _with_backend(node: Any, backend: str) -> Any:
     return {key: backend if key == "backend" else _with_backend(value, backend) for key, value in node.items()}
 
 
+def _split_of(ckpt: str) -> str | None:
+    """The `split.csv` of the run that wrote a checkpoint: it is measured on the images that it was not trained on."""
+    from models.checkpoints.format.directory import resolve
+
+    path = resolve(ckpt).resolve().parents[1] / "split.csv"
+    return str(path) if path.is_file() else None
+
+
 def _of_checkpoint(arguments: dict[str, str]) -> dict:
     """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
     from models.checkpoints import check_config, read_config
@@ -149,4 +157,6 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     source = data.get("source", {})
     if data.get("root") is not None and source.get("root") == data["root"]:
         source["root"] = "${data.root}"
+    if "split" in source:
+        data["split"], source["split"] = _split_of(arguments["ckpt"]) or data.get("split"), "${data.split}"
     return kept

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
 from conf.names import PARTS, PLACES, short
+from data.sources.split_file import leave_split, take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.callbacks.guard import NonFinite
@@ -65,6 +66,7 @@ def train(cfg: DictConfig) -> float | None:
         trainer = run.trainer
         if trainer.is_global_zero:
             (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+            leave_split(run.data.source, run_dir)
             print(_headline(config, run, run_dir))
         with _ending(trainer, run_dir):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
@@ -87,6 +89,8 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
     task = part_of(cfg, "task")
     origin = _origin(config, task, checkpoint)
     data = part_of(cfg, "data")
+    if checkpoint is not None:
+        take_split(data.source, checkpoint.resolve().parents[1])
     check_data(data)
     check_monitor(config, task)
     task.prepare(data)
@@ -99,7 +103,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe_backend(task.model, trainer.strategy.root_device)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step)
-    return Run(trainer, task, data, progress, checkpoint, step, [attention, *origin])
+    return Run(trainer, task, data, progress, checkpoint, step, [*data.notes(), attention, *origin])
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
