@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, recipes, resolvers, source
+from conf import extras, recipes, resolvers, source, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError, reason
 from conf.names import CONF, PARTS, PLACES, choosable, groups, nearest, options
@@ -39,8 +39,8 @@ def run(
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     arguments = sys.argv[1:]
-    resolvers.register()
-    source.register()
+    for module in (resolvers, source, text):
+        module.register()
     failed: list[int] = []
 
     @wraps(job)
@@ -62,6 +62,7 @@ def run(
             return Failure(f"{type(error).__name__}: {error}")
 
     try:
+        arguments = text.literal(arguments)
         _refuse_lists_of_options(arguments)
         _refuse_unknown_recipes(arguments)
         if config_name == "train":
@@ -70,10 +71,12 @@ def run(
             arguments = before(arguments)
         with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it
             parser = get_args_parser()
-            parsed = parser.parse_args(arguments)
+            parsed = parser.parse_intermixed_args(arguments)  # options may stand between settings
             if parsed.help:
                 print(_help(config_name))
                 return
+            if parsed.cfg and parsed.multirun:
+                raise UserError("--cfg shows one configuration, got -m; leave -m and all values but one out")
             _run_hydra(
                 args=parsed,
                 args_parser=parser,
@@ -121,8 +124,11 @@ def _refuse_lists_of_options(arguments: list[str]) -> None:
         group, given, value = argument.partition("=")
         if not given:  # an option of Hydra, or its value, as in --cfg job -p model
             continue
-        if group == "run.name" and not re.fullmatch(r"[\w.+@-]*[\w+@-]", value):
-            raise UserError(f"run.name: must be one folder name of letters, digits and ._+@-, got {value!r}; rename it")
+        if group == "run.name" and (value == "null" or not re.fullmatch(r"[\w.+@-]*[\w+@-]", text.plain(value))):
+            raise UserError(
+                f"run.name: must be one folder name of letters, digits and ._+@-, got {text.plain(value)!r}; rename "
+                "it, or leave it out for the date and time"
+            )
         if "null" in value.split(",") and (group in PLACES or group.removeprefix("attention/") in PARTS):
             raise UserError(f"{group}: must be a name, got {value}; give {group}=none for nothing, or leave it out")
         if group in groups() and group not in PLACES and value in ("null", ""):
@@ -161,7 +167,7 @@ def _composition(error: Exception, config_name: str, arguments: list[str]) -> st
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    text = reason(error)
+    said = reason(error)
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         key = match.group(1).lstrip("+~")
         if "No match in the defaults list" in str(error):
@@ -175,9 +181,9 @@ def _composition(error: Exception, config_name: str, arguments: list[str]) -> st
             return f"there is no setting {key!r}{_near_keys(key, config_name, arguments)}\nis {chosen}=... given?"
         return f"there is no setting {key!r}{_near_keys(key, config_name, arguments)}"
     cause = chain[-1]
-    if cause is not error and str(cause) not in text:
-        text = f"{text}\n{str(cause).splitlines()[0]}"
-    return text
+    if cause is not error and str(cause) not in said:
+        said = f"{said}\n{str(cause).splitlines()[0]}"
+    return said
 
 
 def _let_sweeps_set_everything(arguments: list[str]) -> list[str]:
@@ -187,24 +193,15 @@ def _let_sweeps_set_everything(arguments: list[str]) -> list[str]:
     """
     pairs = [argument.partition("=")[::2] for argument in arguments]
     swept = [key for key, value in pairs if key in (*choosable(), "recipe") and "," in value]
-    if not swept or not {"-m", "--multirun"} & set(arguments) or any("(" in value for _, value in pairs):
+    if not swept or not {"-m", "--multirun"} & set(arguments) or any(text.SWEEP.fullmatch(value) for _, value in pairs):
         return arguments
     compose(
-        "train", [f"{key}={_first(value)}" for key, value in pairs if value and not key.startswith(("-", "hydra."))]
+        "train",
+        [f"{key}={next(text.parts(value))}" for key, value in pairs if value and not key.startswith(("-", "hydra."))],
     )
     settings = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
     free = [key for key in settings if key not in (*choosable(), "recipe") and not key.startswith(("hydra.", "run."))]
     return [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
-
-
-def _first(value: str) -> str:
-    """The first of several values; commas inside brackets, braces and quotes are part of one."""
-    depth = 0
-    for position, letter in enumerate(value):
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0 and value[:position].count("'") % 2 == 0:
-            return value[:position]
-    return value
 
 
 def _near_keys(key: str, config_name: str, arguments: list[str]) -> str:

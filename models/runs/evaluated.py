@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from conf import probes, recipes
+from conf import probes, recipes, text
 from conf.compose import compose_run
 from conf.errors import UserError
 from conf.names import PLACES
@@ -27,7 +27,7 @@ def take_config(given: list[str]) -> list[str]:
     result come from the recipe; where `ckpt=` is a file of weights alone, the model does too, or `model=` and `data=`
     name them. Of the arguments these choices are then left out: Hydra has no such groups in an evaluation.
     """
-    arguments = dict(argument.split("=", 1) for argument in given if "=" in argument)
+    arguments = {key: text.plain(value) for key, _, value in (argument.partition("=") for argument in given) if value}
     node: dict = {}
     if "ckpt" in arguments:
         node = _evaluated(arguments)
