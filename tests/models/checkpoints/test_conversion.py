@@ -115,6 +115,9 @@ def small_timm(name):
             "deit_tiny_patch16_224", embed_dim=32, depth=6, num_heads=2, num_classes=5, img_size=64
         )
         return theirs, {"dim": 32, "depth": 6, "num_heads": 2, "image_size": 64}
+    if name == "convnext_tiny":
+        shape = {"depths": [1, 2, 1, 1], "dims": [32, 32, 64, 64]}
+        return timm.create_model("convnext_tiny", num_classes=5, ls_init_value=0.5, **shape), shape
     shape = {"depths": [1, 2, 1, 1], "num_heads": [1, 2, 2, 4]}
     if name == "swin_tiny":
         theirs = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, num_classes=5, **shape)
@@ -124,7 +127,7 @@ def small_timm(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny", "pvt_v2_b0"])
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny", "pvt_v2_b0", "convnext_tiny"])
 def test_timm_s_names_of_the_plain_backbones(name):
     torch.manual_seed(0)
     theirs, settings = small_timm(name)
