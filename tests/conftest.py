@@ -91,11 +91,12 @@ def _gpu() -> bool:
 def command(tmp_path, monkeypatch, capsys):
     """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`.
 
-    It draws no curves, which takes as long as a small run, and times a model for a moment.
+    It draws no curves and charts, which takes as long as a small run, and times a model for a moment.
     """
     monkeypatch.setattr("models.runs.training.draw_curves", lambda run_dir: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
+    monkeypatch.setattr("models.probes.accuracy.charts_of", lambda *given: {})
     monkeypatch.setattr("models.probes.forward_cost.SECONDS", 0.01)
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path, monkeypatch)
         and measured["images_per_second"] > 0
     )
     assert "top-1" in out and "FLOPs" in out
+    assert json.loads((run / "evaluation" / "digits-32-last.json").read_text()) == measured
+    images = list(csv.DictReader((run / "evaluation" / "digits-32-last" / "images.csv").open()))
+    assert sum(int(row["correct"]) for row in images) / len(images) == pytest.approx(measured["val/top1"])
 
 
 def test_a_stopped_run_continues_exactly(command, tmp_path, monkeypatch):
@@ -300,6 +304,13 @@ def test_eval_reads_another_root_and_compares_its_classes(command, tmp_path):
     assert status == 2 and "/nowhere" in err
     status, _, err = command("eval", ckpt, f"data.root={tmp_path / 'two'}")
     assert status == 2 and "label 2 was 'c' and is 'd' here" in err
+    shutil.rmtree(tmp_path / "two/train")  # only images to evaluate, and only some of the classes
+    shutil.rmtree(tmp_path / "two/val/a")
+    shutil.rmtree(tmp_path / "two/val/d")
+    status, out, err = command("eval", ckpt, f"data.root={tmp_path / 'two'}")
+    assert status == 0 and "warning: all images are of one class, b" in out, err
+    images = (tmp_path / "outputs/f/evaluation/imagefolder-32-best-2/images.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in images[1:]] == [["b/0.png", "b"], ["b/1.png", "b"]]
 
 
 def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from data.sources.relabelled import Relabelled
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.probes import Subject
 from models.runs.initial import in_our_names
@@ -16,6 +17,8 @@ from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
 from models.runs.resume import differences
 from models.runs.training import title
+
+SHOWN = 5  # names in a message before it says how many more there are
 
 
 class Weights(NamedTuple):
@@ -120,10 +123,8 @@ class Parts:
     def _data(self, labelled: bool) -> pl.LightningDataModule:
         data = part_of(self.cfg, "data")
         if labelled and self.weights is not None:
-            check_number(self.weights.num_classes, data)
+            as_in_training(data, self.weights.classes, self.weights.num_classes)
         check_data(data, training=False)
-        if labelled and self.weights is not None:
-            check_classes(self.weights.classes, data)
         return data
 
     def _model(self, ema: bool) -> nn.Module | None:
@@ -151,22 +152,46 @@ class Parts:
         return Subject(weights.title, weights.path, weights.classes, "raw", self.given, weights.latest.parent)
 
 
-def check_number(num_classes: int | None, data: pl.LightningDataModule) -> None:
-    """Raises when there are more or fewer classes than in training."""
-    if num_classes not in (None, data.num_classes):
+def as_in_training(data: pl.LightningDataModule, trained: list[str] | None, num_classes: int | None) -> None:
+    """Gives every class of the data the label that it had in training, by its name.
+
+    The data may have some of the classes only, or others in their place in the order of their names.
+
+    Args:
+        data: not yet used.
+        trained: the names in training, None where nobody knows them: the number must do.
+        num_classes: of the model, None where the model is made for the data.
+
+    Raises:
+        UserError: the data has a class that training had not, or as many as the model cannot have.
+    """
+    names = _names(data) if trained is not None else None
+    unknown = sorted(set(names) - set(trained), key=names.index) if names is not None else []
+    if num_classes not in (None, data.num_classes) and (names is None or unknown):
         raise UserError(
             f"eval: the checkpoint has {num_classes} classes, the data has {data.num_classes}; "
-            "evaluate on the data it was trained for"
+            f"evaluate on the data it was trained for{_named(unknown)}"
         )
-
-
-def check_classes(trained: list[str] | None, data: pl.LightningDataModule) -> None:
-    """Raises when a label means another class than in training."""
-    if trained is None or trained == data.class_names:
+    if not names or names == trained:
         return
-    pairs = enumerate(zip(trained, data.class_names, strict=False))
-    label, (was, now) = next(((i, names) for i, names in pairs if names[0] != names[1]), (-1, ("", "")))
-    raise UserError(
-        f"eval: the classes are not those of training: label {label} was {was!r} and is {now!r} here; "
-        "evaluate on folders with the same names"
-    )
+    if unknown:
+        pairs = enumerate(zip(trained, names, strict=False))
+        label, (was, now) = next(((i, both) for i, both in pairs if both[0] != both[1]), (-1, ("", "")))
+        raise UserError(
+            f"eval: the classes are not those of training: label {label} was {was!r} and is {now!r} here; "
+            f"evaluate on folders with the same names{_named(unknown)}"
+        )
+    data.source, data.num_classes = Relabelled(data.source, trained), num_classes or len(trained)
+
+
+def _names(data: pl.LightningDataModule) -> list[str]:
+    """Of the classes of the data; [] where it cannot say, which the look at it reports."""
+    try:
+        return list(map(str, data.class_names))
+    except (ValueError, OSError):
+        return []
+
+
+def _named(unknown: list[str]) -> str:
+    more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    return f" (training had no {', '.join(map(repr, unknown[:SHOWN]))}{more})" if unknown else ""

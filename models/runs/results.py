@@ -90,7 +90,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def _write_picture(path: Path, picture: Any) -> None:
     """Of matplotlib or of Pillow."""
     if hasattr(picture, "savefig"):
-        picture.savefig(path, dpi=120)
+        picture.savefig(path, dpi=120, bbox_inches="tight")
     else:
         picture.save(path)
 

@@ -82,12 +82,14 @@ class Classification(Task):
             loss = loss + self.token_weight * of_tokens
         return loss + self.auxiliary_loss(losses, len(batch.images))
 
-    def measure(self, weights: str, model: nn.Module, batch: Any) -> None:
+    def measure(self, weights: str, model: nn.Module, batch: Any) -> Tensor:
+        """Gives the logits (B, K) back."""
         logits = model(batch.images).float()
         metrics = self.metrics[weights]
         metrics["loss"].update(F.cross_entropy(logits, batch.labels, reduction="none"))
         metrics["top1"].update(logits, batch.labels)
         metrics["top5"].update(logits, batch.labels)
+        return logits
 
     def build_optimizer(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(settings)

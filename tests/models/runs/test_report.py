@@ -1,14 +1,11 @@
 """What people read after a run."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from conf.errors import UserError
 from models.callbacks.progress import duration
-from models.runs.finished import check_classes
 from models.runs.report import draw_curves, print_table, shown, write_json
 
 
@@ -49,13 +46,3 @@ def test_curves_are_drawn_from_what_was_logged(tmp_path):
     (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
     path = draw_curves(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-
-
-def test_evaluation_on_other_classes_is_refused():
-    data = SimpleNamespace(class_names=["cat", "emu", "dog"])
-    check_classes(None, data)
-    check_classes(["cat", "emu", "dog"], data)
-    with pytest.raises(
-        UserError, match=r"label 1 was 'dog' and is 'emu' here; evaluate on folders with the same names"
-    ):
-        check_classes(["cat", "dog", "emu"], data)
