@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, recipes, resolvers, source, text
+from conf import extras, leftovers, recipes, resolvers, source, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError, reason
 from conf.names import CONF, PARTS, PLACES, choosable, groups, nearest, options
@@ -97,18 +97,20 @@ def run(
     except KeyboardInterrupt:  # during training a checkpoint is saved first, and this is not reached
         _print("interrupted before training began")
         sys.exit(130)
+    finally:
+        leftovers.remove()
     if failed:
         sys.exit(max(failed))
 
 
 def _hydra_of_this_version() -> AbstractContextManager:
-    """Hydra 1.3 is told which version we mean; 1.4 asks which targets its own parts, our sweep table, may build."""
+    """Hydra 1.3 is told which version we mean; 1.4 asks which targets its own parts, may be built: ours."""
     version.setbase(*version_base().values() or (version._UNSPECIFIED_,))
     if version_base():
         return nullcontext()
     from hydra._internal.execution_policy import execution_whitelist
 
-    return execution_whitelist(["models.runs.*"])
+    return execution_whitelist(["models.runs.*", "conf.leftovers.*"])
 
 
 def _help(config_name: str) -> str:

@@ -93,7 +93,7 @@ def command(tmp_path, monkeypatch, capsys):
 
     It draws no curves and charts, which takes as long as a small run, and times a model for a moment.
     """
-    monkeypatch.setattr("models.runs.training.draw_curves", lambda run_dir: None)
+    monkeypatch.setattr("models.runs.training.draw_curves", lambda *arguments: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
     monkeypatch.setattr("models.probes.accuracy.charts_of", lambda *given: {})

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.revision import revision
 from models.checkpoints.format.codec import decode, encode, plain_tensor
 from models.checkpoints.format.directory import (
     CONFIG,
@@ -76,6 +77,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
             "metrics": encode(metrics, {}),
+            "commit": str(revision()),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         }
         write_checkpoint(Path(path), {**tensors, TENSORS: trainer_tensors}, plain, manifest)

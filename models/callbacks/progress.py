@@ -1,5 +1,6 @@
-"""What the terminal shows while a run goes on: one live line on a terminal, a plain line now and then elsewhere."""
+"""What the terminal shows while a run goes on: a line per epoch that stays, and on a terminal a live one below."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -9,54 +10,14 @@ from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from models.callbacks.throughput import MIB, Throughput, peak_memory
 
-class Throughput(Callback):
-    """Logs training images per second over all processes, validation excluded, and the learning rate.
-
-    Both only as often as the trainer logs: a number that is logged is copied to the device, which is waited for.
-    """
-
-    def __init__(self) -> None:
-        self.seconds, self.images, self._start, self._window = 0.0, 0, 0.0, (0.0, 0)
-        self._rate, self._warm = 0.0, False
-
-    @property
-    def images_per_second(self) -> float:
-        """Mean since the first batch after the first (which warms up kernels and workers)."""
-        return self.images / self.seconds if self.seconds else 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self._start = time.perf_counter()  # a run resumed within an epoch starts none
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._rate = trainer.optimizers[0].param_groups[-1]["lr"]
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.perf_counter()
-        if self._warm:
-            self.seconds += now - self._start
-            self.images += len(batch.images) * trainer.world_size
-        self._start, self._warm = now, True
-        if trainer.global_step % trainer.log_every_n_steps:
-            return
-        task.log("lr", self._rate)
-        if self.seconds > self._window[0]:
-            seconds, images = self._window
-            rate = (self.images - images) / (self.seconds - seconds)
-            self._window = (self.seconds, self.images)
-            task.log("images_per_second", rate, rank_zero_only=True)
-
-    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self._start = time.perf_counter()
+WAITING = 0.2  # share of waiting for data above which the remedy is said
+ENOUGH = 5.0  # seconds of training before that: the first batches wait for workers to start
 
 
 class RunProgress(Callback):
-    """Epoch, step, loss, accuracy, images per second and time left.
+    """Epoch, step, loss, accuracy, images per second and time left; after each epoch also what it cost.
 
     Args:
         throughput: where images per second come from.
@@ -69,12 +30,14 @@ class RunProgress(Callback):
         self.live: Progress | None = None
         self._started, self._first, self._printed = 0.0, 0, 0.0
         self.seconds = 0.0
-        self._note = ""
+        self._note, self._lined = "", -1  # the last validation in words; the step of the last line of an epoch
+        self._epoch_start, self._mark, self._advised = 0.0, (0.0, 0, 0.0), False
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self._started = self._printed = time.perf_counter()
         self._first = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
+        self._begin_epoch()
         if trainer.is_global_zero and self.console.is_terminal:
             bar = BarColumn(bar_width=24 if self._wide else 10)
             columns = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[text]}")]
@@ -109,16 +72,47 @@ class RunProgress(Callback):
         if self.live is not None:
             self.live.update(self._bar, text=self._describe(trainer))
 
+        self._lined = -1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._line(trainer, task)
+
     def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self._lined != trainer.global_step:
+            self._line(trainer, task)
         if self.live is not None:
             self.live.update(self._bar, text=self._describe(trainer), completed=trainer.global_step)
-        elif trainer.is_global_zero:
-            self._print(trainer)
         self.seconds = time.perf_counter() - self._started
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
+
+    def _line(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        """What this epoch reached and what it cost, in one line that stays."""
+        seconds, images, waited = self.throughput.total
+        taken, wait = seconds - self._mark[0], waited - self._mark[2]
+        shown = [self._epoch(trainer), *self._figures(trainer)]
+        if taken > 0:
+            shown.append(f"{_rate((images - self._mark[1]) / taken)} images/s")
+            shown += [f"data wait {wait / taken:.0%}"] if self.throughput.measured else []
+        if self.throughput.grad_norm is not None:
+            shown.append(f"grad norm {float(self.throughput.grad_norm):.3g}")
+        shown += [
+            f"memory {peak_memory(task.device) / MIB:,.0f} MiB",
+            duration(time.perf_counter() - self._epoch_start),
+        ]
+        print("  ".join(shown), flush=True)
+        if not self._advised and taken > ENOUGH and wait / taken > WAITING:
+            self._advised = True
+            print(remedy(wait / taken, trainer.train_dataloader.num_workers, usable_cores()), flush=True)
+        self._lined = trainer.global_step
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._printed = self._epoch_start = time.perf_counter()
+        self._mark = self.throughput.total
 
     def _print(self, trainer: pl.Trainer) -> None:
         self._printed = time.perf_counter()
@@ -126,6 +120,7 @@ class RunProgress(Callback):
 
     def _stop(self) -> None:
         if self.live is not None:
+            self.live.update(self._bar, visible=False)  # the lines of the epochs stay
             self.live.stop()
             self.live = None
         sys.stdout.flush()
@@ -146,12 +141,35 @@ class RunProgress(Callback):
         elapsed = time.perf_counter() - self._started
         steps = self._total - trainer.global_step
         left = f"ETA {duration(elapsed / done * steps)}" if done else ""  # not known before the first step is taken
-        loss = trainer.callback_metrics.get("train/loss")
-        shown = [f"loss {float(loss):.{4 if self._wide else 2}f}"] if loss is not None else []
-        note = self._note if self._wide else self._note.removeprefix("val ")
         rate = self.throughput.images_per_second
-        shown += [f"{rate:.{0 if rate >= 10 else 1}f} images/s" if rate else "", left, note]
+        loss, note = self._figures(trainer)
+        shown = [loss, f"{_rate(rate)} images/s" if rate else "", left, note]
         return ("  " if self._wide else " ").join(filter(None, shown))
+
+    def _figures(self, trainer: pl.Trainer) -> tuple[str, str]:
+        """Loss and last validation in words."""
+        loss = trainer.callback_metrics.get("train/loss")
+        note = self._note if self._wide else self._note.removeprefix("val ")
+        return f"loss {float(loss):.{4 if self._wide else 2}f}" if loss is not None else "", note
+
+
+def remedy(share: float, workers: int, cores: int) -> str:
+    """What to do about waiting for data."""
+    text = f"training waits for data {share:.0%} of the time with data.workers={workers}"
+    if workers < cores:
+        return (
+            f"{text}; set data.workers={min(cores, 8 if workers < 8 else cores)}, or use smaller files, a faster disk"
+        )
+    return f"{text}, and there are {cores} cores; use smaller image files, a faster disk, or a cheaper augment="
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _rate(images_per_second: float) -> str:
+    return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f}"
 
 
 def duration(seconds: float) -> str:

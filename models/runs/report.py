@@ -3,11 +3,15 @@
 import json
 import math
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from conf import families
+from conf.names import PARTS, PLACES, short
+from models.checkpoints.fitting import family_of
 from models.loggers.metrics_csv import read_metrics
 
 PERCENT = ("top1", "top5", "recognised", "routing/active")
@@ -41,6 +45,35 @@ def print_table(title: str, rows: dict[str, Any], console: Console | None = None
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     # where there is no terminal to fit in, commands and paths stay in one piece
     console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
+
+
+def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
+    """What can be done with a finished run, as lines that can be pasted into a shell."""
+    lines, folder, epochs = [], short(run_dir), config["trainer"].get("max_epochs")
+    best = run_dir / "checkpoints" / "best"
+    if best.exists():
+        lines.append(f"evaluate: python eval.py ckpt={quote(short(best))}")
+        if exportable(config):
+            name = config["run"]["model"]
+            lines.append(
+                f"export:   python -m models.checkpoints export {quote(short(best))} --model {name} -o {name}.pth"
+            )
+    if (run_dir / "checkpoints" / "last").exists() and epochs and epochs > 0:
+        lines.append(
+            f"go on:    the same command with run.name={config['run']['name']} trainer.max_epochs={2 * epochs}"
+        )
+    if list(run_dir.glob("wandb/offline-run-*")):
+        lines.append(f"upload:   wandb sync {quote(folder)}/wandb/offline-run-*")
+    return lines
+
+
+def exportable(config: dict[str, Any]) -> bool:
+    """Whether the weights have other names than ours: the model as its authors publish it."""
+    name, attention = config["run"]["model"], config["run"]["attention"]
+    usual = families.models()[name].get("attention", "softmax")
+    parts = [config["attention"].get(part) for part in PARTS] if isinstance(config["attention"], dict) else []
+    composed = any(isinstance(chosen, dict) for chosen in [*parts, *map(config.get, PLACES)])
+    return family_of(name) is not None and attention == usual and not composed
 
 
 def draw_curves(run_dir: Path) -> Path | None:

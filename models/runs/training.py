@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
 from conf.names import PARTS, PLACES, short
-from data.sources.split_file import leave_split, take_split
+from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
 from models.callbacks.guard import NonFinite
 from models.callbacks.preemption import Stopped
-from models.callbacks.progress import RunProgress, Throughput, duration
+from models.callbacks.progress import RunProgress, duration
+from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
@@ -32,7 +34,8 @@ from models.runs.preflight import (
     quiet,
     resolved,
 )
-from models.runs.report import draw_curves, print_table, write_json
+from models.runs.record import Record, RunLog, recorded
+from models.runs.report import draw_curves, next_steps, print_table, write_json
 from models.runs.resume import compare_configs, find_resume
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
@@ -46,6 +49,7 @@ class Run(NamedTuple):
     task: Task
     data: pl.LightningDataModule
     progress: RunProgress
+    record: Record
     checkpoint: Path | None
     step: int
     notes: list[str]
@@ -61,12 +65,10 @@ def train(cfg: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     config = resolved(cfg)
     check_settings(config)
-    with lock_folder(run_dir):
-        run = _prepared(cfg, config, run_dir)
+    with lock_folder(run_dir), recorded() as log:
+        run = _prepared(cfg, config, run_dir, log)
         trainer = run.trainer
         if trainer.is_global_zero:
-            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-            leave_split(run.data.source, run_dir)
             print(_headline(config, run, run_dir))
         with _ending(trainer, run_dir):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
@@ -77,10 +79,11 @@ def train(cfg: DictConfig) -> float | None:
                 f"the run has finished at step {run.step}; raise trainer.max_epochs to go on, or give another run.name"
             )
             return None
+        run.record.begin(run.step, run.data)  # of a run without a step
         return _report(trainer, config, run.task, run_dir, run.progress)
 
 
-def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
+def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLog) -> Run:
     """Everything built and checked; `config` gets what only the parts know."""
     checkpoint = _resume(cfg, run_dir, config)
     if checkpoint is None:
@@ -97,13 +100,14 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path) -> Run:
     config["classes"] = data.class_names
     step = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
-    trainer = _trainer(cfg, config, run_dir, progress)
+    record = Record(run_dir, log, cfg, config)
+    trainer = _trainer(cfg, config, run_dir, [progress.throughput, progress, record])
     accumulate(config, trainer, data)
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe_backend(task.model, trainer.strategy.root_device)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step)
-    return Run(trainer, task, data, progress, checkpoint, step, [*data.notes(), attention, *origin])
+    return Run(trainer, task, data, progress, record, checkpoint, step, [*data.notes(), attention, *origin])
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
@@ -121,16 +125,18 @@ def _origin(config: dict[str, Any], task: pl.LightningModule, checkpoint: Path |
     return [] if given is None else start_from(str(given), task.model, config)
 
 
-def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, progress: RunProgress) -> pl.Trainer:
-    callbacks = [*filter(None, part_of(cfg, "callbacks").values()), progress.throughput, progress]
+def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, own: list[Callback]) -> pl.Trainer:
+    callbacks = [*filter(None, part_of(cfg, "callbacks").values()), *own]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
             callback.describe_run(run_dir, config)
+    clocks = [callback.clock for callback in own if isinstance(callback, Throughput)]
     return part_of(
         cfg,
         "trainer",
         callbacks=callbacks,
         logger=False,
+        profiler=cfg.trainer.get("profiler") or clocks[0],
         plugins=[DirectoryCheckpointIO()],
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,
@@ -184,6 +190,8 @@ def _report(
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures
     figures |= {
         "images_per_second": progress.throughput.images_per_second or None,
+        "data_wait": progress.throughput.data_wait,
+        "peak_memory": peak_memory(task.device),
         "seconds": progress.seconds,
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "epochs": trainer.current_epoch,
@@ -216,8 +224,7 @@ def _report(
         if (run_dir / picture).exists():
             rows[picture.removesuffix(".png")] = short(run_dir / picture)
     print_table(title(config), rows)
-    if (run_dir / "checkpoints" / "best").exists():
-        print(f"evaluate: python eval.py ckpt={short(run_dir / 'checkpoints' / 'best')}")
+    print("\n".join(next_steps(run_dir, config)))
     return best
 
 

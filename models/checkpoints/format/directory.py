@@ -8,7 +8,7 @@ A checkpoint is `<run>/checkpoints/step-00000800/`:
 | `ema.safetensors` | averaged weights, if the run kept an average |
 | `trainer.safetensors`, `trainer.json` | everything else a run needs to go on: optimizer, schedule, loops, position |
 | `config.json` | the resolved configuration of the run |
-| `manifest.json` | format, step, epoch, metrics, versions, size and SHA-256 of every other file; written last |
+| `manifest.json` | format, step, epoch, metrics, commit, versions, size and SHA-256 of every other file; written last |
 
 `checkpoints/best` and `checkpoints/last` point to steps: a relative symbolic link, or a one-line text file where the
 file system has no links. A directory without a manifest was never finished and does not count.

@@ -27,7 +27,7 @@ def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], plain: d
         path: the step directory to create.
         tensors: contents of the safetensors files, by file name.
         plain: contents of the JSON files, by file name.
-        manifest: `step`, `epoch`, `metrics` and `versions`; format and checksums are added here.
+        manifest: `step`, `epoch`, `metrics`, `commit` and `versions`; format and checksums are added here.
 
     Raises:
         OSError: nothing of the new checkpoint remains, and an older one of that name is still there.

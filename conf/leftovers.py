@@ -1,0 +1,88 @@
+"""What a command that is refused leaves in outputs/: nothing. Only what the command itself has made is removed.
+
+Hydra makes the folder of a run before the run is looked at. A run that begins writes train.log (`models.runs.record`);
+a folder without it, that was not there when the command began, goes again when the command ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+BEGUN = ("train.log", "metrics.json")
+
+
+class _Noted(NamedTuple):
+    """A folder before the command; `inside` is None where there was none."""
+
+    folder: Path
+    inside: frozenset[str] | None
+    missing: list[Path]
+    sweep: bool
+
+
+_noted: list[_Noted] = []
+
+
+class Leftovers(Callback):
+    """Notes what is there before Hydra makes the folder of a run or of a sweep."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with contextlib.suppress(OmegaConfBaseException):  # of a name that cannot be: refused by what comes next
+            _note(Path(config.hydra.run.dir).absolute(), sweep=False)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _note(Path(config.hydra.sweep.dir).absolute(), sweep=True)
+
+
+def remove() -> None:
+    """Removes the folders of runs that never began; called when the command ends, whatever ended it."""
+    while _noted:
+        folder, inside, missing, sweep = _noted.pop()
+        if not folder.is_dir():
+            continue
+        for job in sorted(folder.iterdir()) if sweep else ():
+            if job.is_dir() and job.name not in (inside or ()) and not _begun(job):
+                shutil.rmtree(job, ignore_errors=True)
+        if inside is None and not _begun(folder) and not (sweep and _holds_runs(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif "checkpoints" not in (inside or ()):
+            with contextlib.suppress(OSError):  # it holds some
+                (folder / "checkpoints").rmdir()
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _note(folder: Path, sweep: bool) -> None:
+    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        return  # the first process of a run has its folder
+    inside = frozenset(os.listdir(folder)) if folder.is_dir() else None
+    _noted.append(_Noted(folder, inside, [path for path in folder.parents if not path.exists()], sweep))
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has begun there, or another command is about to: it holds the lock."""
+    return any((folder / name).exists() for name in BEGUN) or _locked(folder / ".lock")
+
+
+def _locked(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether anything besides Hydra's own file is left in the folder of a sweep."""
+    return any(entry.name != "multirun.yaml" for entry in folder.iterdir())

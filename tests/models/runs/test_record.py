@@ -1,0 +1,146 @@
+"""What a run records, and that a command which is refused leaves nothing."""
+
+import io
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf import leftovers, revision
+from conf.errors import UserError
+from models.runs import record
+from models.runs.preflight import lock_folder
+
+SMALL = (
+    *("model=vit_32px", "logger=none", "data.batch_size=8", "trainer.max_epochs=1", "trainer.limit_train_batches=2"),
+    *("trainer.limit_val_batches=1", "trainer.log_every_n_steps=1", "data.workers=0"),
+)
+
+
+def lines(text: str) -> list[str]:
+    """What stands behind the times of a log."""
+    found = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:  (.*))?", line) for line in text.splitlines()]
+    assert all(found), text
+    return [match[1] or "" for match in found]
+
+
+def test_the_log_has_what_a_reader_of_the_terminal_sees(tmp_path, monkeypatch):
+    """No colours, no progress bars, no half lines; what was printed before the folder is known comes first."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    handler = logging.StreamHandler(out)
+    logging.root.addHandler(handler)
+    try:
+        with record.recorded() as log:
+            print("before")
+            log.begin(tmp_path / "train.log")
+            out_of_a_bar = (
+                "\r\x1b[2Kstep 1 ━━",
+                "\r\x1b[2Kstep 2 ━━",
+                "\r\x1b[2K\x1b[1mepoch 1\x1b[0m\nstep 3 ━━",
+                "\r\x1b[2K",
+            )
+            for text in out_of_a_bar:
+                sys.stdout.write(text)
+            print("one", "two", "", sep="\n")
+            logging.warning("of a library")
+    finally:
+        logging.root.removeHandler(handler)
+    assert lines((tmp_path / "train.log").read_text()) == ["before", "epoch 1", "one", "two", "", "of a library"]
+    assert "\x1b[2Kstep 2" in out.getvalue() and "of a library" in out.getvalue() and sys.stdout is out
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(UserError("lr: wrong"), ": lr: wrong"), (KeyError("bug"), "KeyError: 'bug'")]
+)
+def test_what_ends_a_run_stands_in_its_log(tmp_path, error, text):
+    with pytest.raises(type(error)), record.recorded() as log:
+        log.begin(tmp_path / "train.log")
+        raise error
+    assert lines((tmp_path / "train.log").read_text())[-1].endswith(text)
+
+
+def test_a_run_records_what_it_was_made_with(command, tmp_path):
+    status, out, err = command("train", *SMALL, "run.name=mine")
+    assert status == 0, err
+    run = tmp_path / "outputs" / "mine"
+    assert [line for line in lines((run / "train.log").read_text()) if line] == [
+        line for line in out.splitlines() if line
+    ]
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["command"].endswith("run.name=mine") and environment["directory"] == str(tmp_path)
+    assert environment["packages"]["torch"] and environment["host"] and environment["python"]
+    assert environment["commit"] == revision.revision().commit
+    manifest = json.loads((run / "checkpoints/last/manifest.json").read_text())
+    assert manifest["commit"] == str(revision.revision())
+    assert "- run.name=mine" in (run / ".hydra/overrides.yaml").read_text()
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["peak_memory"] > 1e7 and 0 <= figures["data_wait"] < 1 and figures["grad_norm"] > 0
+    assert re.search(r"^epoch 1/1  step 2/2  loss .*val top-1 .* images/s  data wait .*grad norm .*MiB", out, re.M)
+    status, _, err = command("train", *SMALL, "run.name=mine", "trainer.max_epochs=2")
+    assert status == 0, err
+    environment = json.loads((run / "env.json").read_text())
+    assert [start["step"] for start in [*environment["earlier"], environment]] == [0, 2]
+    assert len(re.findall("vit_32px with softmax attention on digits: ", (run / "train.log").read_text())) == 2
+
+
+def test_a_refused_command_leaves_a_folder_as_it_was(command, tmp_path):
+    (tmp_path / "outputs/kept").mkdir(parents=True)
+    (tmp_path / "outputs/kept/notes.txt").write_text("mine")
+    for name, wrong in [
+        ("kept", "callbacks.checkpoints=null"),
+        ("new", "trainer.max_epochs=-1"),
+        ("new", "optimizer.lr=a"),
+    ]:
+        assert command("train", *SMALL, wrong, f"run.name={name}")[0] == 2
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.name != ".lock")
+    assert found == ["outputs", "outputs/kept", "outputs/kept/notes.txt"]
+
+
+def test_of_a_sweep_the_runs_that_began_stay(tmp_path):
+    """And nothing of one of which none began."""
+    for name, began in [("some", True), ("none", False)]:
+        folder = tmp_path / "outputs" / name
+        leftovers._note(folder, sweep=True)
+        for job in ("0_a", "1_b"):
+            (folder / job).mkdir(parents=True)
+        (folder / "multirun.yaml").touch()
+        if began:
+            (folder / "1_b/train.log").touch()
+    leftovers.remove()
+    found = sorted(str(path.relative_to(tmp_path / "outputs")) for path in (tmp_path / "outputs").rglob("*"))
+    assert found == ["some", "some/1_b", "some/1_b/train.log", "some/multirun.yaml"]
+
+
+def test_a_folder_is_only_removed_where_the_command_made_it(tmp_path):
+    made, there, busy = tmp_path / "a/b/made", tmp_path / "there", tmp_path / "busy"
+    there.mkdir()
+    for folder in (made, there, busy):
+        leftovers._note(folder, sweep=False)
+        (folder / "checkpoints").mkdir(parents=True)
+    with lock_folder(busy):  # another command has made the same folder at the same moment, and prepares its run
+        leftovers.remove()
+    assert sorted(tmp_path.iterdir()) == [busy, there] and not list(there.iterdir())
+
+
+def test_uncommitted_changes_are_kept_beside_the_run(tmp_path, monkeypatch):
+    changed = revision.Revision("abc", "--- a\n+++ b\n", [])
+    monkeypatch.setattr(record, "revision", lambda: changed)
+    kept = record._keep_patch(tmp_path)
+    assert (tmp_path / kept["file"]).read_text() == changed.patch and str(changed) == "abc+changes"
+    monkeypatch.setattr(record, "MAX_PATCH", 3)
+    assert record._keep_patch(tmp_path)["file"] is None
+    monkeypatch.setattr(record, "revision", lambda: changed._replace(patch=""))
+    assert record._keep_patch(tmp_path) is None and str(revision.Revision(None, "", [])) == "unknown"
+
+
+def test_the_code_of_another_repository_is_not_taken_for_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(revision, "CONF", Path(tmp_path, "conf"))
+    revision.revision.cache_clear()
+    try:
+        assert revision.revision() == revision.Revision(None, "", [])
+    finally:
+        revision.revision.cache_clear()
