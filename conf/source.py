@@ -20,6 +20,7 @@ GIVEN = {
     "attention": "${attention}",
     "image_size": "${image_size}",
     "num_classes": "${data.num_classes}",
+    "in_channels": "${oc.select:data.channels,3}",
     **{place: f"${{{place}}}" for place in PLACES},
     "gate_at": None,
     "activation": None,

@@ -56,7 +56,7 @@ class Augment:
         Raises:
             ValueError: all unknown keys, wrong types and values out of range, in one message.
         """
-        return checked(cls, "augment", "conf/augment/*.yaml", _plain(values or {}))
+        return checked(cls, "augment", "conf/augment/*.yaml", plain(values or {}))
 
     @property
     def mixes(self) -> bool:
@@ -98,7 +98,7 @@ def checked(kind: type, who: str, where: str, values: Mapping[str, Any]) -> Any:
     return built
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Tuples for lists, OmegaConf's included, which are sequences but not lists."""
     return {key: tuple(v) if hasattr(v, "__iter__") and not isinstance(v, str) else v for key, v in values.items()}
 

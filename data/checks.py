@@ -1,12 +1,15 @@
 """The pre-flight: what can be wrong with settings and data, found before training and without decoding images."""
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conf.values import is_number
 from data.sources.imagefolder import ImageFolder
 from data.token_labels import LabelMaps
+from data.transforms import is_size, sides
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -14,17 +17,20 @@ if TYPE_CHECKING:
     from data.module import ImageData
     from data.sources import Split
 
+LARGEST_SEED = 2**32 - 1  # that NumPy and Lightning take
 SHOWN = 5  # names listed in a message before it says how many more there are
 
 
 def setting_problems(data: "ImageData") -> list[str]:
     """Wrong types and ranges of the module's own arguments."""
     found = []
-    for name in ("num_classes", "image_size", "batch_size"):
+    for name in ("num_classes", "batch_size"):
         if not _whole(getattr(data, name), 1):
             found.append(f"data.{name}: got {getattr(data, name)!r}; give a whole number from 1")
-    if not _whole(data.seed, 0):
-        found.append(f"seed: got {data.seed!r}; give a whole number from 0")
+    if not is_size(data.image_size):
+        found.append(f"data.image_size: got {data.image_size!r}; give a whole number from 1, or [height, width]")
+    if not _whole(data.seed, 0) or data.seed > LARGEST_SEED:
+        found.append(f"seed: got {data.seed!r}; give a whole number from 0 to {LARGEST_SEED}")
     if data.workers != "auto" and not _whole(data.workers, 0):
         found.append(f"data.workers: got {data.workers!r}; give a whole number from 0, or auto")
     if data.on_error not in ("raise", "skip"):
@@ -35,14 +41,35 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.drop_last: got {data.drop_last!r}; give true or false")
     if not isinstance(data.timeout, int | float) or data.timeout < 0:
         found.append(f"data.timeout: got {data.timeout!r}; give seconds, 0 to wait for ever")
+    return found + _normalisation_problems(data) + ([] if found else _crop_problems(data))
+
+
+def _normalisation_problems(data: "ImageData") -> list[str]:
+    """mean and std: their number, and the range of values that images have."""
+    found = []
     for name, positive in (("mean", False), ("std", True)):
         values = getattr(data, name)
         three = isinstance(values, tuple) and len(values) == 3
-        numbers = three and all(isinstance(value, int | float) for value in values)
+        numbers = three and all(is_number(value) for value in values)
         if not numbers or (positive and min(values) <= 0):
             wanted = "three positive numbers" if positive else "three numbers"
             found.append(f"data.{name}: got {values!r}; give {wanted}, one per channel of images scaled to 0 … 1")
+        elif min(values) < 0 or max(values) > 1:
+            scaled = ",".join(f"{value / 255:.6g}" for value in values)
+            remedy = f"divide by 255: data.{name}=[{scaled}]" if min(values) >= 0 else "see conf/data"
+            found.append(f"data.{name}: got {list(values)}, but images are scaled to 0 … 1; {remedy}")
     return found
+
+
+def _crop_problems(data: "ImageData") -> list[str]:
+    """An evaluation that sees more than there is would measure a frame of black pixels."""
+    size, whole = data.evaluation.sides(data.image_size)
+    if whole[0] >= size[0] and whole[1] >= size[1]:
+        return []
+    return [
+        f"data.eval.resize: got {data.evaluation.resize}, but the model sees {shown(size)} pixels of it; "
+        f"set data.eval.resize={min(size)} or more, or null"
+    ]
 
 
 def trainer_problems(trainer: "pl.Trainer | None") -> list[str]:
@@ -67,6 +94,11 @@ def data_problems(data: "ImageData", world: int, training: bool = True) -> list[
         )
     for name, split in splits.items():
         found += _label_problems(name, split, classes)
+    if 0 < len(splits["val"]) < world:
+        found.append(
+            f"the val split has {len(splits['val'])} image(s) for {world} processes, some of which would have none; "
+            f"set trainer.devices={len(splits['val'])} or less"
+        )
     return found + _training_problems(data, world) if training else found
 
 
@@ -120,6 +152,11 @@ def some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def shown(size: int | Sequence[int]) -> str:
+    """ "32 x 48", "224"."""
+    return " x ".join(map(str, dict.fromkeys(sides(size))))
 
 
 def _whole(value: Any, low: int) -> bool:

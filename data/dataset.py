@@ -1,4 +1,8 @@
-"""One draw of the sampler becomes one sample: read, transformed, its randomness named by the draw alone."""
+"""One draw of the sampler becomes one sample: read, transformed, its randomness named by the draw alone.
+
+What a user can mend leaves a loader's worker as a value, `Failed`, and is raised where the batch is asked for: an
+exception that torch carries over has become a traceback in text.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,15 +12,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.batch import Sample
+from conf.errors import UserError
+from data.batch import Batch, Sample, collate
 from data.order.randomness import AUGMENT, preserved, seed_all
 from data.order.sampler import Draw
 from data.sources import Split
-from data.sources.decode import UnreadableImage
+from data.sources.decode import MEND, UnreadableImage
 from data.token_labels import LabelMaps
 from data.transforms import TrainTransform
 
 log = logging.getLogger(__name__)
+MEND_EVALUATED = "mend or remove the file: an evaluation without it would be of another data set"
 
 
 class Skips:
@@ -79,6 +85,8 @@ class Samples(Dataset[Sample | None]):
         try:
             image, label = self.split[draw.index]
         except UnreadableImage as error:
+            if self.seed is None:
+                raise type(error)(str(error).replace(MEND, MEND_EVALUATED)) from error
             if self.skips is None:
                 raise
             self.skips.report(draw.index, error)
@@ -87,3 +95,43 @@ class Samples(Dataset[Sample | None]):
             return Sample(self.transform(image), label, draw)
         pixels, view = self.transform.with_view(image)
         return Sample(pixels, label, draw, self.label_maps.crop(draw.index, view))
+
+
+class Failed:
+    """An error on its way out of a worker, in the place of the samples or the batch that it prevented."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+class Carried(Dataset[Sample | None]):
+    """Samples whose errors are carried."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample | None] | Failed:
+        try:
+            return self.samples.__getitems__(draws)
+        except UserError as error:
+            return Failed(error)
+
+
+def collate_carried(samples: Sequence[Sample | None] | Failed) -> Batch | Failed:
+    """`collate`, whose errors are carried too."""
+    if isinstance(samples, Failed):
+        return samples
+    try:
+        return collate(samples)
+    except UserError as error:
+        return Failed(error)
+
+
+def delivered(batch: Batch | Failed) -> Batch:
+    """The batch; raises the error that came in its place."""
+    if isinstance(batch, Failed):
+        raise batch.error
+    return batch

@@ -6,7 +6,7 @@ seen, bit for bit, whatever the number of workers. Use `use_distributed_sampler=
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from conf.errors import UserError
 from data.augment import Augment
-from data.batch import Batch, collate
+from data.batch import Batch
 from data.checks import data_problems, setting_problems, trainer_problems
-from data.dataset import Samples, Skips
+from data.dataset import Carried, Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
 from data.sources import Source
@@ -30,10 +30,13 @@ MAX_AUTO_WORKERS = 8
 
 
 class EpochLoader(DataLoader):
-    """A loader that can start in the middle of an epoch.
+    """A loader that can start in the middle of an epoch, of samples whose errors are carried (`data.dataset`).
 
     Its position is kept by the data module, not here: the empty state tells Lightning that resuming is exact.
     """
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(delivered, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -48,7 +51,7 @@ class ImageData(pl.LightningDataModule):
     Args:
         source: where images come from (`data.sources`).
         num_classes: known before data is read, because the model needs it.
-        image_size: height and width of training images in pixels.
+        image_size: of training images in pixels, one number or (height, width).
         batch_size: images per process and batch, in training and evaluation.
         seed: names order and augmentation.
         augment: values of `data.augment.Augment`.
@@ -71,7 +74,7 @@ class ImageData(pl.LightningDataModule):
         self,
         source: Source,
         num_classes: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         batch_size: int,
         seed: int = 0,
         augment: Mapping[str, Any] | None = None,
@@ -89,7 +92,8 @@ class ImageData(pl.LightningDataModule):
         token_labels: str | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.num_classes, self.image_size, self.batch_size = source, num_classes, image_size, batch_size
+        self.source, self.num_classes, self.batch_size = source, num_classes, batch_size
+        self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
         self.mean, self.std = (tuple(v) if hasattr(v, "__iter__") else v for v in (mean, std))
         self.timeout, self.root, self.token_labels = timeout, root, token_labels
@@ -114,6 +118,10 @@ class ImageData(pl.LightningDataModule):
     def notes(self) -> list[str]:
         """What the source has to say about its images, such as how they were split, for the first lines of a run."""
         return self.source.notes() if hasattr(self.source, "notes") else []
+
+    def smallest_batch(self, world_size: int = 1) -> int:
+        """Images of the smallest training batch of a process."""
+        return self._train_sampler(0, world_size).smallest
 
     @property
     def skipped(self) -> int:
@@ -175,10 +183,10 @@ class ImageData(pl.LightningDataModule):
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:
         workers = self._worker_count
         return EpochLoader(
-            samples,
+            Carried(samples),
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate_carried,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             timeout=self.timeout if workers > 0 else 0,

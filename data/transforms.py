@@ -16,19 +16,22 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from data.augment import INTERPOLATIONS, Augment, checked
+from conf.values import is_whole
+from data.augment import INTERPOLATIONS, Augment, checked, plain
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """How an image is prepared for evaluation.
 
-    `size`: height and width in pixels; the training size when `None`. `resize`: the shorter side before the
-    centre crop, in pixels; `size / crop_fraction`, rounded down, when `None`. `squash`: both sides become that
-    long, whatever the aspect ratio. `crop_fraction`: when `None` 0.875, and 1 (the whole image) when squashed.
+    `size`: pixels, one number or (height, width); the training size when `None`. `resize`: the shorter side before
+    the centre crop, in pixels; `size / crop_fraction`, rounded down, when `None`. For a size that is not square the
+    image is made just large enough to cover a rectangle of that shape whose shorter side `resize` is. `squash`: the
+    image becomes that rectangle, whatever its aspect ratio. `crop_fraction`: when `None` 0.875, and 1 (the whole
+    image) when squashed.
     """
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     resize: int | None = None
     crop_fraction: float | None = None
     interpolation: str = "bicubic"
@@ -41,15 +44,15 @@ class Evaluation:
         Raises:
             ValueError: all unknown keys, wrong types and values out of range, in one message.
         """
-        return checked(cls, "eval", "conf/data/*.yaml", dict(values or {}))
+        return checked(cls, "eval", "conf/data/*.yaml", plain(values or {}))
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one entry each."""
         found = []
-        for name in ("size", "resize"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                found.append(f"eval.{name}={value!r}, expected pixels (a whole number from 1) or null")
+        if self.size is not None and not is_size(self.size):
+            found.append(f"eval.size={self.size!r}, expected pixels (a whole number from 1, or two) or null")
+        if self.resize is not None and not is_whole(self.resize):
+            found.append(f"eval.resize={self.resize!r}, expected pixels (a whole number from 1) or null")
         fraction = self.crop_fraction
         if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):
             found.append(f"eval.crop_fraction={self.crop_fraction!r}, expected a share above 0 and at most 1")
@@ -59,22 +62,30 @@ class Evaluation:
             found.append(f"eval.squash={self.squash!r}, expected true or false")
         return found
 
+    def sides(self, image_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of what the model sees, and of what it is cut from."""
+        size = sides(self.size or image_size)
+        if self.resize is not None:
+            shorter = min(size)
+            return size, tuple(round(self.resize * side / shorter) for side in size)
+        # Rounded down as in the evaluation code of the papers (DeiT, Swin, timm); the small term is for 0.9 and kin.
+        fraction = self.crop_fraction or (1.0 if self.squash else 0.875)
+        return size, tuple(int(side / fraction + 1e-6) for side in size)
+
 
 class EvaluationTransform:
-    """Resizes the shorter side, or squashes the image into a square, and takes the centre."""
+    """Resizes the image until it covers a rectangle, or squashes it into that, and takes the centre."""
 
-    def __init__(self, evaluation: Evaluation, image_size: int) -> None:
-        self.size = evaluation.size or image_size
+    def __init__(self, evaluation: Evaluation, image_size: int | Sequence[int]) -> None:
+        self.size, whole = evaluation.sides(image_size)
         self.mode = InterpolationMode(evaluation.interpolation)
-        # Rounded down as in the evaluation code of the papers (DeiT, Swin, timm); the small term is for 0.9 and kin.
-        fraction = evaluation.crop_fraction or (1.0 if evaluation.squash else 0.875)
-        side = evaluation.resize or int(self.size / fraction + 1e-6)
-        self.target = [side, side] if evaluation.squash else [side]
+        self.squash = evaluation.squash
+        self.target = [whole[0]] if whole[0] == whole[1] and not evaluation.squash else list(whole)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        image = F.resize(image, self.target, self.mode)
-        if image.size != (self.size, self.size):
-            image = F.center_crop(image, [self.size, self.size])
+        image = F.resize(image, self.target, self.mode) if self.squash else cover(image, self.target, self.mode)
+        if F.get_size(image) != list(self.size):
+            image = F.center_crop(image, list(self.size))
         return F.pil_to_tensor(image)
 
 
@@ -91,21 +102,22 @@ class View(NamedTuple):
 class TrainTransform:
     """Crop or resize, shift, mirror, jitter, RandAugment: those that are on, in this order."""
 
-    def __init__(self, augment: Augment, image_size: int, mean: Sequence[float]) -> None:
-        mode = InterpolationMode(augment.interpolation)
+    def __init__(self, augment: Augment, image_size: int | Sequence[int], mean: Sequence[float]) -> None:
+        mode, size = InterpolationMode(augment.interpolation), sides(image_size)
+        self.size = size
         steps: list[Callable[[Image.Image], Image.Image]] = []
         if augment.scale is not None:
-            steps.append(v2.RandomResizedCrop(image_size, augment.scale, augment.ratio, mode))
+            steps.append(v2.RandomResizedCrop(size, augment.scale, augment.ratio, mode))
         else:
-            steps.append(functools.partial(resize_and_crop, size=image_size, mode=mode))
+            steps.append(functools.partial(resize_and_crop, size=size, mode=mode))
         if augment.shift > 0:
-            steps.append(functools.partial(shift, pixels=round(augment.shift * image_size)))
+            steps.append(functools.partial(shift, pixels=tuple(round(augment.shift * side) for side in size)))
         if augment.hflip > 0:
             steps.append(v2.RandomHorizontalFlip(augment.hflip))
         if augment.color_jitter > 0:
             steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
         if augment.rand_augment is not None:
-            steps.append(rand_augment(augment.rand_augment, image_size, mean, augment.interpolation))
+            steps.append(rand_augment(augment.rand_augment, min(size), mean, augment.interpolation))
         self.steps = steps
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -115,7 +127,7 @@ class TrainTransform:
 
     def with_view(self, image: Image.Image) -> tuple[Tensor, View]:
         """The same image from the same draws, and what it shows, as far as crop and mirror decide it."""
-        box, mirrored = centre_square(*image.size), False
+        box, mirrored = centre_box(*image.size, *self.size), False
         for step in self.steps:
             if isinstance(step, v2.RandomResizedCrop):
                 (width, height), params = image.size, step.make_params([image])
@@ -131,23 +143,45 @@ class TrainTransform:
         return F.pil_to_tensor(image), View(box, mirrored)
 
 
-def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+def centre_box(width: int, height: int, rows: int, columns: int) -> tuple[float, float, float, float]:
     """The box that `resize_and_crop` shows, but for its rounding to whole pixels."""
-    left, top = (max(0, 1 - min(width, height) / side) / 2 for side in (width, height))
+    shown = min(width, height * columns / rows), min(height, width * rows / columns)
+    left, top = (max(0, 1 - part / side) / 2 for part, side in zip(shown, (width, height), strict=True))
     return left, top, 1 - left, 1 - top
 
 
-def resize_and_crop(image: Image.Image, size: int, mode: InterpolationMode) -> Image.Image:
-    """The shorter side resized to `size` pixels, then the centre square."""
-    image = F.resize(image, [size], mode)
-    return image if image.size == (size, size) else F.center_crop(image, [size, size])
+def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
-def shift(image: Image.Image, pixels: int) -> Image.Image:
-    """Moves the image by up to `pixels` in each direction, black where nothing was."""
-    left, top = random.randint(0, 2 * pixels), random.randint(0, 2 * pixels)
+def is_size(value: Any) -> bool:
+    """Whether it is pixels: a whole number from 1, or height and width."""
+    return is_whole(value) or (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_whole, value)))
+
+
+def cover(image: Image.Image, target: Sequence[int], mode: InterpolationMode) -> Image.Image:
+    """As small as covers the target: the shorter side of a square, or (height, width)."""
+    if len(target) == 1:
+        return F.resize(image, list(target), mode)
+    height, width = F.get_size(image)
+    scale = max(target[0] / height, target[1] / width)
+    size = [max(side, round(scale * own)) for side, own in zip(target, (height, width), strict=True)]
+    return F.resize(image, size, mode)
+
+
+def resize_and_crop(image: Image.Image, size: tuple[int, int], mode: InterpolationMode) -> Image.Image:
+    """As small as covers (height, width), then its centre."""
+    image = cover(image, size[:1] if size[0] == size[1] else size, mode)
+    return image if F.get_size(image) == list(size) else F.center_crop(image, list(size))
+
+
+def shift(image: Image.Image, pixels: int | tuple[int, int]) -> Image.Image:
+    """Moves the image by up to `pixels` (down, across) in each direction, black where nothing was."""
+    down, across = sides(pixels)
+    left, top = random.randint(0, 2 * across), random.randint(0, 2 * down)
     width, height = image.size
-    return ImageOps.expand(image, pixels).crop((left, top, left + width, top + height))
+    return ImageOps.expand(image, (across, down)).crop((left, top, left + width, top + height))
 
 
 def rand_augment(policy: str, image_size: int, mean: Sequence[float], interpolation: str) -> Callable:

@@ -14,15 +14,23 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def image_channels(model: nn.Module) -> int:
+    """Of the images that a model takes: its `in_channels`, or those of the first convolution of its stem."""
+    if (said := getattr(model, "in_channels", None)) is not None:
+        return said
+    stem = getattr(model, "stem", model)
+    return next((part.in_channels for part in stem.modules() if isinstance(part, nn.Conv2d)), 3)
+
+
 def example_inputs(model: nn.Module, image_size: Sequence[int], batch: int = 1) -> tuple[Tensor, ...]:
     """Random numbers that a model can be called with, on its device, for images of (height, width) pixels.
 
-    Images (B, 3, height, width); for a model that generates, the latents of such images (B, Z, H, W), timesteps (B,)
-    and labels (B,).
+    Images (B, channels, height, width); for a model that generates, the latents of such images (B, Z, H, W), timesteps
+    (B,) and labels (B,).
     """
     device = next(model.parameters()).device
     if not getattr(model, "generates", False):
-        return (torch.randn(batch, 3, *image_size, device=device),)
+        return (torch.randn(batch, image_channels(model), *image_size, device=device),)
     latents = torch.randn(
         batch, model.in_channels, *(side // model.latent_stride for side in image_size), device=device
     )

@@ -26,7 +26,7 @@ from tests.compositions import compose_once
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
 NAMES = [name for name in recipes.names() if name.endswith("_in1k")]  # published; the others are ours
 PAPERS = ("agent", "biformer", "davit", "dit", "flatten", "inline", "moh")
-FIXED = {"_convert_", "attention", "image_size", "num_classes"}  # of what every model is given
+FIXED = {"_convert_", "attention", "image_size", "in_channels", "num_classes"}  # of what every model is given
 IMAGES = 1_281_167  # for training, in ImageNet-1k
 
 

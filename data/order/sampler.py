@@ -88,6 +88,12 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         full, rest = divmod(self.samples, self.batch_size * self.world)
         return full + int(not self.drop_last and rest >= self.world)
 
+    @property
+    def smallest(self) -> int:
+        """Samples of the smallest batch that some process gets."""
+        rest = self.samples % (self.batch_size * self.world)
+        return self.batch_size if self.drop_last or rest < self.world else rest // self.world
+
     def __iter__(self) -> Iterator[list[Draw]]:
         # A generator, so nothing is used up before the first batch is asked for: torch's loader makes two iterators
         # when it starts its workers and drops the first.

@@ -16,6 +16,8 @@ from conf.folders import printable
 
 MAX_RATIO = 256  # of the sides: resized to a square's height, a thinner picture would fill the memory
 
+MEND = "mend or remove the file, or set data.on_error=skip to leave such images out of training"
+
 
 class UnreadableImage(UserError):
     """A file that is not a readable image; the message names it."""
@@ -42,8 +44,7 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> Imag
             return to_rgb(image)
     except Exception as error:  # decoders raise whatever a broken file makes them stumble on
         raise UnreadableImage(
-            f"read_image: unreadable image, got {name} ({type(error).__name__}: {error}); "
-            "mend or remove the file, or set data.on_error=skip to leave such images out of training"
+            f"read_image: unreadable image, got {name} ({type(error).__name__}: {error}); {MEND}"
         ) from error
 
 

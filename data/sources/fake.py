@@ -1,5 +1,6 @@
 """Noise with labels, for smoke runs and timing: nothing to learn, nothing to read, any size and number of classes."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +12,7 @@ from data.order.randomness import NOISE, generator
 class FakeSplit:
     """Image `i` is noise that depends on (seed, split, i) only; its label is `i` modulo the classes."""
 
-    def __init__(self, length: int, num_classes: int, size: int, seed: int, split: int) -> None:
+    def __init__(self, length: int, num_classes: int, size: tuple[int, int], seed: int, split: int) -> None:
         self.size, self.seed, self.split = size, seed, split
         self.labels = np.arange(length, dtype=np.int64) % num_classes
 
@@ -20,7 +21,7 @@ class FakeSplit:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         noise = generator(self.seed, NOISE, self.split, index)
-        pixels = noise.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+        pixels = noise.integers(0, 256, (*self.size, 3), dtype=np.uint8)
         return Image.fromarray(pixels), int(self.labels[index])
 
 
@@ -29,7 +30,7 @@ class Fake:
 
     Args:
         num_classes: classes; labels go round through them.
-        size: height and width of the images in pixels, before the transform.
+        size: of the images in pixels, before the transform: one number or (height, width).
         train_images, val_images: images per split.
         seed: names the noise.
     """
@@ -37,9 +38,15 @@ class Fake:
     embedded = True
 
     def __init__(
-        self, num_classes: int = 10, size: int = 32, train_images: int = 256, val_images: int = 64, seed: int = 0
+        self,
+        num_classes: int = 10,
+        size: int | Sequence[int] = 32,
+        train_images: int = 256,
+        val_images: int = 64,
+        seed: int = 0,
     ) -> None:
-        self.num_classes, self.size, self.seed = num_classes, size, seed
+        self.num_classes, self.seed = num_classes, seed
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.train_images, self.val_images = train_images, val_images
         self.classes = [f"class {number}" for number in range(num_classes)]
 

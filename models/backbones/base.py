@@ -24,6 +24,8 @@ class Furnished(ABCMeta):
         options = cls.renamed(options)
         places = {name: options.pop(name) for name in PLACES & options.keys()}
         model = super().__call__(*args, **options)
+        if not hasattr(model, "num_classes"):
+            model.num_classes = getattr(getattr(model, "head", None), "out_features", 0)
         furnish(model, **places)
         return model
 

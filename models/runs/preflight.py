@@ -67,8 +67,9 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_settings(config: dict[str, Any]) -> None:
     """What no single part can judge, before anything is built."""
     seed, precision = config["seed"], str(config["trainer"]["precision"])
-    if type(seed) is not int or seed < 0:
-        raise UserError(f"seed: must be a whole number of at least 0, got {seed!r}; set seed=0, for instance")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        what = "a whole number of at least 0" if type(seed) is not int or seed < 0 else "below 2**32"
+        raise UserError(f"seed: must be {what}, got {seed!r}; set seed=0, for instance")
     if precision in ("16-true", "bf16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
             "trainer: weights are kept in 32 bits (half precision loses small updates and averages), "

@@ -173,7 +173,7 @@ def _headline(config: dict[str, Any], run: Run, run_dir: Path) -> str:
     device = run.trainer.strategy.root_device
     lines = [
         f"{title(config)}: {parameters / 1e6:.2f} M parameters, {run.data.num_classes} classes, "
-        f"images of {config['image_size']} px",
+        f"images of {_shown(config['image_size'])} px",
         *reduced(config),
         describe_batch(config, run.trainer, run.data),
         f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {run.trainer.precision}; "
@@ -181,6 +181,11 @@ def _headline(config: dict[str, Any], run: Run, run_dir: Path) -> str:
         *run.notes,
     ]
     return "\n".join(lines)
+
+
+def _shown(size: int | list[int]) -> str:
+    """ "32", "32 x 48"."""
+    return " x ".join(map(str, size)) if isinstance(size, list) else str(size)
 
 
 def _report(

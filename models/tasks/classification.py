@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from conf.errors import UserError
 from models.tasks.base import Task
+from models.tasks.fit import check_fits, check_outputs
 from models.tasks.schedule import check_number
 from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
@@ -57,6 +58,7 @@ class Classification(Task):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing")
         check_number("task", "token_weight", token_weight)
+        check_outputs(model, num_classes)
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
@@ -66,6 +68,7 @@ class Classification(Task):
         self.with_tokens = torch.compile(with_tokens) if compile else with_tokens
 
     def prepare(self, data: pl.LightningDataModule) -> None:
+        check_fits(self.model, data)
         prepare(data, self.token_weight, self.model)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

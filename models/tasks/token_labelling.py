@@ -71,10 +71,10 @@ def prepare(data: Any, token_weight: float, model: nn.Module) -> None:
     if folder is None:
         return
     stride = model.strides[-1]
-    tokens, rest = divmod(data.image_size, stride)
-    if rest:
+    size = data.image_size if isinstance(data.image_size, tuple) else (data.image_size, data.image_size)
+    if any(side % stride for side in size):
         raise UserError(
             f"task: token labels need images of whole tokens, which are {stride} pixels wide, "
             f"got image_size={data.image_size}; set image_size to a multiple of {stride}"
         )
-    data.token_grid = (tokens, tokens)
+    data.token_grid = tuple(side // stride for side in size)

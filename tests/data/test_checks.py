@@ -34,6 +34,8 @@ def test_good_settings_pass():
         ({"timeout": -1}, "data.timeout: got -1; give seconds"),
         ({"mean": [0.5]}, r"data.mean: got \(0.5,\); give three numbers"),
         ({"mean": 0.5}, "data.mean: got 0.5; give three numbers"),
+        ({"image_size": [8, 0]}, r"data.image_size: got \(8, 0\); give a whole number from 1, or \[height, width\]"),
+        ({"seed": 2**32}, "seed: got 4294967296; give a whole number from 0 to 4294967295"),
         ({"std": [0.5, 0.5, 0]}, r"data.std: got \(0.5, 0.5, 0\); give three positive numbers"),
     ],
 )
@@ -98,3 +100,40 @@ def test_lightnings_own_sampler_is_refused_on_several_processes(trainer):
     data.trainer = trainer(devices=2, strategy="ddp", use_distributed_sampler=False)
     data.check()
     assert data.steps_per_epoch(2) == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mean": [123.675, 116.28, 103.53]},
+            r"data.mean: got \[123.675.*divide by 255: data.mean=\[0.485,0.456,0.406\]",
+        ),
+        (
+            {"std": [58.395, 57.12, 57.375]},
+            r"data.std: got .* scaled to 0 … 1; divide by 255: data.std=\[0.229,0.224,0.22",
+        ),
+        ({"mean": [-0.5, 0.5, 0.5]}, "data.mean: got .* scaled to 0 … 1; see conf/data"),
+    ],
+)
+def test_mean_and_std_are_of_images_scaled_to_one(changes, message):
+    with pytest.raises(ValueError, match=message):
+        images(**changes).check()
+    images(mean=[0, 1, 0.5], std=[1, 1, 1]).check()
+
+
+def test_an_evaluation_does_not_see_beyond_the_image():
+    message = "data.eval.resize: got 256, but the model sees 384 pixels of it; set data.eval.resize=384 or more"
+    for given in ({"image_size": 384}, {"image_size": 8, "eval": {"size": 384, "resize": 256}}):
+        with pytest.raises(ValueError, match=message):
+            images(**{"eval": {"resize": 256}, **given}).check(training=False)
+    with pytest.raises(ValueError, match=r"got 7, but the model sees 8 x 12 pixels"):
+        images(image_size=[8, 12], eval={"resize": 7, "squash": True}).check()
+    images(image_size=[8, 12], eval={"resize": 8}).check()
+
+
+def test_every_process_has_an_image_to_evaluate(trainer):
+    data = images(Fake(size=8, val_images=1))
+    data.trainer = trainer(devices=2, strategy="ddp")
+    with pytest.raises(ValueError, match=r"the val split has 1 image\(s\) for 2 processes.*set trainer.devices=1"):
+        data.check()

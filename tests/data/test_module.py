@@ -5,6 +5,7 @@ import torch
 
 from data import Batch
 from data.module import EpochLoader, ImageData
+from data.sources.decode import UnreadableImage
 from data.sources.digits import Digits
 from data.sources.fake import Fake
 from data.sources.imagefolder import ImageFolder
@@ -118,3 +119,25 @@ def test_what_is_known_before_a_trainer_exists():
     assert data.num_classes == 10 and data.class_names[0] == "class 0"
     assert (data.steps_per_epoch(), data.steps_per_epoch(4)) == (12, 3)
     assert data.state_dict() == {"epoch": 0, "batch": 0, "global_batch": 8, "seed": 0, "images": 100}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_sentence_from_workers_too(image_tree, workers):
+    root = image_tree()
+    for split in ("train", "val"):
+        (root / split / "ant" / "0.png").write_bytes(b"no image")
+    data = ImageData(ImageFolder(root), 2, 8, 6, workers=workers)
+    with pytest.raises(UnreadableImage, match=r"got .*train/ant/0.png .*; mend .*, or set data.on_error=skip") as error:
+        list(data.train_dataloader())
+    assert "Traceback" not in str(error.value)
+    data = ImageData(ImageFolder(root), 2, 8, 6, workers=workers, on_error="skip")
+    with pytest.raises(UnreadableImage, match=r"val/ant/0.png .*; mend or remove the file: an evaluation") as error:
+        list(data.val_dataloader())
+    assert "Traceback" not in str(error.value) and "on_error" not in str(error.value)
+
+
+def test_the_smallest_batch_is_known():
+    source = Fake(train_images=9)
+    assert [ImageData(source, 10, 8, 4, drop_last=last).smallest_batch() for last in (True, False)] == [4, 1]
+    data = ImageData(source, 10, 8, 2, drop_last=False)
+    assert [data.smallest_batch(world) for world in (1, 2, 3)] == [1, 2, 1]

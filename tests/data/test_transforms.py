@@ -48,6 +48,37 @@ def test_whole_quotients_are_not_rounded_away(size, fraction, shorter):
     assert EvaluationTransform(Evaluation(crop_fraction=fraction), size).target == [shorter]
 
 
+def test_a_rectangle_is_covered_and_cut_from_the_middle(photo):
+    """A photo of 90 x 60 (width x height) for 32 rows of 24: rows decide, 32 / 0.875 = 36 of 60, hence 54 columns."""
+    ours = EvaluationTransform(Evaluation(crop_fraction=0.875), (32, 24))(photo)
+    resized = v2.functional.pil_to_tensor(photo.resize((54, 36), Image.Resampling.BICUBIC))
+    assert torch.equal(ours, resized[:, 2:34, 15:39])
+    squashed = EvaluationTransform(Evaluation(squash=True), (32, 24))(photo)
+    assert torch.equal(squashed, v2.functional.pil_to_tensor(photo.resize((24, 32), Image.Resampling.BICUBIC)))
+    assert EvaluationTransform(Evaluation(resize=64), (32, 24)).target == [85, 64]
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (8, 8), (1, 1), (300, 2)])
+def test_training_gives_rectangles(size):
+    for augment in (Augment(), Augment(scale=(0.08, 1.0), hflip=0.5), Augment(shift=0.125)):
+        assert TrainTransform(augment, (24, 40), MEAN)(Image.new("RGB", size)).shape == (3, 24, 40)
+
+
+def test_a_rectangle_sees_and_says_its_middle(photo):
+    image, view = TrainTransform(Augment(), (20, 60), MEAN).with_view(photo)
+    assert image.shape == (3, 20, 60) and view.box == (0, 0.25, 1, 0.75)  # 90 x 30 of 90 x 60
+
+
+def test_shift_and_rand_augment_know_both_sides():
+    image = Image.new("RGB", (9, 9))
+    image.putpixel((4, 4), (255, 255, 255))
+    random.seed(0)
+    places = {tuple(np.argwhere(np.asarray(shift(image, (1, 3)))[..., 0])[0]) for _ in range(300)}
+    assert places == {(y, x) for y in range(3, 6) for x in range(1, 8)}
+    steps = TrainTransform(Augment(rand_augment="rand-m9"), (100, 200), MEAN).steps
+    assert steps[-1].ops[0].hparams["translate_const"] == 45  # of the shorter side, as in timm
+
+
 def test_squash_keeps_the_whole_image(photo):
     image = EvaluationTransform(Evaluation(squash=True, interpolation="bilinear"), 32)(photo)
     assert torch.equal(image, v2.functional.pil_to_tensor(photo.resize((32, 32), Image.Resampling.BILINEAR)))
