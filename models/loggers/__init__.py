@@ -1,6 +1,6 @@
 """Loggers of a run: metrics.csv always; Weights & Biases or TensorBoard when chosen. None of them can stop a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from models.loggers.weights_and_biases import open_wandb
 NAMES = ("wandb", "csv", "tensorboard", "none")
 
 
-def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any], resume_step: int) -> list[Logger]:
+def build_loggers(
+    settings: Mapping[str, Any],
+    run_dir: Path,
+    config: dict[str, Any],
+    resume_step: int,
+    facts: Mapping[str, Any] | None = None,
+    figures: Sequence[str] = (),
+) -> list[Logger]:
     """The loggers of one run; metrics.csv first.
 
     Args:
@@ -22,13 +29,15 @@ def build_loggers(settings: Mapping[str, Any], run_dir: Path, config: dict[str, 
         run_dir: where everything is written.
         config: the resolved configuration, shown by W&B.
         resume_step: the optimizer step that the run continues from; later rows of an existing metrics.csv are dropped.
+        facts: what else is known of the run, shown by W&B beside the configuration.
+        figures: what validation logs; W&B keeps the best value of each.
     """
     name = settings["name"]
     if name not in NAMES:
         raise UserError(f"logger: name must be one of {', '.join(NAMES)}, got {name!r}; set logger=csv, for instance")
     loggers: list[Logger] = [MetricsCSV(run_dir / "metrics.csv", resume_step)]
     if name == "wandb" and rank_zero_only.rank == 0:
-        loggers += open_wandb(settings, run_dir, config)
+        loggers += open_wandb(settings, run_dir, config, facts, figures)
     if name == "tensorboard":
         from pytorch_lightning.loggers import TensorBoardLogger
 

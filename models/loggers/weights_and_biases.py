@@ -3,6 +3,7 @@
 import hashlib
 import netrc
 import os
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ class SafeWandb(WandbLogger):
     """A WandbLogger whose failures are reported once and then ignored."""
 
     broken = False
+    checkpoint: Path | None = None  # what becomes an artifact at the end
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._try(super().log_metrics, metrics, step)
@@ -34,16 +36,32 @@ class SafeWandb(WandbLogger):
     def finalize(self, status: str) -> None:
         self._try(super().finalize, status)
 
-    def start(self, config: dict[str, Any]) -> bool:
-        """Opens the W&B run and shows it the configuration; False when that fails."""
+    def start(self, config: dict[str, Any], figures: Iterable[str] = ()) -> bool:
+        """Opens the W&B run, shows it the configuration and names the figures of which the best value counts.
+
+        False when that fails.
+        """
         self._try(lambda: self.experiment.config.update(config, allow_val_change=True))
+        for name in figures:
+            best = "min" if "loss" in name else "max"
+            self._try(lambda name=name, best=best: self.experiment.define_metric(name, summary=f"{best},last"))
         return not self.broken
 
     def close(self) -> None:
         """Ends the W&B run; without this the next run of a sweep would write into it."""
         import wandb
 
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._try(self._upload, self.checkpoint.resolve())
         self._try(wandb.finish)
+
+    def _upload(self, folder: Path) -> None:
+        """Makes the checkpoint an artifact of the run, called as the run."""
+        import wandb
+
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", self.experiment.name), type="model")
+        artifact.add_dir(str(folder))
+        self.experiment.log_artifact(artifact, aliases=["best"])
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> None:
         if self.broken:
@@ -62,7 +80,13 @@ def log_picture(loggers: Iterable[Logger], name: str, path: Path) -> None:
             logger.log_image(name, [str(path)])
 
 
-def open_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> list[Logger]:
+def open_wandb(
+    settings: Mapping[str, Any],
+    run_dir: Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    figures: Iterable[str] = (),
+) -> list[Logger]:
     """Online, or else offline, or else nothing."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its greetings; failures are reported here
     mode = os.environ.get("WANDB_MODE") or settings["mode"]
@@ -70,8 +94,8 @@ def open_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any
         mode = "online" if _has_key() and _reachable() else "offline"
     modes = {"online": ["online", "offline"]}.get(mode, [mode])
     for attempt in modes:
-        logger = _wandb_logger(settings, run_dir, attempt)
-        if logger.start(config):
+        logger = _wandb_logger(settings, run_dir, attempt, config.get("run", {}))
+        if logger.start({**config, **(facts or {})}, figures):
             if attempt == "offline":
                 print(
                     f"logger: Weights & Biases is offline; upload with: wandb sync {short(run_dir)}/wandb/offline-run-*"
@@ -80,25 +104,43 @@ def open_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any
     return []
 
 
-def _wandb_logger(settings: Mapping[str, Any], run_dir: Path, mode: str) -> SafeWandb:
+def _wandb_logger(settings: Mapping[str, Any], run_dir: Path, mode: str, run: Mapping[str, Any]) -> SafeWandb:
     import wandb
 
     known = wandb.Settings.model_fields  # older releases have no finish_timeout
     # the same folder is the same run: a continued run goes on in the same W&B run
     identity = hashlib.sha256(f"{run_dir.resolve()} {mode}".encode()).hexdigest()[:12]
+    sweep, name = place(run_dir, str(run.get("name")))
     logger = SafeWandb(
         project=settings["project"],
-        name=run_dir.name,
+        name=name,
+        group=settings.get("group") or sweep or run.get("recipe"),
+        job_type=settings.get("job_type"),
         save_dir=str(run_dir),
         id=identity,
         mode=mode,
         resume="allow",
         entity=settings["entity"],
-        tags=list(settings["tags"]),
+        tags=tags_of(settings["tags"], run),
         settings=wandb.Settings(**{key: value for key, value in SETTINGS.items() if key in known}),
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns of it
+    logger.checkpoint = run_dir / "checkpoints" / "best" if settings.get("artifacts") else None
     return logger
+
+
+def place(run_dir: Path, name: str) -> tuple[str | None, str]:
+    """The sweep that a run belongs to and its name in it, `agent/seed-0`; None and its own name without a sweep."""
+    for parent in run_dir.parents if run_dir.name != name else ():
+        if parent.name == name:
+            return name, run_dir.relative_to(parent).as_posix()
+    return None, run_dir.name
+
+
+def tags_of(given: Iterable[Any], run: Mapping[str, Any]) -> list[str]:
+    """What was chosen, to filter by, and the user's own; W&B takes at most 64 letters each."""
+    chosen = [run.get(key) for key in ("model", "attention", "data", "recipe")]
+    return list(dict.fromkeys(str(tag)[:64] for tag in [*chosen, *given] if tag))
 
 
 def _reachable() -> bool:

@@ -24,6 +24,7 @@ from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
+from models.runs.facts import facts_of
 from models.runs.initial import check_given, start_from
 from models.runs.preflight import (
     check_data,
@@ -106,7 +107,8 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe_backend(task.model, trainer.strategy.root_device)
-    trainer.loggers = build_loggers(config["logger"], run_dir, config, step)
+    facts = facts_of(task.model, data)
+    trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
     return Run(trainer, task, data, progress, record, checkpoint, step, [*data.notes(), attention, *origin])
 
 
@@ -198,7 +200,7 @@ def _report(
         "data_wait": progress.throughput.data_wait,
         "peak_memory": peak_memory(task.device),
         "seconds": progress.seconds,
-        "parameters": sum(p.numel() for p in task.model.parameters()),
+        **facts_of(task.model, trainer.datamodule),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
     }

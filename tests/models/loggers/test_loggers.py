@@ -2,6 +2,8 @@
 
 import csv
 import socket
+import struct
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +54,7 @@ def test_an_unknown_logger_is_named(tmp_path):
 def test_wandb_falls_back_to_offline_and_then_to_nothing(tmp_path, monkeypatch, capsys):
     tried = []
 
-    def start(self, config):
+    def start(self, config, figures=()):
         tried.append(self._wandb_init["mode"] if not self._offline else "offline")
         self._try(lambda: 1 / 0)
         return not self.broken
@@ -69,7 +71,9 @@ def test_wandb_falls_back_to_offline_and_then_to_nothing(tmp_path, monkeypatch, 
 def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypatch, capsys):
     modes = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(wandb_logger, "_wandb_logger", lambda settings, run_dir, mode: modes.append(mode) or Fake())
+    monkeypatch.setattr(
+        wandb_logger, "_wandb_logger", lambda settings, run_dir, mode, run: modes.append(mode) or Fake()
+    )
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: False)
     build_loggers(WANDB, tmp_path, {}, 0)
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: True)
@@ -82,7 +86,7 @@ def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypa
 
 
 class Fake:
-    def start(self, config):
+    def start(self, config, figures=()):
         return True
 
 
@@ -97,3 +101,68 @@ def test_keys_are_found_in_the_environment_and_in_netrc(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert wandb_logger._has_key()
+
+
+RUN = {"name": "s", "model": "vit_tiny", "attention": "agent", "data": "digits", "recipe": None}
+
+
+def opened_with(run_dir, run, **settings):
+    """What W&B would be started with."""
+    return wandb_logger._wandb_logger({**WANDB, **settings}, run_dir, "offline", run)._wandb_init
+
+
+def test_a_run_of_a_sweep_is_called_by_what_differs(tmp_path):
+    given = opened_with(tmp_path / "outputs/s/agent/seed-0", RUN, job_type="train", tags=["mine", "agent", 7])
+    assert (given["name"], given["group"], given["job_type"]) == ("agent/seed-0", "s", "train")
+    assert given["tags"] == ["vit_tiny", "agent", "digits", "mine", "7"]
+
+
+def test_a_single_run_is_called_as_its_folder(tmp_path):
+    alone = opened_with(tmp_path / "s" / "outputs" / "s", RUN)
+    assert (alone["name"], alone["group"]) == ("s", None)
+    published = opened_with(tmp_path / "s", RUN | {"recipe": "agent/deit_tiny_in1k"})
+    assert published["group"] == "agent/deit_tiny_in1k" and "agent/deit_tiny_in1k" in published["tags"]
+    assert opened_with(tmp_path / "s", RUN, group="mine")["group"] == "mine"
+
+
+def records(path: Path):
+    """The records of a .wandb file, which are stored in blocks of 32 KiB as LevelDB stores its log."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_what_wandb_writes(tmp_path, monkeypatch):
+    """Offline: facts beside the configuration, the best of every figure, and the checkpoint as an artifact."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = tmp_path / "outputs/s/agent/seed-0"
+    (run_dir / "checkpoints/step-1").mkdir(parents=True)
+    (run_dir / "checkpoints/step-1/config.json").write_text("{}")
+    (run_dir / "checkpoints/best").symlink_to("step-1")
+    settings, figures = WANDB | {"artifacts": True}, ["val/top1", "val/loss"]
+    logger = build_loggers(settings, run_dir, {"seed": 0, "run": RUN}, 0, {"flops": 123}, figures)[1]
+    for step, (top1, loss) in enumerate([(0.5, 1.0), (0.7, 0.5), (0.6, 0.8)]):
+        logger.log_metrics({"val/top1": top1, "val/loss": loss}, step)
+    logger.close()
+    assert not logger.broken
+    found = list(records(next(run_dir.glob("wandb/offline-run-*/run-*.wandb"))))
+    config = {item.key: item.value_json for record in found for item in record.config.update}
+    summary = {item.nested_key[0]: item.value_json for r in found for item in r.summary.update if item.nested_key}
+    artifact = next(record.artifact for record in found if record.WhichOneof("record_type") == "artifact")
+    assert config["flops"] == "123" and config["seed"] == "0"
+    assert '"max":0.7' in summary["val/top1"] and '"min":0.5' in summary["val/loss"]
+    assert (artifact.name, artifact.type, len(artifact.manifest.contents)) == ("agent-seed-0", "model", 1)
