@@ -6,6 +6,7 @@ $ python train.py --help
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
+from models.runs import early
 
 
 def job():
@@ -16,4 +17,4 @@ def job():
 
 
 if __name__ == "__main__":
-    cli.run("train", job)
+    cli.run("train", job, before=early.find_weights)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from conf.errors import UserError
 from models.checkpoints.format.directory import EMA, MODEL, read_manifest, resolve, verify
+from models.checkpoints.hub import fetch
 from models.checkpoints.stand_ins import Settings, stand_ins
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
@@ -36,16 +37,17 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
 
     Args:
         path: a checkpoint directory (`step-…`, `best`, `last`), the folder of a run (its best, else its last), a
-            safetensors file, or a file of torch with any suffix, as authors, Lightning and tutorials write them. The
-            latter is read by torch's weights-only loader, with stand-ins for the settings that many keep beside the
-            weights (`stand_ins.py`); nests (`model`, `state_dict`, …), prefixes (`module.`, `model.`, `_orig_mod.`)
-            and counters of profilers are taken off.
+            name of the hub (`timm/…`, `hf-hub:…`) or a folder downloaded from there, a safetensors file, or a file of
+            torch with any suffix, as authors, Lightning and tutorials write them. The latter is read by torch's
+            weights-only loader, with stand-ins for the settings that many keep beside the weights (`stand_ins.py`);
+            nests (`model`, `state_dict`, …), prefixes (`module.`, `model.`, `_orig_mod.`) and counters of profilers
+            are taken off.
         ema: the averaged weights instead of the raw ones.
 
     Raises:
         ValueError: nothing is there, it is damaged, it holds no (averaged) weights, or loading it would run code.
     """
-    path = Path(path)
+    path = fetch(path)
     if path.is_dir() or not path.exists() or path.name in ("best", "last"):
         return _from_directory(resolve(path), ema)
     if path.suffix == ".safetensors" or _begins_as_safetensors(path):

@@ -1,0 +1,29 @@
+"""What is said of the weights of `init=` before torch is loaded: that there are none, here or on the hub."""
+
+from pathlib import Path
+
+from conf.errors import UserError
+from models.checkpoints.format.directory import resolve
+from models.checkpoints.hub import TIMM, fetch, is_name
+
+
+def find_weights(arguments: list[str]) -> list[str]:
+    """The arguments as they are; weights that a new run names are looked for, and those of the hub downloaded.
+
+    Raises:
+        UserError: there are none.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    path = given.get("init", "").strip("'\"")
+    folder = Path("outputs", given.get("run.name", ""), "checkpoints")
+    if path in ("", "null") or any(argument.startswith("-") for argument in arguments) or folder.exists():
+        return arguments  # one that goes on does not need them
+    if is_name(path) and path.startswith(TIMM) and "." not in path:
+        return arguments  # only timm, which loads torch, knows its usual weights
+    try:
+        found = fetch(path)
+        if not found.is_file():
+            resolve(found)
+    except UserError as error:
+        raise UserError(f"init: {str(error).partition(': ')[2]}") from error
+    return arguments
