@@ -60,17 +60,26 @@ def layout(root: str | os.PathLike | None) -> Layout:
 
 
 def count_class_folders(
-    root: str | os.PathLike | None, classes: str | os.PathLike | None = None, split: str | os.PathLike | None = None
+    root: str | os.PathLike | None,
+    classes: str | os.PathLike | None = None,
+    split: str | os.PathLike | None = None,
+    *columns: str | None,
 ) -> int:
-    """Number of classes: those of a file that names them, of a `split.csv`, or else the class folders.
+    """Number of classes: those of a file that names them, of a list of files, or else the class folders.
+
+    Args:
+        root: the folder of images.
+        classes: the file that names them.
+        split: a `split.csv`.
+        columns: of images by a list: the list, its columns of files and labels, what separates several labels.
 
     Raises:
         ValueError: as `layout` and `conf.lists` do.
     """
-    from conf.lists import read_classes, read_list
+    from conf.lists import count_listed
 
-    if classes is not None or split is not None:
-        return len(read_list(split).classes if classes is None else read_classes(classes))
+    if classes is not None or split is not None or (columns and (columns[0] is not None or not root)):
+        return count_listed(classes, split, *columns)
     places = layout(root)
     return len(classes_in(places.train or places.val, root))
 

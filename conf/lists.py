@@ -109,13 +109,31 @@ def imagenet_classes() -> list[str]:
     return place.read_text().split()
 
 
-def count_listed(path: Any, classes: Any = None, label: str | None = None, file: str | None = None) -> int:
-    """Classes of a list of images: those that are named, or those that occur."""
+def count_listed(
+    classes: str | os.PathLike | None,
+    split: str | os.PathLike | None = None,
+    listed: str | os.PathLike | None = None,
+    file: str | None = None,
+    label: str | None = None,
+    separator: str | None = None,
+) -> int:
+    """Number of classes of a list of images, or of a `split.csv`: those that are named, or those that occur.
+
+    Raises:
+        ValueError: there is no list, or it cannot be read.
+    """
     if classes is not None:
         return len(read_classes(classes))
-    if path is None:
-        raise UserError("data.list: no list of images, got None; set data.list=<CSV or JSON file>")
-    return len(read_list(path, file, label).classes)
+    if listed is None and split is None:
+        raise UserError("data.source.train: no list of images, got None; set data.source.train=<CSV or JSON file>")
+    found = read_list(listed, file, label) if split is None else read_list(split)
+    return len(found.classes) if separator is None else len(several(found.labels, separator))
+
+
+def several(labels: Iterable[str], separator: str) -> list[str]:
+    """Every class once, where an image may have several labels."""
+    names = {name.strip() for text in labels for name in text.split(separator)} - {""}
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
 def _table(text: str, path: str) -> tuple[list[str] | None, list[list[str]]]:

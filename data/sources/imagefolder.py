@@ -49,8 +49,7 @@ class FolderSplit:
     @classmethod
     def of(cls, folder: str, files: np.ndarray, labels: np.ndarray) -> "FolderSplit":
         """These files, relative to a folder, with these labels."""
-        split = cls.__new__(cls)
-        split.left_out = []
+        split = cls(folder, ())
         split._keep(folder, files, labels)
         return split
 
@@ -62,7 +61,7 @@ class FolderSplit:
 
     def take(self, chosen: np.ndarray) -> "FolderSplit":
         """Some of the images: by a mask, or by positions."""
-        return FolderSplit.of(self.folder, self.files[chosen], self.labels[chosen])
+        return self.of(self.folder, self.files[chosen], self.labels[chosen])
 
     def relative_path(self, index: int) -> str:
         """`<class>/<image>`."""
@@ -132,17 +131,9 @@ class ImageFolder:
         return FolderSplit(str(folder), self.classes)
 
     def notes(self) -> list[str]:
-        """What a run says about its images in its first lines; asks for the splits."""
-        found, read = [], []
-        if self._divided is not None:
-            found.append(self._split_in_words())
-            read = [self._whole] if self.split is None else []
-        else:
-            read = [self.val] if self._layout.train is None else [self.train, self.val]
-        if left_out := [file for split in read for file in split.left_out]:
-            found.append(
-                f"{len(left_out)} files are left out, by their suffix they are no images: {suffixes(left_out)}"
-            )
+        """What a run says about its images in its first lines, when it has read them."""
+        found = [] if self._divided is None else [self._split_in_words()]
+        found += self._left_out_in_words()
         if self._layout.val is not None and self._layout.val.name != "val":
             found.append(f"{self._layout.val.name}/ is the validation set")
         return found
@@ -228,6 +219,13 @@ class ImageFolder:
         alone = f"; {', '.join(lone[:SHOWN])}: one image, for training alone" if lone and fraction < 1 else ""
         missing = "train/ and val/" if self._layout.flat else "val/"
         return f"no {missing}: {counts}, {100 * fraction:.4g} % of each class by seed {self.seed} (split.csv){alone}"
+
+    def _left_out_in_words(self) -> list[str]:
+        """The files of what was read so far that are no images by their suffix."""
+        read = [self.__dict__[name] for name in ("train", "val", "_whole") if name in self.__dict__]
+        files = [file for split in read for file in split.left_out]
+        what = "files are left out, by their suffix they are no images"
+        return [f"{len(files)} {what}: {suffixes(files)}"] if files else []
 
     def _named(self, folder: Path) -> list[str]:
         names, there = read_classes(self.named), set(classes_in(folder, self.root))
