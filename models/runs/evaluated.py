@@ -155,7 +155,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
             if part.get(key) == size:
                 part[key] = "${image_size}"
     source = data.get("source", {})
-    if data.get("root") is not None and source.get("root") == data["root"]:
+    if "root" in data and source.get("root", "") == data["root"]:
         source["root"] = "${data.root}"
     if "split" in source:
         data["split"], source["split"] = _split_of(arguments["ckpt"]) or data.get("split"), "${data.split}"

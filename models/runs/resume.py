@@ -20,7 +20,7 @@ FREE = (
     *("data.token_labels", "data.source.cache_dir", "data.workers", "data.timeout", "data.on_error"),
     *("task.compile", "task.gradient_checkpointing", "task.autoencoder", "task.sampling", "task.score"),
     *("task.sample_every_n_epochs", "task.seed"),
-    *("data.split", "data.source.split", "data.source.val_labels"),  # the run's own is taken
+    *("data.split", "data.source.split", "data.source.val_labels", "data.source.download"),  # the run's own is taken
     "data.batch_size",  # the data module compares the batch of all processes together
     # copies of other settings
     *("model.attention", "model.image_size", "data.image_size", "data.eval.size", "data.num_classes", "data.seed"),
