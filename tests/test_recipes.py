@@ -105,7 +105,7 @@ def test_one_recipe_of_every_paper_and_backbone_is_run():
 
 
 # every kind of task, loss and checkpoint; the others differ in the backbone
-QUICK = ("biformer/base_token_labels_in1k", "moh/transnext_small_75_in1k", "dit/s_2_in1k")
+QUICK = ("biformer/base_token_labels_in1k", "dit/s_2_in1k")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.full) for n in SMALL])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conf import families
 from models import create_model, list_models
 from models.checkpoints.names.layout import OURS, Layout, Part
 from models.checkpoints.weights import AVERAGE
@@ -202,7 +203,10 @@ def _besides(mine: str) -> int | None:
 def advice(state: dict[str, Tensor], name: str) -> str:
     """Which other model of the family the weights are of."""
     family = name.partition("_")[0]
+    rows, values = families.models(), sum(value.numel() for value in state.values())
     others = [other for other in list_models() if other.partition("_")[0] == family and other != name]
+    # of about as many parameters: to look closely at every model takes seconds
+    others = [other for other in others if values / 2 < rows[other]["counted"].get("parameters", values) < 2 * values]
     fitting = [other for other in others if _fits(other, state)]
     if fitting:
         return f"it holds {' or '.join(fitting)}"

@@ -30,13 +30,10 @@ ALL = [  # DiT is no classifier: test_references_dit.py; models that only show a
 # Every paper and every backbone. The others differ from these in depth, width, image size and filling, or join a
 # mechanism and a backbone that are both here.
 QUICK = {
-    "agent/agent_deit_tiny",
     "agent/agent_pvt_tiny",
     "biformer/biformer_mm_tiny__nwin8_autopad_200x264",
     "biformer/biformer_stl_nchw",
-    "biformer/biformer_tiny__coarse",
     "davit/davit_mm_tiny__200x264",
-    "davit/davit_tiny",
     "flatten/flatten_cswin_tiny",
     "flatten/flatten_pvt_v2_b0",
     "inline/inline_deit_tiny",

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from models.callbacks.routing import Layer, draw, write
-from models.runs.sweep import draw_active_heads, write_table
 
 SMALL = ("model=vit_32px", "model.depth=2", "model.dim=32", "logger=none", "data.batch_size=16", "trainer.max_epochs=2")
 STEPS = ("trainer.limit_train_batches=3", "trainer.limit_val_batches=2")
@@ -62,14 +61,7 @@ def test_layers_of_different_width_are_drawn(tmp_path):
     assert draw(tmp_path / "routing.png", layers).stat().st_size > 1000
 
 
-def test_the_plot_needs_different_shares(tmp_path):
-    runs = [(f"run {i}", {"routing/active": 0.5 + i / 8, "val/top1": 0.9}) for i in range(3)]
-    assert draw_active_heads(tmp_path / "active_heads.png", runs).exists()
-    assert draw_active_heads(tmp_path / "none.png", [*runs[:1], ("dense", {"val/top1": 0.9})]) is None
-    table = write_table(tmp_path / "runs.csv", runs, ["routing/active", "val/loss"])
-    assert rows(table)[1] == {"run": "run 1", "routing/active": "0.625", "val/loss": ""}
-
-
+@pytest.mark.full
 def test_a_dense_model_becomes_a_mixture_of_heads_in_a_sweep(command, tmp_path):
     dense = ("recipe=moh/dense_digits", "logger=none", "model.depth=2", "model.dim=32", "data.batch_size=16", *STEPS)
     assert command("train", *dense, "trainer.max_epochs=1", "run.name=dense")[0] == 0

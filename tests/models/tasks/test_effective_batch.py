@@ -147,6 +147,7 @@ def test_another_batch_than_the_recipes_is_said(recipe):
     assert other == "batch 32 on 1 process; learning rate 1e-03, as given; the recipe trains with 48"
 
 
+@pytest.mark.full
 def test_a_recipe_sets_the_batch_and_the_command_line_wins(command, tmp_path, recipe):
     arguments = (*EXACT, *SMALL, f"recipe={recipe}", "trainer.max_epochs=1")
     status, out, err = command("train", *arguments, "run.name=own")
@@ -253,6 +254,7 @@ def test_the_gradient_of_the_parts_is_that_of_the_whole():
     torch.testing.assert_close(found[2], found[0], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_processes_and_accumulation_make_the_same_steps(command, tmp_path):
     """64 images as four batches of one process, and as two batches of each of two processes: the same weights."""

@@ -276,6 +276,7 @@ RUN += (
 )
 
 
+@pytest.mark.full
 def test_a_run_from_training_to_samples(command, tmp_path, monkeypatch):
     """Trained, stopped in the second epoch and continued: the weights of an uninterrupted run; then evaluated."""
     monkeypatch.setattr(recogniser, "STEPS", 5)
