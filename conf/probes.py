@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from conf.errors import UserError
 from conf.names import CONF, nearest, options
 
-GIVEN = ("model", "ema", "network", "data", "trainer", "subject")  # see models/probes/__init__.py
-OF_A_CHECKPOINT = ("model", "ema")
+GIVEN = ("model", "ema", "network", "data", "trainer", "subject", "input")  # see models/probes/__init__.py
+OF_A_CHECKPOINT, OF_A_MODEL = ("model", "ema"), ("model", "ema", "network")
 
 
 def target(name: str) -> str:
@@ -34,8 +34,3 @@ def wants(function: str) -> tuple[str, ...]:
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     parameters = (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)
     return tuple(parameter.arg for parameter in parameters if parameter.arg in GIVEN)
-
-
-def needs_checkpoint(name: str) -> bool:
-    """Whether it is about trained weights."""
-    return bool(set(OF_A_CHECKPOINT) & set(wants(target(name))))

@@ -67,7 +67,7 @@ def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path, monkeypatch)
         and measured["images_per_second"] > 0
     )
     assert "top-1" in out and "FLOPs" in out
-    assert json.loads((run / "evaluation" / "digits-32-last.json").read_text()) == measured
+    assert json.loads((run / "evaluation" / "digits-32-last.json").read_text()).items() >= measured.items()
     images = list(csv.DictReader((run / "evaluation" / "digits-32-last" / "images.csv").open()))
     assert sum(int(row["correct"]) for row in images) / len(images) == pytest.approx(measured["val/top1"])
 

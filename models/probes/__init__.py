@@ -5,11 +5,12 @@ built, so that one about data needs no checkpoint; its other parameters are opti
 
 | parameter | what is given |
 |---|---|
-| `model` | the model with the weights of `ckpt=`, in evaluation mode, on its device |
-| `ema` | the same with the averaged weights, None where the checkpoint has none |
+| `model` | the model with the weights of `ckpt=` that `weights=` chooses, in evaluation mode, on its device |
+| `ema` | the same with the averaged weights, None where the checkpoint has none; `model` has the raw ones then |
 | `network` | the model as `model`, but where no `ckpt=` is given with the weights that it begins training with |
 | `data` | the `ImageData`, with a checkpoint labelled as in training; what it reads has been checked for evaluation |
 | `trainer` | a Lightning trainer of the command's precision and device, without loggers |
+| `input` | of the command line: where images of the user are; given by no command to a probe that does not ask for it |
 | `subject` | a `Subject`: what else is known |
 """
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:  # pictures are drawn by those who draw
 class Subject(NamedTuple):
     """What is known of that which is looked at; without a checkpoint less.
 
-    title: for people. path: of the checkpoint. classes: their names in training. weights: which ones `model` has, "raw"
-    or "ema". config: the resolved configuration of the command. folder: for files that do not fit into a report.
+    title: for people. path: of the checkpoint. classes: their names in training. weights: the chosen ones, "raw" or
+    "ema". config: the resolved configuration of the command. folder: where results go, which may not be there yet.
     """
 
     title: str

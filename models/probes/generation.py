@@ -33,7 +33,7 @@ def generation(
     figures |= forward_cost(model, data, trainer)
     if trainer.is_global_zero:
         with trainer.precision_plugin.forward_context():
-            figures |= show_samples(task, data, subject.folder, given["samples"], trainer.strategy.root_device)
+            figures |= show_samples(task, data, subject.path.parent, given["samples"], trainer.strategy.root_device)
     images = len(data.source.val)
     return Report(
         figures,

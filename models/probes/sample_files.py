@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from conf.errors import UserError
+from conf.places import numbered, writable
+from models.diffusion.samples import PICTURE
 from models.tasks.generation import Generation
 
 FILE = "samples.npz"
@@ -41,11 +43,12 @@ def show_samples(
     Returns:
         The score of the samples, where there is one, and the path of the file.
     """
+    folder = _place(folder)
     models = {"": task.model} | ({"_ema": task.ema_model} if task.ema_model is not None else {})
     for model in models.values():
         model.to(device)  # where a trainer that has finished leaves nothing
     figures: dict[str, Any] = task.studio.show(models, data, str(folder))
-    print(f"picture: {folder / 'samples.png'} ({task.studio.sampling})")
+    print(f"picture: {folder / PICTURE} ({task.studio.sampling})")
     if count is not None:
         model = list(models.values())[-1]
         figures["samples"] = str(write_samples(task, model, count, data.num_classes, folder / FILE))
@@ -53,6 +56,17 @@ def show_samples(
             f"samples: {folder / FILE}, {count} images as the ADM evaluation suite reads them; FID is not computed here"
         )
     return figures
+
+
+def _place(folder: Path) -> Path:
+    """The folder, or one in it that has no samples yet."""
+    place, said = writable(folder)
+    for line in said:
+        print(line)
+    taken = any((place / name).exists() for name in (FILE, PICTURE))
+    found = next(path for path in numbered(place / "samples") if not path.exists()) if taken else place
+    found.mkdir(exist_ok=True)
+    return found
 
 
 def write_samples(task: Generation, model: nn.Module, count: int, num_classes: int, path: Path) -> Path:

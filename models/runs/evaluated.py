@@ -9,10 +9,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from conf import probes, recipes, text
+from conf import cases, probes, recipes, text
 from conf.compose import compose_run
 from conf.errors import UserError
-from conf.names import PLACES
+from conf.names import PLACES, choosable, options
+from models.runs.useful import OF_MODEL, is_weights, refuse_useless
 
 CHOICES = ("recipe", "model", "attention", "data")
 LOOKING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
@@ -21,42 +22,71 @@ GENERATION = ("autoencoder", "diffusion_steps", "sampling", "score", "seed")
 
 
 def take_config(given: list[str]) -> list[str]:
+    """Offers Hydra what is evaluated, and gives the arguments that are left for it.
+
+    Of several evaluations (`conf.cases`) this is the first; the arguments of the `others` stand in its configuration.
+    """
+    given = [f"probe={word}" if word in options("probe") else word for word in given]  # `eval.py doctor`
+    first, *others = cases.cases(given)
+    return offer(first, others)
+
+
+def offer(given: list[str], others: list[list[str]] | None = None) -> list[str]:
     """Offers model and data to be evaluated to Hydra, as the config `from_checkpoint`.
 
     They come from the checkpoint of `ckpt=`. With `recipe=` the data, the preparation of images and the published
     result come from the recipe; where `ckpt=` is a file of weights alone, the model does too, or `model=` and `data=`
     name them. Of the arguments these choices are then left out: Hydra has no such groups in an evaluation.
+
+    Raises:
+        UserError: nothing to evaluate, or a setting that an evaluation does not use.
     """
     arguments = {key: text.plain(value) for key, _, value in (argument.partition("=") for argument in given) if value}
+    looking = bool(LOOKING & set(given))
+    probe = arguments.get("probe") or ("predict" if "input" in arguments else "accuracy")
     node: dict = {}
     if "ckpt" in arguments:
         node = _evaluated(arguments)
-    if "probe" not in arguments and "samples" in node:
-        arguments["probe"] = "generation"
-        given = [*given, "probe=generation"]
-    if "ckpt" not in arguments and not LOOKING & set(given):
-        node = _without_checkpoint(arguments)
-    if "recipe" not in node.get("run", {}) and "data" in arguments:
+        probe = arguments.get("probe") or ("generation" if "samples" in node and probe == "accuracy" else probe)
+    elif not looking:
+        node = _without_checkpoint(arguments, probe)
+    if not looking:
+        refuse_useless(arguments, node, probe)
+    if "probe" not in arguments:
+        given = [*given, f"probe={probe}"]
+    if "recipe" not in node.get("run", {}) and "data" in arguments and node:
         node = {"defaults": [{"data": arguments["data"]}, "_self_"]} | node
+        given = [a for a in given if a.partition("=")[0] not in (*OF_MODEL, "recipe", "task")]
     else:
-        given = [a for a in given if a.partition("=")[0] not in (*CHOICES, "task")]
+        given = [a for a in given if a.partition("=")[0] not in (*choosable(), "recipe") or a.startswith("probe=")]
+    node |= {"arguments": _recorded(given), "others": list(map(_recorded, others or []))}
     ConfigStore.instance().store("from_checkpoint", OmegaConf.create(node))
     return given
 
 
-def _without_checkpoint(arguments: dict[str, str]) -> dict:
+def _recorded(arguments: list[str]) -> list[str]:
+    """Arguments as text of a configuration."""
+    return [argument.replace("${", r"\${") for argument in arguments if not argument.startswith("hydra.")]
+
+
+def _without_checkpoint(arguments: dict[str, str], probe: str) -> dict:
     """What a probe looks at that is not about trained weights: data, a model before its training, or neither."""
-    probe = arguments.get("probe", "accuracy")
-    if probes.needs_checkpoint(probe):
-        raise UserError("ckpt: no value; give one on the command line: ckpt=...")
-    wanted = {"data", "network"} & set(probes.wants(probes.target(probe)))
-    return _composed(arguments) if wanted else {}
+    wanted = set(probes.wants(probes.target(probe)))
+    if wanted & set(probes.OF_A_CHECKPOINT):
+        raise UserError("ckpt: no value; give one on the command line: ckpt=..." + _runs())
+    return _composed(arguments) if wanted & {"data", "network"} else {}
+
+
+def _runs() -> str:
+    """Checkpoints that are near."""
+    found = sorted(Path("outputs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return f"\nruns here: {', '.join(str(path.parent) for path in found[:5])}" if found else ""
 
 
 def _evaluated(arguments: dict[str, str]) -> dict:
     """Model and data of an evaluation, as plain data with interpolations."""
-    recipe, ckpt = arguments.get("recipe"), Path(arguments["ckpt"])
-    if ckpt.is_file() and ckpt.name not in ("best", "last"):
+    recipe = arguments.get("recipe")
+    if is_weights(arguments["ckpt"]):
         return _of_file(arguments)
     saved = _of_checkpoint(arguments)
     if recipe is None:
@@ -74,6 +104,8 @@ def _of_file(arguments: dict[str, str]) -> dict:
     """A file of weights has no configuration: the command line must say what they are of, and the data."""
     if "recipe" in arguments or {"model", "data"} <= arguments.keys():
         return _composed(arguments)
+    if "model" in arguments and "input" in arguments:  # images are prepared as those of ImageNet
+        return _composed(arguments | {"data": "imagenet1k"})
     raise UserError(
         f"eval: {arguments['ckpt']} holds weights and no configuration; say of what: recipe=... or model=... data=..."
         f"\nrecipes: {', '.join(recipes.names())}"
@@ -82,7 +114,9 @@ def _of_file(arguments: dict[str, str]) -> dict:
 
 def _composed(arguments: dict[str, str]) -> dict:
     """What an evaluation takes from a recipe, or from a model and data that are named."""
-    cfg, choices = compose_run([f"{key}={arguments[key]}" for key in (*CHOICES, "task") if key in arguments])
+    task = ("task",) if arguments.get("task") in options("task") else ()
+    groups = [key for key in ("recipe", *OF_MODEL, "data", "augment", *task) if key in arguments]
+    cfg, choices = compose_run([f"{key}={arguments[key]}" for key in groups])
     kept = ("seed", "image_size", "attention", *PLACES, "model", "augment", "data")
     node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
     _without_token_labels(node["data"])
@@ -139,7 +173,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
     if fit := saved.get("run", {}).get("fit"):
         run["fit"] = fit
-    for group in {"model", "attention"} & set(arguments):
+    for group in set(OF_MODEL) & set(arguments):
         raise UserError(
             f"eval: the checkpoint holds {run['model']} with {run['attention']} attention, this command asks "
             f"for {group}={arguments[group]}; leave {group}= out"
@@ -147,6 +181,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     kept = _with_backend(kept, "${backend}") | {"run": run}
     _without_token_labels(kept["data"])
     if "data" in arguments:
+        run["data"] = arguments["data"]
         del kept["data"]
         return kept
     data, size = kept["data"], kept["image_size"]

@@ -1,17 +1,20 @@
-"""An evaluation from its composed configuration: build what the probe asks for, print what it finds, and write it."""
+"""Evaluations from their composed configurations: build what the probe asks for, print what it finds, and write it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from conf import probes
+from conf import cases, probes
+from conf.compose import compose
+from conf.errors import UserError
 from models.attention.backend import describe_backend
 from models.probes import Report
-from models.runs.finished import FOLDER, Parts, Weights
+from models.runs import evaluated
+from models.runs.finished import Parts, Weights
 from models.runs.preflight import part_of, quiet, resolved
-from models.runs.report import print_table, write_json
-from models.runs.results import keep
+from models.runs.report import print_rows, print_table, write_json
+from models.runs.results import keep, keep_table
 from models.runs.verdict import deviations, judge
 
 DEFAULT = "accuracy"  # results of which are named by data, size and weights alone
@@ -20,29 +23,73 @@ DEFAULT = "accuracy"  # results of which are named by data, size and weights alo
 def evaluate(cfg: DictConfig) -> float | None:
     """What `cfg.probe` finds is printed as a table and written beside the checkpoint; returns its score.
 
-    With a recipe the last line says whether the published result is reproduced.
+    Of several evaluations (`conf.cases`) each is written, and they are printed in one table. With a recipe the last
+    line says whether the published result is reproduced.
 
     Raises:
-        UserError: the checkpoint or the data cannot be used.
+        UserError: the checkpoint or the data cannot be used; of several the others are done first.
     """
     quiet()
+    others = list(cfg.get("others") or [])
+    if not others:
+        return _evaluate(cfg).report.score
+    configs = [cfg, *(compose("eval", evaluated.offer(list(arguments))) for arguments in others)]
+    return _evaluate_all(configs)
+
+
+class Outcome(NamedTuple):
+    """What a probe found; whether this process is the one that says so."""
+
+    report: Report
+    speaks: bool
+    folder: Path
+
+
+def _evaluate(cfg: DictConfig, alone: bool = True) -> Outcome:
     given = resolved(cfg)
     wanted = probes.wants(given["probe"]["_target_"])
     parts = Parts(cfg, given)
     made = parts.made(wanted)
     trainer = made.get("trainer")
-    first = trainer is None or trainer.is_global_zero
-    if first and (model := made.get("model")) is not None:
+    speaks = trainer is None or trainer.is_global_zero
+    if speaks and alone and (model := made.get("model")) is not None:
         print(describe_backend(model, trainer.strategy.root_device))
     report = part_of(cfg, "probe")(**{name: made[name] for name in wanted})
-    if first:
-        _tell(report, given, parts.weights, made["subject"].title)
-    return report.score
+    folder = made["subject"].folder
+    if speaks:
+        _tell(report, given, parts.weights, folder, made["subject"].title if alone else None)
+    return Outcome(report, speaks, folder)
 
 
-def _tell(report: Report, given: dict[str, Any], weights: Weights | None, title: str) -> None:
+def _evaluate_all(configs: list[DictConfig]) -> float | None:
+    """One after the other; what fails is said and the next goes on."""
+    settings = [list(cfg.arguments) for cfg in configs]
+    keys = cases.differing(settings)
+    rows, outcomes, failures = [], [], []
+    for cfg, arguments in zip(configs, settings, strict=True):
+        given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+        case = {key: given[key].strip("\"'") for key in keys}
+        told = " ".join(f"{key}={value}" for key, value in case.items())
+        try:
+            outcome = _evaluate(cfg, alone=False)
+        except UserError as error:
+            print(f"{told}: {error}")
+            failures.append(told)
+            continue
+        outcomes.append(outcome)
+        rows.append(case | (outcome.report.figures if outcome.report.rows is None else outcome.report.rows))
+    if outcomes and outcomes[0].speaks:
+        print_rows(f"{len(outcomes)} of {len(configs)} evaluations", rows)
+        for line in keep_table(rows, outcomes[0].folder):
+            print(line)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(configs)} evaluations failed: {'; '.join(failures)}")
+    return outcomes[0].report.score
+
+
+def _tell(report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, title: str | None) -> None:
     rows = report.figures if report.rows is None else report.rows
-    if rows:
+    if rows and title is not None:
         print_table(title, rows)
     for line in report.lines:
         print(line)
@@ -54,12 +101,12 @@ def _tell(report: Report, given: dict[str, Any], weights: Weights | None, title:
         {"recipe": recipe, "reproduced": verdict.reproduced} if verdict else {}
     )
     if report.figures or report.tables or report.pictures or report.pages:
-        _write(report, given, weights, known)
+        _write(report, given, weights, folder, known)
     if verdict:
         print(verdict.text)
 
 
-def _write(report: Report, given: dict[str, Any], weights: Weights | None, known: dict[str, Any]) -> None:
+def _write(report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, known: dict[str, Any]) -> None:
     """A file of its own for every result; that of the last one beside the weights too, where it always was."""
     if weights is not None and report.measured is not None:
         try:
@@ -67,16 +114,17 @@ def _write(report: Report, given: dict[str, Any], weights: Weights | None, known
             print(f"metrics: {weights.latest}")
         except OSError:
             pass  # `keep` says so
-    for line in keep(report, weights.folder if weights else Path.cwd() / FOLDER, stem(given, weights), known):
+    settings = {"arguments": " ".join(given.get("arguments") or [])}
+    for line in keep(report, folder, stem(given, weights), known | settings):
         print(line)
 
 
 def stem(given: dict[str, Any], weights: Weights | None) -> str:
-    """`<data>-<size>-<weights>[-<probe>]`, of those that there are."""
+    """`<data>-<size>-<weights>[-<probe>]`, of those that there are; images of the user stand for the data."""
     name = given["probe"]["_target_"].rpartition(".")[2]
-    size = given.get("image_size")
+    size, images = given.get("image_size"), given.get("input")
     parts = [
-        (given.get("run") or {}).get("data"),
+        (given.get("run") or {}).get("data") if images is None else Path(str(images)).stem,
         "x".join(map(str, size)) if isinstance(size, list) else size,
         None if weights is None else weights.name,
         None if name == DEFAULT else name,

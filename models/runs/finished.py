@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
 from data.sources.relabelled import Relabelled
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
+from models.checkpoints.format.directory import of_run
 from models.probes import Subject
 from models.runs.initial import in_our_names
 from models.runs.preflight import check_data, part_of
@@ -24,9 +26,9 @@ SHOWN = 5  # names in a message before it says how many more there are
 class Weights(NamedTuple):
     """Weights that are evaluated, and what is known of them.
 
-    title: for people. known: for the files of results. path: of the checkpoint. latest: the file of figures that every
-    evaluation of these weights renews. load: `ema -> weights, or None`. num_classes, classes: of the model, and their
-    names in training where they are known. monitor: what the best checkpoint was chosen by.
+    title: for people. known: for the files of results. path: of the checkpoint, as it is called. latest: the file of
+    figures that every evaluation of these weights renews. load: `ema -> weights, or None`. num_classes, classes: of the
+    model, and their names in training where they are known. averaged: whether the best was chosen by averaged weights.
     """
 
     title: str
@@ -36,6 +38,7 @@ class Weights(NamedTuple):
     load: Callable[[bool], dict[str, Tensor] | None]
     num_classes: int | None = None
     classes: list[str] | None = None
+    averaged: bool = False
 
     @property
     def folder(self) -> Path:
@@ -55,8 +58,9 @@ def weights_of(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 
 def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A checkpoint of ours: it says itself what it is."""
+    named = of_run(Path(cfg.ckpt))
     try:
-        path = resolve(cfg.ckpt)
+        path = resolve(named)
         config, step = read_config(path), read_manifest(path)["step"]
         check_config({key: config[key] for key in ("model", "data")})
     except OSError as error:
@@ -71,9 +75,17 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
         return None if ema and not (path / "ema.safetensors").exists() else load_weights(path, ema=ema)
 
     known = {"checkpoint": str(path), "step": step}
-    latest = Path(cfg.ckpt).parent / "metrics.json"
-    classes = config["model"]["num_classes"], config.get("classes")
-    return Weights(f"{title(config)}, step {step}", known, Path(cfg.ckpt), latest, load, *classes)
+    averaged = str((config.get("checkpoint") or {}).get("monitor")).endswith("_ema")
+    return Weights(
+        f"{title(config)}, step {step}",
+        known,
+        named,
+        named.parent / "metrics.json",
+        load,
+        config["model"]["num_classes"],
+        config.get("classes"),
+        averaged,
+    )
 
 
 def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
@@ -106,19 +118,44 @@ class Parts:
 
     def made(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         """By name; the data comes first, since looking at it costs least."""
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {"input": self.given.get("input")}
         if "data" in wanted:
             parts["data"] = self._data("model" in wanted)
+        weights = "raw"
         if {"model", "network"} & set(wanted):
-            model, ema = self._model(False), self._model(True) if "ema" in wanted else None
-            parts |= {"model": model, "network": model, "ema": ema}
+            model, ema = self._models("ema" in wanted)
+            weights = self._chosen(ema)
+            parts["model"] = parts["network"] = model if "ema" in wanted or weights == "raw" else ema
+            parts["ema"] = ema
         if {"model", "network", "trainer"} & set(wanted):
-            parts["trainer"] = self._trainer()
-            for name in ("model", "ema", "network"):
-                if parts.get(name) is not None:
-                    parts[name].to(parts["trainer"].strategy.root_device)
-        parts["subject"] = self._subject()
+            trainer = parts["trainer"] = self._trainer()
+            for model in filter(None, (parts.get("model"), parts.get("ema"))):
+                self._placed(model, trainer.strategy.root_device)
+        parts["subject"] = self._subject(weights)
         return parts
+
+    def _models(self, both: bool) -> tuple[nn.Module, nn.Module | None]:
+        """With raw and with averaged weights, where these are asked for or may be chosen, and are there."""
+        which = self.given.get("weights", "auto")
+        if which not in ("raw", "ema", "auto"):
+            raise UserError(f"eval: weights must be raw, ema or auto, got {which!r}; leave it out for auto")
+        averaged = self.weights is not None and (both or which == "ema" or (which == "auto" and self.weights.averaged))
+        return self._model(False), self._model(True) if averaged else None
+
+    def _chosen(self, ema: nn.Module | None) -> str:
+        which = self.given.get("weights", "auto")
+        if which == "ema" and ema is None:
+            raise UserError("eval: the checkpoint has no averaged weights, got weights=ema; leave that out")
+        by_average = self.weights is not None and self.weights.averaged and ema is not None
+        return ("ema" if by_average else "raw") if which == "auto" else which
+
+    def _placed(self, model: nn.Module, device: torch.device) -> None:
+        """On its device, in the memory format and compiled as the command asks."""
+        model.to(device)
+        if self.given.get("channels_last"):
+            model.to(memory_format=torch.channels_last)
+        if self.given.get("compile"):
+            model.compile()
 
     def _data(self, labelled: bool) -> pl.LightningDataModule:
         data = part_of(self.cfg, "data")
@@ -144,12 +181,14 @@ class Parts:
     def _trainer(self) -> pl.Trainer:
         return part_of(self.cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
 
-    def _subject(self) -> Subject:
-        if self.weights is None:
-            named = title(self.given) if self.given.get("run", {}).get("model") else ""
-            return Subject(named, None, None, "raw", self.given, Path.cwd() / FOLDER)
-        weights = self.weights
-        return Subject(weights.title, weights.path, weights.classes, "raw", self.given, weights.latest.parent)
+    def _subject(self, weights: str) -> Subject:
+        found, given = self.weights, self.given
+        named = given.get("output")
+        if found is None:
+            told = title(given) if (given.get("run") or {}).get("model") else ""
+            return Subject(told, None, None, weights, given, Path(named or FOLDER))
+        folder = Path(named) if named else found.folder
+        return Subject(found.title, found.path, found.classes, weights, given, folder)
 
 
 def as_in_training(data: pl.LightningDataModule, trained: list[str] | None, num_classes: int | None) -> None:

@@ -76,6 +76,19 @@ def exportable(config: dict[str, Any]) -> bool:
     return family_of(name) is not None and attention == usual and not composed
 
 
+def print_rows(title: str, rows: list[dict[str, Any]], console: Console | None = None) -> None:
+    """A table with a heading for every figure."""
+    table = Table()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(name, row.get(name)) for name in names))
+    console = console or Console()
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(table, width=None if console.is_terminal else 160, soft_wrap=False)
+
+
 def draw_curves(run_dir: Path) -> Path | None:
     """Draws loss, accuracy, score and learning rate over steps from metrics.csv; the path, None without figures."""
     rows = read_metrics(run_dir / "metrics.csv")

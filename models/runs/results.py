@@ -1,13 +1,12 @@
 """Where the results of an evaluation go: files of their own beside what was evaluated, and nothing is overwritten."""
 
 import csv
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
 from conf.names import short
+from conf.places import numbered, writable
 from models.probes import Report
 from models.runs.report import write_json
 
@@ -25,7 +24,7 @@ def keep(report: Report, folder: Path, stem: str, known: dict[str, Any]) -> list
         stem: names this one, such as `digits-32-best`.
         known: goes into the JSON file too.
     """
-    path, said = _reserved(folder, stem)
+    path, said = _reserved(folder, f"{stem}.json")
     write_json(path, report.figures | known)
     files = list(_beside(report, path.with_suffix("")))
     return (
@@ -35,39 +34,27 @@ def keep(report: Report, folder: Path, stem: str, known: dict[str, Any]) -> list
     )
 
 
-def _reserved(folder: Path, stem: str) -> tuple[Path, list[str]]:
-    """An empty file of a new name where it can be written, and what to say where that is not `folder`."""
-    reason = ""
-    for place in (folder, Path.cwd() / FOLDER, Path(tempfile.gettempdir()) / FOLDER):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            path = _new(place, stem)
-        except OSError as error:
-            reason = reason or f"{short(folder)} cannot be written ({error.strerror})"
-        else:
-            return path, [f"{reason}: results go to {short(place)}"] if reason else []
-    raise UserError(f"eval: {reason}, nor the working directory, nor {tempfile.gettempdir()}; give output=<folder>")
+def keep_table(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Writes `<folder>/table.csv`, or under the next number; what to say about it."""
+    path, said = _reserved(folder, "table.csv")
+    _write_table(path, rows)
+    return [*said, f"table: {short(path)}"]
 
 
-def _new(place: Path, stem: str) -> Path:
-    """`<stem>.json`, `<stem>-2.json` …: the first that nobody has, of two processes too."""
-    for path in numbered(place / f"{stem}.json"):
+def _reserved(folder: Path, name: str) -> tuple[Path, list[str]]:
+    """An empty file of a new name where it can be written, and what to say where that is not `folder`.
+
+    It is new to two processes that ask at once too.
+    """
+    place, said = writable(folder)
+    for path in numbered(place / name):
         if not path.with_suffix("").exists():
             try:
                 path.touch(exist_ok=False)
             except FileExistsError:
                 continue
-            return path
+            return path, said
     raise AssertionError("numbers do not end")
-
-
-def numbered(path: Path) -> Iterator[Path]:
-    """The path itself, then with 2, 3 … behind its stem."""
-    yield path
-    number = 2
-    while True:
-        yield path.with_stem(f"{path.stem}-{number}")
-        number += 1
 
 
 def _beside(report: Report, folder: Path) -> Iterator[str]:

@@ -62,7 +62,7 @@ def resolve(path: str | os.PathLike) -> Path:
         ValueError: there is nothing, or something else, at the path; the message lists the checkpoints near it.
     """
     path = Path(path)
-    target = path = _of_run(path)
+    target = path = of_run(path)
     if path.is_file() and path.name in POINTERS:
         target = path.parent / _pointer_text(path)
     if not target.exists():
@@ -74,7 +74,7 @@ def resolve(path: str | os.PathLike) -> Path:
     return target.resolve()
 
 
-def _of_run(path: Path) -> Path:
+def of_run(path: Path) -> Path:
     """The best checkpoint of a run, else its last, else the one of the highest step; any other path as it is."""
     folder = path / "checkpoints"
     if not folder.is_dir() or (path / MANIFEST).exists():
