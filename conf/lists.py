@@ -132,7 +132,11 @@ def count_listed(
 
 def several(labels: Iterable[str], separator: str) -> list[str]:
     """Every class once, where an image may have several labels."""
-    names = {name.strip() for text in labels for name in text.split(separator)} - {""}
+    return in_order({name.strip() for text in labels for name in text.split(separator)} - {""})
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Sorted, by value where all are numbers."""
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
@@ -202,7 +206,7 @@ def _in_order(labels: Iterable[str], numbers: Iterable[str]) -> list[str]:
     whole = all(number.isdecimal() for _, number in pairs)
     if whole and len(pairs) == len(names) == len({number for _, number in pairs}):
         return [name for name, _ in sorted(pairs, key=lambda pair: int(pair[1]))]
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return in_order(set(names))
 
 
 def _wrong(path: str, what: str) -> UserError:

@@ -20,7 +20,19 @@ from conf.errors import UserError
 
 # by the last word of the key
 NAMES = (
-    *("autoencoder", "ckpt", "class_names", "data_dir", "data_files", "default_root_dir", "dir", "entity"),
+    *(
+        "autoencoder",
+        "ckpt",
+        "class_names",
+        "classes",
+        "separator",
+        "val_labels",
+        "data_dir",
+        "data_files",
+        "default_root_dir",
+        "dir",
+        "entity",
+    ),
     *("file", "files", "folder", "group", "image", "init", "input", "job_type", "label", "lists", "name", "notes"),
     *("output", "path", "paths", "project", "resume", "revision", "root", "save_dir", "shards", "split", "subdir"),
     *("tags", "token_labels", "url", "urls"),

@@ -178,6 +178,7 @@ class ImageData(pl.LightningDataModule):
             drop_last=self.drop_last,
             shuffle=not overfit,
             accumulated=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            blocks=getattr(self.source.train, "blocks", None),
         )
 
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:

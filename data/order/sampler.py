@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from data.order.randomness import ORDER, generator
 
 REPEAT_ROUND = 256  # DeiT's rounding of the epoch under repeated augmentation, in samples
+TOGETHER = 4  # shards that are read at the same time, their images mixed
 
 
 class Draw(NamedTuple):
@@ -40,6 +41,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         seed: names the order together with the epoch.
         rank, world: this process and the number of processes.
         repeats: appearances of an image in a row; 1 is ordinary training.
+        blocks: images of each shard, for a source whose neighbours are read together: the shards are shuffled, and of a
+            few that follow each other (`TOGETHER`) the images; `None` shuffles all.
         accumulated: batches of an optimizer step. They are dealt like the batches of as many processes, so that with
             repeated augmentation too a batch is the same on one device that accumulates as on many.
         drop_last: leave out the last batch when it is not full. When kept, it is split as evenly as possible and
@@ -61,10 +64,11 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         drop_last: bool = True,
         shuffle: bool = True,
         accumulated: int = 1,
+        blocks: np.ndarray | None = None,
     ) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.repeats, self.accumulated = rank, world, repeats, accumulated
-        self.drop_last, self.shuffle = drop_last, shuffle
+        self.drop_last, self.shuffle, self.blocks = drop_last, shuffle, blocks
         self.epoch = 0
         self.start_epoch: int | None = None
         self.start_batch = 0
@@ -116,7 +120,19 @@ class EpochBatchSampler(Sampler[list[Draw]]):
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.length)
-        return generator(self.seed, ORDER, epoch).permutation(self.length)
+        random = generator(self.seed, ORDER, epoch)
+        return random.permutation(self.length) if self.blocks is None else by_blocks(self.blocks, random)
+
+
+def by_blocks(blocks: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """All positions, shards in random order, the images of `TOGETHER` shards in a row shuffled among each other."""
+    ends = np.cumsum(blocks)
+    shards = random.permutation(len(blocks))
+    parts = [
+        random.permutation(np.concatenate([np.arange(ends[shard] - blocks[shard], ends[shard]) for shard in few]))
+        for few in (shards[start : start + TOGETHER] for start in range(0, len(shards), TOGETHER))
+    ]
+    return np.concatenate(parts) if parts else np.arange(0)
 
 
 class EvaluationBatchSampler(Sampler[list[Draw]]):

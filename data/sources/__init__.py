@@ -13,7 +13,9 @@ from PIL import Image
 class Split(Protocol):
     """One part of a source, map-style: readable in any order, by any worker."""
 
-    labels: np.ndarray  # int64 (len,), known without decoding an image
+    labels: np.ndarray  # int64 (len,), known without decoding an image; bool (len, classes) where there may be several
+    # where neighbours are read together: `blocks: np.ndarray`, the images of each shard in order; then only those of a
+    # few shards are mixed (`data.order.sampler`)
 
     def __len__(self) -> int: ...
 
