@@ -15,6 +15,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif", ".avifs"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
     *(".tga", ".qoi", ".pcx", ".psd", ".sgi", ".dds", ".ico", ".icns"),
+    ".npy",  # pixels (H, W) or (H, W, C)
 )
 TREE = "<root>/train/<class>/<image> and <root>/val/<class>/<image>, or <root>/<class>/<image> to be split"
 TRAIN = ("train", "training")

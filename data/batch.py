@@ -27,12 +27,12 @@ class TokenLabels(NamedTuple):
 class Batch(NamedTuple):
     """What a task receives. Shapes: `B` images of `H × W` pixels.
 
-    `images` are uint8 (B, 3, H, W) from the loader; float32, normalised, channels_last in memory after the device
-    stage. `labels` are int64 (B,); after mixup or cutmix float32 (B, num_classes), rows summing to 1.
-    `indices` int64 (B,) are positions in the source. `epoch` is the epoch that the batch belongs to, 0 in
-    evaluation. `number` is the batch's number in its epoch, 0-based and the same on all ranks. `token_labels`
-    are `None` without label maps; after the device stage float32 (B, rows, columns, num_classes), a distribution
-    for each token of the model's last map.
+    `images` come from the loader as uint8 (B, 3, H, W), or with the channels and numbers of another form;
+    after the device stage they are float32, normalised, channels_last in memory. `labels` are int64 (B,); after
+    mixup or cutmix float32 (B, num_classes), rows summing to 1. `indices` int64 (B,) are positions in the source.
+    `epoch` is the epoch that the batch belongs to, 0 in evaluation. `number` is the batch's number in its epoch,
+    0-based and the same on all ranks. `token_labels` are `None` without label maps; after the device stage float32
+    (B, rows, columns, num_classes), a distribution for each token of the model's last map.
     """
 
     images: Tensor
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample that was read: a uint8 image (3, H, W), its label, the draw that asked for it, its label map."""
+    """One sample that was read: an image (channels, H, W), its label, the draw that asked for it, its label map."""
 
     image: Tensor
     label: int
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch:
-    """Stacks samples into a uint8 batch; `None` stands for an unreadable image that `on_error: skip` left out.
+    """Stacks samples into a batch; `None` stands for an unreadable image that `on_error: skip` left out.
 
     Raises:
         ValueError: all images of the batch were left out: training on nothing is an error, not a smaller batch.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.values import is_number
+from data.sources.form import LARGEST, MAX_CHANNELS
 from data.sources.imagefolder import ImageFolder
 from data.token_labels import LabelMaps
 from data.transforms import is_size, sides
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from data.sources import Split
 
 LARGEST_SEED = 2**32 - 1  # that NumPy and Lightning take
+NUMBERS = {1: "one number", 3: "three numbers"}
 SHOWN = 5  # names listed in a message before it says how many more there are
 
 
@@ -41,24 +43,52 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.drop_last: got {data.drop_last!r}; give true or false")
     if not isinstance(data.timeout, int | float) or data.timeout < 0:
         found.append(f"data.timeout: got {data.timeout!r}; give seconds, 0 to wait for ever")
-    return found + _normalisation_problems(data) + ([] if found else _crop_problems(data))
+    found += _form_problems(data) or _normalisation_problems(data)
+    return found if found else _crop_problems(data)
+
+
+def _form_problems(data: "ImageData") -> list[str]:
+    """Channels and depth, and the augmentations that are made for 8-bit RGB alone."""
+    form, augment, found = data.form, data.augment, []
+    if not _whole(form.channels, 1) or form.channels > MAX_CHANNELS:
+        found.append(f"data.channels: got {form.channels!r}; give a whole number from 1 to {MAX_CHANNELS}")
+    if form.depth not in LARGEST:
+        found.append(f"data.depth: got {form.depth!r}; give {', '.join(LARGEST)}")
+    if found or form.plain:
+        return found
+    for key, value, neutral in (
+        ("augment.rand_augment", augment.rand_augment, "null"),
+        ("augment.color_jitter", augment.color_jitter or None, "0"),
+        ("data.token_labels", data.token_labels, "null"),
+    ):
+        if value is not None:
+            found.append(f"{key}: it takes 8-bit RGB images, got {form}; set {key}={neutral}")
+    for key, value in (("augment", augment.interpolation), ("data.eval", data.evaluation.interpolation)):
+        if value == "lanczos":
+            found.append(f"{key}.interpolation: lanczos takes 8-bit RGB images, got {form}; set bicubic")
+    return found
 
 
 def _normalisation_problems(data: "ImageData") -> list[str]:
     """mean and std: their number, and the range of values that images have."""
-    found = []
+    found, channels = [], data.form.channels
+    wanted = NUMBERS.get(channels, f"{channels} numbers")
     for name, positive in (("mean", False), ("std", True)):
         values = getattr(data, name)
-        three = isinstance(values, tuple) and len(values) == 3
-        numbers = three and all(is_number(value) for value in values)
+        numbers = isinstance(values, tuple) and len(values) == channels and all(map(is_number, values))
         if not numbers or (positive and min(values) <= 0):
-            wanted = "three positive numbers" if positive else "three numbers"
-            found.append(f"data.{name}: got {values!r}; give {wanted}, one per channel of images scaled to 0 … 1")
-        elif min(values) < 0 or max(values) > 1:
-            scaled = ",".join(f"{value / 255:.6g}" for value in values)
-            remedy = f"divide by 255: data.{name}=[{scaled}]" if min(values) >= 0 else "see conf/data"
+            said = wanted.replace(" ", " positive ") if positive else wanted
+            found.append(f"data.{name}: got {values!r}; give {said}, one per channel of {_scaled(data)}")
+        elif data.form.depth != "float32" and (min(values) < 0 or max(values) > 1):
+            largest = LARGEST[data.form.depth]
+            divided = ",".join(f"{value / largest:.6g}" for value in values)
+            remedy = f"divide by {largest}: data.{name}=[{divided}]" if min(values) >= 0 else "see conf/data"
             found.append(f"data.{name}: got {list(values)}, but images are scaled to 0 … 1; {remedy}")
     return found
+
+
+def _scaled(data: "ImageData") -> str:
+    return "images as they are" if data.form.depth == "float32" else "images scaled to 0 … 1"
 
 
 def _crop_problems(data: "ImageData") -> list[str]:

@@ -7,6 +7,7 @@ exception that torch carries over has become a traceback in text.
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +19,7 @@ from data.order.randomness import AUGMENT, preserved, seed_all
 from data.order.sampler import Draw
 from data.sources import Split
 from data.sources.decode import MEND, UnreadableImage
+from data.sources.form import RGB, Form, as_image, fitted
 from data.token_labels import LabelMaps
 from data.transforms import TrainTransform
 
@@ -47,9 +49,10 @@ class Samples(Dataset[Sample | None]):
 
     Args:
         split: map-style source of (PIL image, label).
-        transform: PIL image to uint8 (3, H, W).
+        transform: PIL image to uint8 (3, H, W), or an array of another form to (channels, H, W).
         seed: names the augmentation together with the draw; `None` for a transform without randomness.
         skips: where unreadable images are reported; `None` raises instead.
+        form: of the images.
         label_maps: of the split; they take a `TrainTransform`, which says what an image shows.
     """
 
@@ -60,7 +63,9 @@ class Samples(Dataset[Sample | None]):
         seed: int | None,
         skips: Skips | None = None,
         label_maps: LabelMaps | None = None,
+        form: Form = RGB,
     ) -> None:
+        self.form = form
         self.split, self.transform, self.seed, self.skips = split, transform, seed, skips
         self.label_maps = label_maps
 
@@ -77,13 +82,30 @@ class Samples(Dataset[Sample | None]):
         with preserved():
             return [self._read_seeded(draw) for draw in draws]
 
+    def _image(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        """In the form of the run: an image for 8-bit RGB, else an array."""
+        if self.form.plain:
+            image, label = self.split[index]
+            return as_image(image), label
+        read = getattr(self.split, "read", None)
+        if read is not None:
+            return read(index, self.form), int(self.split.labels[index])
+        image, label = self.split[index]
+        try:
+            return fitted(image, self.form), label
+        except UserError as error:
+            raise UserError(
+                f"ImageData: image {index} of {type(self.split).__name__} does not fit the form of the run, got "
+                f"{error}; see data.channels and data.depth"
+            ) from error
+
     def _read_seeded(self, draw: Draw) -> Sample | None:
         seed_all(self.seed, AUGMENT, draw.epoch, draw.index, draw.repeat)
         return self._read(draw)
 
     def _read(self, draw: Draw) -> Sample | None:
         try:
-            image, label = self.split[draw.index]
+            image, label = self._image(draw.index)
         except UnreadableImage as error:
             if self.seed is None:
                 raise type(error)(str(error).replace(MEND, MEND_EVALUATED)) from error

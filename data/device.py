@@ -19,6 +19,7 @@ from conf.errors import UserError
 from data.augment import Augment
 from data.batch import Batch, TokenLabels
 from data.order.randomness import MIX, preserved, seed_all
+from data.sources.form import LARGEST
 from data.token_labels import MixToken, token_targets
 
 
@@ -34,15 +35,23 @@ class DeviceStage:
     """Turns the loader's batches into what the model sees.
 
     Args:
-        mean, std: per channel, of images scaled to 0 … 1.
+        mean, std: per channel, of images scaled to 0 … 1; of float images as they are.
         augment: mixing and erasing of training batches.
         num_classes: length of soft targets.
         seed: names the randomness together with epoch, batch number and rank.
+        depth: of the images that come.
     """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], augment: Augment, num_classes: int, seed: int
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment,
+        num_classes: int,
+        seed: int,
+        depth: str = "uint8",
     ) -> None:
+        self.depth, self.dtype = depth, getattr(torch, depth)
         self.mean, self.std, self.augment, self.seed = tuple(mean), tuple(std), augment, seed
         self.num_classes = num_classes
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -64,13 +73,13 @@ class DeviceStage:
         """Normalises; in training also makes token targets for `token_grid`, mixes and erases.
 
         Raises:
-            ValueError: the images are not uint8 (B, 3, H, W): normalised twice, nothing would fail but the result; or
-                there are label maps and nobody has said for which tokens.
+            ValueError: the images are not (B, channels, H, W) of the run's depth: normalised twice, nothing would
+                fail but the result; or there are label maps and nobody has said for which tokens.
         """
         images = batch.images
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != self.dtype or images.ndim != 4 or images.shape[1] != len(self.mean):
             raise UserError(
-                "DeviceStage: images must be uint8 (B, 3, H, W), "
+                f"DeviceStage: images must be {self.depth} (B, {len(self.mean)}, H, W), "
                 f"got {images.dtype} {tuple(images.shape)}; leave scaling and normalisation to this stage"
             )
         batch = batch._replace(images=self._normalise(images))
@@ -84,15 +93,16 @@ class DeviceStage:
 
     def _normalise(self, images: Tensor) -> Tensor:
         if images.device not in self._constants:
-            scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float64))
-            offset = 255 * torch.tensor(self.mean, dtype=torch.float64)
-            shape = (1, 3, 1, 1)
+            largest = LARGEST[self.depth]
+            scale = 1 / (largest * torch.tensor(self.std, dtype=torch.float64))
+            offset = largest * torch.tensor(self.mean, dtype=torch.float64)
+            shape = (1, -1, 1, 1)
             self._constants[images.device] = (
                 offset.float().reshape(shape).to(images.device),
                 scale.float().reshape(shape).to(images.device),
             )
         offset, scale = self._constants[images.device]
-        return images.to(torch.float32, memory_format=torch.channels_last).sub_(offset).mul_(scale)
+        return images.to(torch.float32, memory_format=torch.channels_last, copy=True).sub_(offset).mul_(scale)
 
     def _token_targets(self, labels: TokenLabels, grid: tuple[int, int] | None) -> Tensor:
         if grid is None:

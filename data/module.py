@@ -23,6 +23,7 @@ from data.dataset import Carried, Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
 from data.sources import Source
+from data.sources.form import Form, per_channel
 from data.token_labels import LabelMaps
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 
@@ -56,7 +57,9 @@ class ImageData(pl.LightningDataModule):
         seed: names order and augmentation.
         augment: values of `data.augment.Augment`.
         eval: values of `data.transforms.Evaluation`.
-        mean, std: per channel, of images scaled to 0 … 1.
+        mean, std: per channel, of images scaled to 0 … 1; of float images as they are.
+        channels: of the images that the model sees, 1 to 16.
+        depth: `uint8`, `uint16` or `float32`: what numbers are read from the files (`data.sources.form`).
         workers: loader processes per training process, or `auto`: none for an embedded source, else one per CPU
             core that this process may count on, at most 8.
         drop_last: leave out the last training batch of an epoch when it is not full.
@@ -81,6 +84,8 @@ class ImageData(pl.LightningDataModule):
         eval: Mapping[str, Any] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        channels: int = 3,
+        depth: str = "uint8",
         workers: int | str = "auto",
         drop_last: bool = True,
         on_error: str = "raise",
@@ -95,7 +100,8 @@ class ImageData(pl.LightningDataModule):
         self.source, self.num_classes, self.batch_size = source, num_classes, batch_size
         self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
-        self.mean, self.std = (tuple(v) if hasattr(v, "__iter__") else v for v in (mean, std))
+        self.form = Form(channels, depth)
+        self.mean, self.std = (per_channel(values, self.form) for values in (mean, std))
         self.timeout, self.root, self.token_labels = timeout, root, token_labels
         self.token_grid: tuple[int, int] | None = None
         self.augment = Augment.build(augment)
@@ -106,6 +112,11 @@ class ImageData(pl.LightningDataModule):
         self._skips: Skips | None = None
 
     # What others may ask before the trainer exists
+
+    @property
+    def channels(self) -> int:
+        """Of the images that the model sees."""
+        return self.form.channels
 
     @property
     def class_names(self) -> list[str]:
@@ -152,16 +163,17 @@ class ImageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         split = self.source.train
         self._skips = Skips(len(split)) if self.on_error == "skip" else None
-        transform = TrainTransform(self.augment, self.image_size, self.mean)
+        transform = TrainTransform(self.augment, self.image_size, self.mean, self.form)
         maps = None if self.token_labels is None else LabelMaps(self.token_labels, split, self.num_classes)
-        samples = Samples(split, transform, self.seed, self._skips, maps)
+        samples = Samples(split, transform, self.seed, self._skips, maps, self.form)
         sampler = self._train_sampler(*self._place())
         sampler.start_epoch, sampler.start_batch = self.start_epoch, self.start_batch
         return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
         split = self.source.val
-        samples = Samples(split, EvaluationTransform(self.evaluation, self.image_size), seed=None)
+        transform = EvaluationTransform(self.evaluation, self.image_size, self.form)
+        samples = Samples(split, transform, seed=None, form=self.form)
         return self._loader(samples, EvaluationBatchSampler(len(split), self.batch_size, *self._place()))
 
     test_dataloader = val_dataloader
@@ -212,10 +224,10 @@ class ImageData(pl.LightningDataModule):
 
     @cached_property
     def _stage(self) -> DeviceStage:
-        return DeviceStage(self.mean, self.std, self.augment, self.num_classes, self.seed)
+        return DeviceStage(self.mean, self.std, self.augment, self.num_classes, self.seed, self.form.depth)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """uint8 to normalised float on the device; training batches are mixed and erased, and counted."""
+        """Whole numbers to normalised float on the device; training batches are mixed and erased, and counted."""
         training = self.trainer is not None and self.trainer.training
         if training:
             self._delivered = (batch.epoch, batch.number)

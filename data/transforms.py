@@ -1,7 +1,8 @@
 """From a PIL image to a uint8 tensor (3, H, W), on the CPU: the training and the evaluation transform.
 
-torchvision's functions act on PIL images here, so results equal those of the usual PIL pipelines. RandAugment is
-timm's. Randomness comes from the global generators, which `dataset.py` seeds for each sample.
+torchvision's functions act on PIL images here, so results equal those of the usual PIL pipelines. Pixels of another
+form (`data.sources.form`) are float32 tensors meanwhile. RandAugment is timm's. Randomness comes from the global
+generators, which `dataset.py` seeds for each sample.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm.data.auto_augment as timm_augment
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -18,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from conf.values import is_whole
 from data.augment import INTERPOLATIONS, Augment, checked, plain
+from data.sources.form import RGB, Form, from_float, to_tensor
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,19 @@ class Evaluation:
 class EvaluationTransform:
     """Resizes the image until it covers a rectangle, or squashes it into that, and takes the centre."""
 
-    def __init__(self, evaluation: Evaluation, image_size: int | Sequence[int]) -> None:
+    def __init__(self, evaluation: Evaluation, image_size: int | Sequence[int], form: Form = RGB) -> None:
+        self.form = form
         self.size, whole = evaluation.sides(image_size)
         self.mode = InterpolationMode(evaluation.interpolation)
         self.squash = evaluation.squash
         self.target = [whole[0]] if whole[0] == whole[1] and not evaluation.squash else list(whole)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        image = opened(image, self.form)
         image = F.resize(image, self.target, self.mode) if self.squash else cover(image, self.target, self.mode)
         if F.get_size(image) != list(self.size):
             image = F.center_crop(image, list(self.size))
-        return F.pil_to_tensor(image)
+        return closed(image, self.form)
 
 
 class View(NamedTuple):
@@ -102,9 +107,11 @@ class View(NamedTuple):
 class TrainTransform:
     """Crop or resize, shift, mirror, jitter, RandAugment: those that are on, in this order."""
 
-    def __init__(self, augment: Augment, image_size: int | Sequence[int], mean: Sequence[float]) -> None:
+    def __init__(
+        self, augment: Augment, image_size: int | Sequence[int], mean: Sequence[float], form: Form = RGB
+    ) -> None:
         mode, size = InterpolationMode(augment.interpolation), sides(image_size)
-        self.size = size
+        self.size, self.form = size, form
         steps: list[Callable[[Image.Image], Image.Image]] = []
         if augment.scale is not None:
             steps.append(v2.RandomResizedCrop(size, augment.scale, augment.ratio, mode))
@@ -120,10 +127,11 @@ class TrainTransform:
             steps.append(rand_augment(augment.rand_augment, min(size), mean, augment.interpolation))
         self.steps = steps
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        image = opened(image, self.form)
         for step in self.steps:
             image = step(image)
-        return F.pil_to_tensor(image)
+        return closed(image, self.form)
 
     def with_view(self, image: Image.Image) -> tuple[Tensor, View]:
         """The same image from the same draws, and what it shows, as far as crop and mirror decide it."""
@@ -148,6 +156,16 @@ def centre_box(width: int, height: int, rows: int, columns: int) -> tuple[float,
     shown = min(width, height * columns / rows), min(height, width * rows / columns)
     left, top = (max(0, 1 - part / side) / 2 for part, side in zip(shown, (width, height), strict=True))
     return left, top, 1 - left, 1 - top
+
+
+def opened(image: Image.Image | np.ndarray, form: Form) -> Image.Image | Tensor:
+    """What the steps work on: an image, or float32 (channels, H, W)."""
+    return image if form.plain else to_tensor(image)
+
+
+def closed(image: Image.Image | Tensor, form: Form) -> Tensor:
+    """What leaves the loader: uint8 (3, H, W), or the numbers of the form."""
+    return F.pil_to_tensor(image) if form.plain else from_float(image, form)
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -180,6 +198,8 @@ def shift(image: Image.Image, pixels: int | tuple[int, int]) -> Image.Image:
     """Moves the image by up to `pixels` (down, across) in each direction, black where nothing was."""
     down, across = sides(pixels)
     left, top = random.randint(0, 2 * across), random.randint(0, 2 * down)
+    if isinstance(image, Tensor):
+        return F.crop(F.pad(image, [across, down]), top, left, *image.shape[-2:])
     width, height = image.size
     return ImageOps.expand(image, (across, down)).crop((left, top, left + width, top + height))
 

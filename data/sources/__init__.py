@@ -20,7 +20,11 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB image and its label. Raises `UnreadableImage`, naming the file."""
+        """An RGB image, or its pixels (H, W, C), and its label. Raises `UnreadableImage`, naming the file.
+
+        A split that can do more has `read(index, form)` too, which gives pixels of other channels and depths
+        (`data.sources.form`); of one that has not, these images are converted.
+        """
         ...
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from conf.errors import UserError
 from conf.folders import printable
+from data.sources.arrays import read_array
+from data.sources.form import RGB, Form, as_image
 
 MAX_RATIO = 256  # of the sides: resized to a square's height, a thinner picture would fill the memory
 
@@ -23,12 +25,13 @@ class UnreadableImage(UserError):
     """A file that is not a readable image; the message names it."""
 
 
-def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> Image.Image:
-    """Reads and decodes an image to RGB.
+def read_image(file: str | os.PathLike | bytes, name: str | None = None, form: Form = RGB) -> Image.Image | np.ndarray:
+    """Reads and decodes an image: to RGB, or to an array (H, W, channels) of another form.
 
     Args:
         file: a path, or the encoded bytes.
         name: what to call it in errors; the path by default.
+        form: channels and depth of the run.
 
     Raises:
         UnreadableImage: anything that keeps it from being decoded: missing, truncated, not an image, larger than
@@ -37,6 +40,10 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> Imag
     name = name or (f"{len(file)} bytes" if isinstance(file, bytes) else os.fspath(file))
     name = printable(name)
     try:
+        if not form.plain:
+            return read_array(file, form)
+        if name.endswith(".npy"):
+            return as_image(read_array(file, form))
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 width, height = image.size

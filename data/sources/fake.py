@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from data.order.randomness import NOISE, generator
+from data.sources.form import LARGEST, Form
 
 
 class FakeSplit:
@@ -23,6 +24,13 @@ class FakeSplit:
         noise = generator(self.seed, NOISE, self.split, index)
         pixels = noise.integers(0, 256, (*self.size, 3), dtype=np.uint8)
         return Image.fromarray(pixels), int(self.labels[index])
+
+    def read(self, index: int, form: Form) -> np.ndarray:
+        """Noise of another form: whole numbers of its depth, or floats with mean 0 and standard deviation 1."""
+        noise, shape = generator(self.seed, NOISE, self.split, index), (*self.size, form.channels)
+        if form.depth == "float32":
+            return noise.standard_normal(shape, dtype=np.float32)
+        return noise.integers(0, LARGEST[form.depth] + 1, shape, dtype=form.depth)
 
 
 class Fake:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from conf.errors import UserError
 from data.sources.decode import read_image
+from data.sources.form import RGB, Form
 
 
 class HuggingFaceSplit:
@@ -27,9 +28,13 @@ class HuggingFaceSplit:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.read(index), int(self.labels[index])
+
+    def read(self, index: int, form: Form = RGB) -> Image.Image | np.ndarray:
+        """An image, in another form as an array."""
         file = self.rows[index][self.image] or {"path": None, "bytes": None}
         name = f"row {index}" + (f" ({file['path']})" if file["path"] else "")
-        return read_image(file["path"] if file["bytes"] is None else file["bytes"], name), int(self.labels[index])
+        return read_image(file["path"] if file["bytes"] is None else file["bytes"], name, form)
 
 
 class HuggingFace:

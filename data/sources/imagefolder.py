@@ -20,6 +20,7 @@ from conf.folders import Layout, class_folders, classes_in, image_files, layout,
 from conf.lists import read_classes, read_list
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import read_image
+from data.sources.form import Form
 from data.sources.split_file import rows_of
 
 HELD_OUT = 0.2  # of each class, where there is no folder for validation and nothing else is said
@@ -72,6 +73,10 @@ class FolderSplit:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.path(index)), int(self.labels[index])
+
+    def read(self, index: int, form: Form) -> np.ndarray:
+        """An image in another form than 8-bit RGB."""
+        return read_image(self.path(index), form=form)
 
 
 class ImageFolder:
