@@ -25,6 +25,7 @@ ONLY = {
     "models.layers": ("conf", "kernels"),
     "models.attention": ("conf", "kernels", "models.layers"),
     "models.reparam": ("conf", "kernels", "models.attention", "models.layers"),
+    "models.adapters": ("conf",),
     "models.initializers": ("conf", "kernels", "models.attention", "models.layers"),
     "models.pools": ("conf", "kernels", "models.attention", "models.layers"),
     "models.heads": ("conf", "kernels", "models.attention", "models.layers"),

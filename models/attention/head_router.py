@@ -151,7 +151,7 @@ class HeadRouter(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Balancing without a loss. To be called after every optimizer step, in all processes."""
-        if self.load is None:
+        if self.load is None or not self.training:  # frozen: nothing was counted
             return
         if dist.is_initialized():
             dist.all_reduce(self.load)

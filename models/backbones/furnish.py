@@ -14,7 +14,7 @@ from models.backbones.reducing import put_reducers
 
 PLACES = frozenset(
     {
-        "gate", "gate_at", "pool", "head", "reducer", "reparam", "initializer",
+        "gate", "gate_at", "pool", "head", "reducer", "reparam", "initializer", "adapter",
         "activation", "norm", "wiring", "downsample",
     }
 )  # fmt: skip
@@ -26,6 +26,6 @@ def furnish(model: nn.Module, **places: Any) -> None:
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
     put_gates(model, places.get("gate"), places.get("gate_at"))
     put_reducers(model, places.get("reducer"))
-    for key in ("initializer", "reparam"):  # of the weights of all that stands above
+    for key in ("initializer", "reparam", "adapter"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:
             change(model)

@@ -24,6 +24,7 @@ from conf.errors import UserError
 from conf.revision import revision
 from models.checkpoints.format.codec import decode, encode, plain_tensor
 from models.checkpoints.format.directory import (
+    ADAPTER,
     CONFIG,
     EMA,
     MODEL,
@@ -42,7 +43,7 @@ from models.checkpoints.format.write import point, probe, remove_checkpoint, swe
 log = logging.getLogger(__name__)
 
 # Entries that callbacks add to Lightning's checkpoint and that get a file of their own.
-EMA_KEY, CONFIG_KEY, METRICS_KEY = "ema", "run_config", "metrics"
+EMA_KEY, ADAPTER_KEY, CONFIG_KEY, METRICS_KEY = "ema", "adapter", "run_config", "metrics"
 _PREFIX = "model."
 _LIBRARIES = ("torch", "pytorch-lightning", "timm", "safetensors", "numpy")
 
@@ -61,6 +62,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         state = dict(checkpoint)
         weights = state.pop("state_dict")
         averaged = state.pop(EMA_KEY, None)
+        adapter = state.pop(ADAPTER_KEY, None)
         config, metrics = state.pop(CONFIG_KEY, {}), state.pop(METRICS_KEY, {})
         model = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
         state["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
@@ -71,6 +73,8 @@ class DirectoryCheckpointIO(CheckpointIO):
         tensors = {MODEL: {name: plain_tensor(value, name) for name, value in model.items()}}
         if averaged is not None:
             tensors[EMA] = {name: plain_tensor(value, name) for name, value in averaged.items()}
+        if adapter is not None:
+            tensors[ADAPTER] = {name: plain_tensor(value, name) for name, value in adapter.items()}
         trainer_tensors: dict[str, Tensor] = {}
         plain = {TRAINER: encode(state, trainer_tensors), CONFIG: config}
         manifest = {

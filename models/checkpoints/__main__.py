@@ -87,9 +87,9 @@ def _run(chosen: argparse.Namespace) -> list[str]:
 
     given, settings = load_weights(chosen.file, ema=chosen.ema), _settings(chosen)
     notes = []
-    if settings.get("reparam") is not None:
+    if any(settings.get(key) is not None for key in ("reparam", "adapter")):
         given, notes = folded(given, chosen.model, settings), ["reparametrised weights were folded into plain ones"]
-        del settings["reparam"]
+        settings = {key: value for key, value in settings.items() if key not in ("reparam", "adapter")}
     state = (convert if chosen.command == "convert" else export)(given, chosen.model, **settings)
     before, after = (source_of(weights, chosen.model, **settings) for weights in (given, state))
     classes = classes_of(state) or classes_of(given)

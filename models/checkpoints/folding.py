@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a command line that only prints its help does not wait for 
 
 
 def folded(state_dict: Mapping[str, Tensor], name: str, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a model whose settings have a `reparam`, as they are without it.
+    """The weights of a model whose settings have a `reparam` or an `adapter`, as they are without.
 
     Args:
         state_dict: under our names.
@@ -27,7 +27,9 @@ def folded(state_dict: Mapping[str, Tensor], name: str, settings: Mapping[str, A
 
     model = create_model(name, num_classes=classes_of(state_dict) or 0, **settings)
     if wrong := sorted(model.state_dict().keys() ^ state_dict.keys()):
-        raise UserError(f"fold: the weights must be those of {name} with its reparam, got others: {wrong[0]}")
+        raise UserError(
+            f"fold: the weights must be those of {name} with its reparam and adapter, got others: {wrong[0]}"
+        )
     model.load_state_dict(state_dict)
     fold(model)
     return model.state_dict()

@@ -97,16 +97,14 @@ def stepped(weight_OI: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PowerIteration:
-    """A hook in front of a forward pass: in training it steps every weight that is still parametrised."""
+    """A hook in front of a forward pass: it steps every weight in training that is still parametrised."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
 
     def __call__(self, module: nn.Module, inputs: tuple) -> None:
-        if not module.training:
-            return
         for owner in self.modules:
-            if parametrize.is_parametrized(owner, "weight"):
+            if owner.training and parametrize.is_parametrized(owner, "weight"):
                 weights = owner.parametrizations["weight"]
                 weights[0].step(weights.original)
 

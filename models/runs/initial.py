@@ -52,9 +52,10 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
             return [f"starts from {path}", *_given(state, model, config)]
         plain = deepcopy(model)
         fold(plain)
-        notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None}})
+        notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None, "adapter": None}})
         adopt(model, plain.state_dict())
-        return [f"starts from {path}", *notes, "its weights are reparametrised"]
+        reparam = ["its weights are reparametrised"] if config["model"].get("reparam") is not None else []
+        return [f"starts from {path}", *notes, *reparam]
     except OSError as error:
         raise UserError(f"init: {path} cannot be read: {error.strerror or error}; give a file that can") from error
     except ValueError as error:

@@ -79,7 +79,11 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> None:
     Raises:
         ValueError: one sentence that names every difference, with both values.
     """
-    if found := differences(saved, current, SAME):
+    found = differences(saved, current, SAME)
+    for key in ("freeze", "freeze_epochs"):
+        if saved.get(key) != current.get(key):
+            found.append(f"{key} {_describe(saved.get(key), None)} and not {_describe(current.get(key), None)}")
+    if found:
         raise UserError(
             f"resume: the checkpoint was trained with {', '.join(found)} as this command asks; "
             "give the same options, or start a new run with another run.name"

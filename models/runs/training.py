@@ -17,6 +17,7 @@ from conf.names import PARTS, PLACES, short
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.freezing import freezing
 from models.callbacks.guard import NonFinite
 from models.callbacks.preemption import Stopped
 from models.callbacks.progress import RunProgress, duration
@@ -102,14 +103,17 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     step = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput())
     record = Record(run_dir, log, cfg, config)
-    trainer = _trainer(cfg, config, run_dir, [progress.throughput, progress, record])
+    frozen = freezing(config, task.model)
+    trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
     accumulate(config, trainer, data)
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe_backend(task.model, trainer.strategy.root_device)
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
-    return Run(trainer, task, data, progress, record, checkpoint, step, [*data.notes(), attention, *origin])
+    return Run(
+        trainer, task, data, progress, record, checkpoint, step, [*data.notes(), attention, *origin, *map(str, frozen)]
+    )
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:

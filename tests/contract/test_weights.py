@@ -1,4 +1,4 @@
-"""Every reparam and initializer, and every key of the blocks, on a backbone of each kind.
+"""Every reparam, initializer and adapter, and every key of the blocks, on a backbone of each kind.
 
 They run, at another resolution too; every trained parameter gets a gradient; samples are independent; weights are saved
 and loaded; folded weights give the same; wrong values are refused by the name of their key.
@@ -29,7 +29,7 @@ KEYS = {
     "downsample": ["deformable"],
 }
 REFUSED = {("vit_32px", "downsample", "deformable"), ("convnext_32px", "wiring", "parallel")}
-CHOICES = [(group, member) for group in ("reparam", "initializer") for member in names.options(group)]
+CHOICES = [(group, member) for group in ("reparam", "initializer", "adapter") for member in names.options(group)]
 CHOICES += [(key, value) for key, values in KEYS.items() for value in values]
 # make test: everything on a ViT, and each on one of the others
 PAIRS = [
@@ -78,7 +78,9 @@ def test_names_and_shapes_depend_on_no_value(key, value):
     assert {k: v.shape for k, v in meta.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
 
 
-@pytest.mark.parametrize(("model", "key", "value"), [pair for pair in PAIRS if pair.values[1] == "reparam"])
+@pytest.mark.parametrize(
+    ("model", "key", "value"), [pair for pair in PAIRS if pair.values[1] in ("reparam", "adapter")]
+)
 def test_folded_weights_are_plain_and_give_the_same(model, key, value):
     net, images = built(model, **{key: value}), torch.randn(2, 3, 32, 32)
     with torch.no_grad():

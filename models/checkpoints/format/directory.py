@@ -6,6 +6,7 @@ A checkpoint is `<run>/checkpoints/step-00000800/`:
 |---|---|
 | `model.safetensors` | raw weights of the model, under the model's own names |
 | `ema.safetensors` | averaged weights, if the run kept an average |
+| `adapter.safetensors` | what a run with an adapter trains, which is in `model.safetensors` too |
 | `trainer.safetensors`, `trainer.json` | everything else a run needs to go on: optimizer, schedule, loops, position |
 | `config.json` | the resolved configuration of the run |
 | `manifest.json` | format, step, epoch, metrics, commit, versions, size and SHA-256 of every other file; written last |
@@ -25,7 +26,7 @@ from typing import Any
 from conf.errors import UserError
 
 FORMAT = 1
-MODEL, EMA = "model.safetensors", "ema.safetensors"
+MODEL, EMA, ADAPTER = "model.safetensors", "ema.safetensors", "adapter.safetensors"
 TENSORS, TRAINER = "trainer.safetensors", "trainer.json"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 POINTERS = ("last", "best")
