@@ -3,6 +3,7 @@
 $ python train.py model=swin_tiny attention=agent data=imagenet1k data.root=/data/imagenet
 $ python train.py recipe=biformer/tiny_in1k data.root=/data/imagenet trainer.devices=8
 $ python train.py --help
+$ python train.py list models=swin
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
@@ -16,5 +17,12 @@ def job():
     return train
 
 
+def listed(arguments: list[str]) -> None:
+    """What can be chosen, as tables."""
+    from models.listing import show
+
+    show(arguments)
+
+
 if __name__ == "__main__":
-    cli.run("train", job, before=early.find_weights)
+    cli.run("train", job, before=early.find_weights, words={"list": listed})

@@ -40,9 +40,11 @@ def choosable() -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean 'agent'?" or "" when nothing is close."""
+    """ ", did you mean 'agent'?" or "" when nothing is close; what is much further than the nearest is left out."""
     matches = difflib.get_close_matches(name, list(names), n=3, cutoff=0.51)  # more than half
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    alike = [difflib.SequenceMatcher(None, match, name).ratio() for match in matches]
+    said = [repr(match) for match, share in zip(matches, alike, strict=True) if share > 0.75 * alike[0]]
+    return f"; did you mean {' or '.join(said)}?" if said else ""
 
 
 def short(path: Path) -> str:

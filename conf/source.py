@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from conf import families, recipes
-from conf.names import PARTS, PLACES
+from conf.names import PARTS, PLACES, options
 
 MODEL, PLAN, RECIPE = "model/", "attention/plan/", "recipe/"
 GIVEN = {
@@ -30,20 +30,14 @@ GIVEN = {
 }
 
 
+# names with a folder in them, which completion and messages show whole
+NESTED = {"recipe": recipes.names, "attention": lambda: options("attention")}
+
+
 def register() -> None:
     """Let Hydra read all of it, from any directory; call before composing."""
     Plugins.instance().register(_Conf)
     Plugins.instance().register(_ConfPath)
-
-
-def offered() -> dict[str, list[str]]:
-    """Every group, sorted, and the names that it offers."""
-    conf, found, waiting = _Conf("main", str(families.CONF)), {}, [""]
-    for group in waiting:
-        waiting += [f"{group}/{name}".strip("/") for name in conf.list(group, ObjectType.GROUP)]
-        if group and (names := conf.list(group, ObjectType.CONFIG)):
-            found[group] = names
-    return dict(sorted(found.items()))
 
 
 class _Conf(FileConfigSource):
@@ -83,6 +77,10 @@ class _Conf(FileConfigSource):
             found |= _rows(f"{config_path}/")[0].keys()
         if config_path == "" and results_filter != ObjectType.CONFIG:
             found.add("recipe")
+        if results_filter == ObjectType.CONFIG and config_path in NESTED:
+            found = set(NESTED[config_path]())
+        if results_filter == ObjectType.GROUP and config_path == "recipe":
+            found = set()
         return sorted(found)
 
 

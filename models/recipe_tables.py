@@ -155,8 +155,17 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     return f"| {' | '.join(padded)} |"
 
 
+HELP = """python -m recipes            prints the table of recipes: model, cost, published figure, status
+python -m recipes --write    writes it into docs/reference/recipes.md instead
+
+Status: unverified, forward (the authors' weights give it here) or trained (a run of ours does)."""
+
+
 def main(arguments: list[str]) -> None:
     """Print the table, or write both."""
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
     if arguments not in ([], ["--write"]):
         sys.exit(f"recipes: no such option, got {' '.join(arguments)}; use python -m recipes [--write]")
     if arguments:

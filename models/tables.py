@@ -16,6 +16,7 @@ from conf import families
 from conf.names import PARTS, PLACES, group_of
 from conf.names import options as names_in
 from models import list_attentions, recipe_tables
+from models.facts import comment, facts, small_figure
 
 ROOT = families.CONF.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -111,12 +112,9 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def _attention_row(name: str) -> tuple[str, ...]:
-    about, _, cost = _comment(_file(name)).partition("Cost: ")
-    mechanism = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
-    paper = re.search(r"arXiv:([\d.]+\d)", about)
-    token = "no" if "no class token" in cost.lower() else "yes"
-    link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
-    return f"[`{name}`](#{name})", mechanism, link, re.split("[.;,] ?", cost)[0], token
+    about = facts("attention", name)
+    token = "no" if "no class token" in about.cost.lower() else "yes"
+    return f"[`{name}`](#{name})", about.what, _arxiv(about.paper), re.split("[.;,] ?", about.cost)[0], token
 
 
 def _option_section(name: str) -> str:
@@ -132,24 +130,24 @@ def _option_section(name: str) -> str:
         rows.append(("`attention@attention.core`", "`softmax`", "the attention whose heads are weighted"))
     file = f"[conf/attention/{name}.yaml](../../conf/attention/{name}.yaml)"
     table = _table(("option", "default", ""), ((key, value, text.replace("|", "\\|")) for key, value, text in rows))
-    return f"### {name}\n\n{_comment(_file(name))} In {file}.\n\n{table}"
+    return f"### {name}\n\n{comment(_file(name))} In {file}.\n\n{table}"
 
 
 def _group_section(part: str) -> str:
     """Heading, and one line per name of a group."""
     group = group_of(part)
-    rows = (_part_row(families.CONF / group / f"{name}.yaml") for name in names_in(group))
+    rows = (_part_row(group, name) for name in names_in(group))
     return f"### {part}\n\n{_table((f'`{group}=`', 'what it is', 'paper', 'options'), rows)}"
 
 
-def _part_row(path: Path) -> tuple[str, ...]:
-    about = _comment(path)
-    paper = re.search(r"arXiv:([\d.]+\d)", about)
-    link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+def _part_row(group: str, name: str) -> tuple[str, ...]:
+    path = families.CONF / group / f"{name}.yaml"
+    about = comment(path)
+    paper = facts(group, name).paper
     what = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
     options = {key: value for key, value in yaml.safe_load(path.read_text()).items() if not key.startswith("_")}
     listed = ", ".join(f"`{key}={plain(value)}`" for key, value in options.items())
-    return f"`{path.stem}`", what.replace("|", "\\|"), link, listed.replace("|", "\\|")
+    return f"`{name}`", what.replace("|", "\\|"), _arxiv(paper), listed.replace("|", "\\|")
 
 
 def _said(name: str) -> dict[str, str]:
@@ -179,7 +177,7 @@ def _settings(name: str) -> dict[str, Any]:
 def _paper_row(paper: str, by_family: dict[str, dict[str, dict]]) -> tuple[str, ...]:
     counted = sorted(row["counted"]["parameters"] for rows in by_family.values() for row in rows.values())
     listed = ", ".join(f"`{family}` {len(rows)}" for family, rows in by_family.items())
-    return paper, listed, " to ".join(_figure(count / 1e6) for count in dict.fromkeys([counted[0], counted[-1]]))
+    return paper, listed, " to ".join(small_figure(count / 1e6) for count in dict.fromkeys([counted[0], counted[-1]]))
 
 
 def _model_section(family: str, rows: dict[str, dict]) -> str:
@@ -187,7 +185,7 @@ def _model_section(family: str, rows: dict[str, dict]) -> str:
     head = ("`model=`", "attention", "pixels", "parameters (M)", "FLOPs (G)", "published: M, G, top-1 (%) or FID")
     file = f"[conf/model/{family}.yaml](../../conf/model/{family}.yaml)"
     source = next(iter(rows.values()))["source"]
-    said = f"{_comment(families.CONF / 'model' / f'{family}.yaml')} {_paper(next(iter(rows.values())))}, {file}."
+    said = f"{comment(families.CONF / 'model' / f'{family}.yaml')} {_paper(next(iter(rows.values())))}, {file}."
     said += f" Published figures: {source}." if source else ""
     return f"### {family}\n\n{said}\n\n{_table(head, (_model_row(name, row) for name, row in rows.items()))}"
 
@@ -196,34 +194,21 @@ def _model_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     published, counted = row["published"], row["counted"]
     figures = [str(published.get(key, "–")) for key in ("parameters", "multiply_adds")]
     score = f"FID {published['fid']}" if "fid" in published else str(published.get("top1", "–"))
-    costs = (_figure(counted["parameters"] / 1e6), _figure(counted["multiply_adds"] / 1e9))
+    costs = (small_figure(counted["parameters"] / 1e6), small_figure(counted["multiply_adds"] / 1e9))
     said = ", ".join([*figures, score]) if published else ""
     return f"`{name}`", f"`{row.get('attention', 'softmax')}`", str(row["image_size"]), *costs, said
 
 
 def _paper(row: dict[str, Any]) -> str:
-    number = row["paper"].removeprefix("arXiv:")
-    return f"[{number}](https://arxiv.org/abs/{number})"
+    return _arxiv(row["paper"].removeprefix("arXiv:"))
 
 
-def _figure(value: float) -> str:
-    """Two digits behind the point below 10, one below 100, none above."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def _arxiv(number: str) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
 
 
 def _file(attention: str) -> Path:
     return families.CONF / "attention" / f"{attention}.yaml"
-
-
-def _comment(path: Path) -> str:
-    """The comment at the top of a YAML file as one line, Hydra's own header left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @"):
-            lines.append(line.removeprefix("#").strip())
-    return " ".join(lines)
 
 
 def plain(value: object) -> str:
@@ -240,9 +225,17 @@ TABLES = {
 }
 
 
+HELP = """python -m models.tables                    writes the tables of README.md and docs/reference anew, from conf/
+python -m models.tables --count <model> ... counts models and prints the field `counted` of their rows
+
+To look something up without writing: python train.py list"""
+
+
 def main(arguments: list[str]) -> None:
     """Write the tables, or count what is named."""
-    if arguments[:1] == ["--count"] and len(arguments) > 1:
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+    elif arguments[:1] == ["--count"] and len(arguments) > 1:
         for name in arguments[1:]:
             cost = cost_of(name)
             print(f"{name}: counted: {{parameters: {cost.parameters}, multiply_adds: {cost.multiply_adds}}}")

@@ -2,18 +2,18 @@
 
 import importlib
 import inspect
-import os
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra._internal.core_plugins.bash_completion import BashCompletion
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from conf import families, recipes, source
-from conf.compose import compose_run
-from conf.names import groups, options
+from conf import families, source
+from conf.compose import compose_run, version_base
+from conf.names import options
 from models import backbones, create_model, list_models, tables
 from models.backbones.base import Backbone
 
@@ -149,22 +149,19 @@ def test_plans_keep_their_names():
     assert cfg.attention.sr_ratio == [16, 8, 4, 2] and cfg.attention.hidden == 64
 
 
-def test_help_lists_what_can_be_chosen():
-    """Every group that Hydra knows of conf/, and its options, as Hydra would list them."""
-    listed = source.offered()
-    assert {"attention", "attention/plan", "fit", "model", "recipe/agent", "recipe/_bases"} <= set(listed)
-    assert listed["model"] == list_models() and listed["attention/plan"] == sorted(PLANS.split())
-    named = [f"{group}/{name}" for group, names in listed.items() for name in names]
-    assert [name for name in named if name.startswith("recipe/") and "/_" not in name] == [
-        f"recipe/{name}" for name in recipes.names()
-    ]
-    assert all(listed[group] for group in groups())
-
-
-def test_completion_offers_rows_and_no_tables():
-    line = "train.py model=swin_"
-    environment = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
-    command = [sys.executable, ROOT / "train.py", "-sc", "query=bash"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    offered = set(result.stdout.split())
-    assert {"model=swin_tiny", "model=swin_base"} <= offered and "model=swin" not in offered, result.stderr
+@pytest.mark.parametrize(
+    ("typed", "offered", "hidden"),
+    [
+        ("model=swin_", {"model=swin_tiny", "model=swin_base"}, {"model=swin"}),
+        ("recipe=", {"recipe=biformer/tiny_in1k"}, {"recipe=_bases/swin"}),
+        ("attention=", {"attention=agent", "attention=plan/agent_swin_tiny"}, set()),
+        ("attention/layout=h", {"attention/layout=halo"}, set()),
+        ("reci", {"recipe="}, set()),
+    ],
+)
+def test_completion_offers_rows_and_no_tables(typed, offered, hidden):
+    source.register()
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf"), **version_base()):
+        plugin = BashCompletion(GlobalHydra.instance().config_loader())
+        found = set(plugin._query("train", typed))
+    assert offered <= found and not hidden & found
