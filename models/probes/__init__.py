@@ -10,7 +10,7 @@ built, so that one about data needs no checkpoint; its other parameters are opti
 | `network` | the model as `model`, but where no `ckpt=` is given with the weights that it begins training with |
 | `data` | the `ImageData`, with a checkpoint labelled as in training; what it reads has been checked for evaluation |
 | `trainer` | a Lightning trainer of the command's precision and device, without loggers |
-| `input` | of the command line: where images of the user are; given by no command to a probe that does not ask for it |
+| `input` | of the command line: images of the user, which are then the `data`, prepared as for evaluation |
 | `subject` | a `Subject`: what else is known |
 """
 

@@ -1,5 +1,6 @@
 """What is evaluated: a checkpoint of ours, a published file of weights or a model before training, and its data."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.inputs import images_of
+from data.sources.pictures import Pictures
 from data.sources.relabelled import Relabelled
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.checkpoints.format.directory import of_run
@@ -119,7 +122,9 @@ class Parts:
     def made(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         """By name; the data comes first, since looking at it costs least."""
         parts: dict[str, Any] = {"input": self.given.get("input")}
-        if "data" in wanted:
+        if "input" in wanted:
+            parts["data"] = self._pictures()
+        elif "data" in wanted:
             parts["data"] = self._data("model" in wanted)
         weights = "raw"
         if {"model", "network"} & set(wanted):
@@ -133,6 +138,17 @@ class Parts:
                 self._placed(model, trainer.strategy.root_device)
         parts["subject"] = self._subject(weights)
         return parts
+
+    def _pictures(self) -> pl.LightningDataModule:
+        """The images of the user, prepared as the model's evaluation does; those of training need not be there."""
+        images = images_of(self.given["input"])
+        if images.left_out:
+            print(f"left out of {self.given['input']}, as they are no images: {images.left_out}")
+        data = part_of(self.cfg, "data")
+        trained = self.weights.classes if self.weights is not None else None
+        data.source = Pictures(images.files, legible(trained or _names(data), data.num_classes))
+        check_data(data, training=False)
+        return data
 
     def _models(self, both: bool) -> tuple[nn.Module, nn.Module | None]:
         """With raw and with averaged weights, where these are asked for or may be chosen, and are there."""
@@ -229,6 +245,16 @@ def _names(data: pl.LightningDataModule) -> list[str]:
         return list(map(str, data.class_names))
     except (ValueError, OSError):
         return []
+
+
+def legible(names: list[str], count: int) -> list[str]:
+    """Class names for people: ImageNet's in words, and numbers for those that nobody knows."""
+    if count == 1000 and (not names or all(re.fullmatch(r"n\d{8}", name) for name in names)):
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo()
+        return [info.label_name_to_description(name) for name in names or info.label_names()]
+    return names if len(names) == count else [f"class {label}" for label in range(count)]
 
 
 def _named(unknown: list[str]) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from conf import probes
+from conf import probes, text
 from conf.errors import UserError
+from conf.inputs import images_of
 from conf.names import CONF, PARTS, PLACES, choosable, nearest, options
 
 OF_MODEL = ("model", "attention", *PLACES, *(f"attention/{part}" for part in PARTS))
@@ -48,8 +49,10 @@ def refuse_useless(arguments: Mapping[str, str], node: Mapping[str, Any], probe:
             raise UserError(f"eval: {name}={value} has no effect on this evaluation; leave it out")
         if key.startswith("+") and top not in known:
             raise UserError(f"eval: there is no setting {name!r}{nearest(name, known)}")
-    if "input" in wanted and "input" not in arguments:
-        raise UserError("input: no value; give one on the command line: input=<image, folder, glob or list>")
+    if "input" in wanted:
+        if "input" not in arguments:
+            raise UserError("input: no value; give one on the command line: input=<image, folder, glob or list>")
+        images_of(text.listed(arguments["input"]))
 
 
 def _groups(arguments: Mapping[str, str], node: Mapping[str, Any]) -> set[str]:
