@@ -1,6 +1,5 @@
 """What the terminal shows while a run goes on: a line per epoch that stays, and on a terminal a live one below."""
 
-import os
 import sys
 import time
 from typing import Any
@@ -21,11 +20,12 @@ class RunProgress(Callback):
 
     Args:
         throughput: where images per second come from.
+        cores: how many this process may use, for the remedy against waiting for data.
         every_seconds: pause between plain lines when the output is not a terminal.
     """
 
-    def __init__(self, throughput: Throughput, every_seconds: float = 10.0) -> None:
-        self.throughput, self.every_seconds = throughput, every_seconds
+    def __init__(self, throughput: Throughput, cores: int = 1, every_seconds: float = 10.0) -> None:
+        self.throughput, self.cores, self.every_seconds = throughput, cores, every_seconds
         self.console = Console(stderr=False, soft_wrap=True)
         self.live: Progress | None = None
         self._started, self._first, self._printed = 0.0, 0, 0.0
@@ -106,7 +106,7 @@ class RunProgress(Callback):
         print("  ".join(shown), flush=True)
         if not self._advised and taken > ENOUGH and wait / taken > WAITING:
             self._advised = True
-            print(remedy(wait / taken, trainer.train_dataloader.num_workers, usable_cores()), flush=True)
+            print(remedy(wait / taken, trainer.train_dataloader.num_workers, self.cores), flush=True)
         self._lined = trainer.global_step
         self._begin_epoch()
 
@@ -161,11 +161,6 @@ def remedy(share: float, workers: int, cores: int) -> str:
             f"{text}; set data.workers={min(cores, 8 if workers < 8 else cores)}, or use smaller files, a faster disk"
         )
     return f"{text}, and there are {cores} cores; use smaller image files, a faster disk, or a cheaper augment="
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rate(images_per_second: float) -> str:

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from conf.errors import UserError, reason
 from conf.names import short
 from models.factory import cause_of, instantiate
+from models.runs.machine import check_accelerator
 
 
 def quiet() -> None:
@@ -86,6 +87,7 @@ def check_trainer(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
             )
+    check_accelerator(settings)
 
 
 def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
 from conf.names import PARTS, PLACES, short
+from data.cores import usable_cores
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
@@ -27,6 +28,7 @@ from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.facts import facts_of
 from models.runs.initial import check_given, start_from
+from models.runs.machine import fit_precision, fit_threads
 from models.runs.preflight import (
     check_data,
     check_monitor,
@@ -65,10 +67,12 @@ def train(cfg: DictConfig) -> float | None:
     """
     quiet()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    precision = fit_precision(cfg)
     config = resolved(cfg)
     check_settings(config)
     with lock_folder(run_dir), recorded() as log:
         run = _prepared(cfg, config, run_dir, log)
+        run.notes.extend(precision)
         trainer = run.trainer
         if trainer.is_global_zero:
             print(_headline(config, run, run_dir))
@@ -90,6 +94,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     checkpoint = _resume(cfg, run_dir, config)
     if checkpoint is None:
         check_given(config)
+    config["threads"], threads = fit_threads(cfg, read_config(checkpoint).get("threads") if checkpoint else None)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task = part_of(cfg, "task")
     origin = _origin(config, task, checkpoint)
@@ -101,7 +106,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     task.prepare(data)
     config["classes"] = data.class_names
     step = read_manifest(checkpoint)["step"] if checkpoint else 0
-    progress = RunProgress(Throughput())
+    progress = RunProgress(Throughput(), usable_cores())
     record = Record(run_dir, log, cfg, config)
     frozen = freezing(config, task.model)
     trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
@@ -111,9 +116,8 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     attention = describe_backend(task.model, trainer.strategy.root_device)
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
-    return Run(
-        trainer, task, data, progress, record, checkpoint, step, [*data.notes(), attention, *origin, *map(str, frozen)]
-    )
+    notes = [*data.notes(), attention, *threads, *origin, *map(str, frozen)]
+    return Run(trainer, task, data, progress, record, checkpoint, step, notes)
 
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
