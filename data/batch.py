@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -29,7 +30,8 @@ class Batch(NamedTuple):
 
     `images` come from the loader as uint8 (B, 3, H, W), or with the channels and numbers of another form;
     after the device stage they are float32, normalised, channels_last in memory. `labels` are int64 (B,); after
-    mixup or cutmix float32 (B, num_classes), rows summing to 1. `indices` int64 (B,) are positions in the source.
+    mixup or cutmix float32 (B, num_classes), rows summing to 1; of images with several labels float32 (B, num_classes)
+    from the start, 1 for each. `indices` int64 (B,) are positions in the source.
     `epoch` is the epoch that the batch belongs to, 0 in evaluation. `number` is the batch's number in its epoch,
     0-based and the same on all ranks. `token_labels` are `None` without label maps; after the device stage float32
     (B, rows, columns, num_classes), a distribution for each token of the model's last map.
@@ -47,7 +49,7 @@ class Sample(NamedTuple):
     """One sample that was read: an image (channels, H, W), its label, the draw that asked for it, its label map."""
 
     image: Tensor
-    label: int
+    label: int | np.ndarray
     draw: Draw
     token_labels: TokenLabels | None = None
 
@@ -67,9 +69,15 @@ def collate(samples: Sequence[Sample | None]) -> Batch:
     draw, labelled = present[0].draw, present[0].token_labels is not None
     return Batch(
         images=default_collate([sample.image for sample in present]),
-        labels=torch.tensor([sample.label for sample in present], dtype=torch.int64),
+        labels=_labels([sample.label for sample in present]),
         indices=torch.tensor([sample.draw.index for sample in present], dtype=torch.int64),
         epoch=draw.epoch,
         number=draw.number,
         token_labels=default_collate([sample.token_labels for sample in present]) if labelled else None,
     )
+
+
+def _labels(labels: Sequence[int | np.ndarray]) -> Tensor:
+    if np.ndim(labels[0]) == 0:
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(np.stack(labels).astype(np.float32))

@@ -39,6 +39,8 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
     if data.token_labels is not None and not isinstance(data.token_labels, str | os.PathLike):
         found.append(f"data.token_labels: got {data.token_labels!r}; give the folder of the label maps, or null")
+    if not isinstance(data.balanced, bool):
+        found.append(f"data.balanced: got {data.balanced!r}; give true or false")
     if not isinstance(data.drop_last, bool):
         found.append(f"data.drop_last: got {data.drop_last!r}; give true or false")
     if not isinstance(data.timeout, int | float) or data.timeout < 0:
@@ -139,6 +141,8 @@ def _training_problems(data: "ImageData", world: int) -> list[str]:
             f"data.batch_size: got {data.batch_size} on {world} process(es), {data.batch_size * world} images in all, "
             f"but the train split has {images}; set data.batch_size={max(1, images // world)} or less"
         )
+    if data.balanced and np.ndim(data.source.train.labels) == 2:
+        found.append("data.balanced: images have several labels, which cannot be drawn evenly; set data.balanced=false")
     return found if data.token_labels is None else found + token_label_problems(data)
 
 
@@ -163,6 +167,8 @@ def _label_problems(name: str, split: "Split", classes: list[str]) -> list[str]:
     if len(split) == 0:
         return [f"the {name} split has no images"]
     labels = np.asarray(split.labels)
+    if labels.ndim == 2:
+        return _several_label_problems(name, labels, classes)
     found = []
     if labels.min() < 0 or labels.max() >= len(classes):
         found.append(
@@ -176,6 +182,14 @@ def _label_problems(name: str, split: "Split", classes: list[str]) -> list[str]:
                 f"the train split has no image of {len(empty)} class(es): {some(empty)}; add images or remove them"
             )
     return found
+
+
+def _several_label_problems(name: str, labels: np.ndarray, classes: list[str]) -> list[str]:
+    """Of images with several labels, (images, classes)."""
+    if labels.shape[1] != len(classes):
+        return [f"the {name} split has labels for {labels.shape[1]} classes, but there are {len(classes)}; mend them"]
+    empty = [classes[i] for i in np.flatnonzero(~labels.any(0))] if name == "train" else []
+    return [f"the train split has no image of {len(empty)} class(es): {some(empty)}; add images"] if empty else []
 
 
 def some(names: list[str]) -> str:

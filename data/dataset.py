@@ -89,7 +89,7 @@ class Samples(Dataset[Sample | None]):
             return as_image(image), label
         read = getattr(self.split, "read", None)
         if read is not None:
-            return read(index, self.form), int(self.split.labels[index])
+            return read(index, self.form), self.split.labels[index]
         image, label = self.split[index]
         try:
             return fitted(image, self.form), label

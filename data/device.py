@@ -28,6 +28,8 @@ class BatchMixup(Mixup):
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         share = self._mix_batch(x)
+        if target.ndim == 2:  # several labels: each has its share
+            return x, target * share + target.flip(0) * (1 - share)
         return x, mixup_target(target, self.num_classes, share, self.label_smoothing)
 
 

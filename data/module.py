@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
@@ -63,6 +64,8 @@ class ImageData(pl.LightningDataModule):
         workers: loader processes per training process, or `auto`: none for an embedded source, else one per CPU
             core that this process may count on, at most 8.
         drop_last: leave out the last training batch of an epoch when it is not full.
+        balanced: draw as many images of every class in an epoch, which has as many as there are; those of small
+            classes then come several times, and some of large ones not at all.
         on_error: `raise` names the unreadable image and stops; `skip` reports it once and trains without it
             (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
@@ -88,6 +91,7 @@ class ImageData(pl.LightningDataModule):
         depth: str = "uint8",
         workers: int | str = "auto",
         drop_last: bool = True,
+        balanced: bool = False,
         on_error: str = "raise",
         timeout: float = 300,
         root: str | None = None,
@@ -99,6 +103,7 @@ class ImageData(pl.LightningDataModule):
         super().__init__()
         self.source, self.num_classes, self.batch_size = source, num_classes, batch_size
         self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
+        self.balanced = balanced
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
         self.form = Form(channels, depth)
         self.mean, self.std = (per_channel(values, self.form) for values in (mean, std))
@@ -189,6 +194,7 @@ class ImageData(pl.LightningDataModule):
             repeats=self.augment.repeated,
             drop_last=self.drop_last,
             shuffle=not overfit,
+            labels=np.asarray(self.source.train.labels) if self.balanced else None,
             accumulated=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
             blocks=getattr(self.source.train, "blocks", None),
         )

@@ -47,6 +47,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
             repeated augmentation too a batch is the same on one device that accumulates as on many.
         drop_last: leave out the last batch when it is not full. When kept, it is split as evenly as possible and
             still left out when some process would get nothing.
+        labels: of the images, to draw as many of every class (`balanced`); `None` draws every image once.
         shuffle: `False` keeps the source's order in every epoch (overfitting on the first batches).
 
     `start_batch` (and `start_epoch`, if set) apply to the next iteration only: batches before them are skipped
@@ -65,7 +66,9 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         shuffle: bool = True,
         accumulated: int = 1,
         blocks: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
+        self.labels = labels
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.repeats, self.accumulated = rank, world, repeats, accumulated
         self.drop_last, self.shuffle, self.blocks = drop_last, shuffle, blocks
@@ -121,6 +124,8 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         if not self.shuffle:
             return np.arange(self.length)
         random = generator(self.seed, ORDER, epoch)
+        if self.labels is not None:
+            return balanced(self.labels, random)
         return random.permutation(self.length) if self.blocks is None else by_blocks(self.blocks, random)
 
 
@@ -133,6 +138,22 @@ def by_blocks(blocks: np.ndarray, random: np.random.Generator) -> np.ndarray:
         for few in (shards[start : start + TOGETHER] for start in range(0, len(shards), TOGETHER))
     ]
     return np.concatenate(parts) if parts else np.arange(0)
+
+
+def balanced(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """As many draws as there are images, of every class the same number (or one more), in random order.
+
+    The images of a class come in turn: none for the second time before all have come.
+    """
+    classes = np.unique(labels)
+    share, rest = divmod(len(labels), len(classes))
+    more = set(random.permutation(len(classes))[:rest].tolist())
+    drawn = []
+    for number, label in enumerate(classes):
+        images, wanted = np.flatnonzero(labels == label), share + (number in more)
+        rounds = [random.permutation(images) for _ in range(-(-wanted // len(images)))]
+        drawn.append(np.concatenate([*rounds, images[:0]])[:wanted])
+    return random.permutation(np.concatenate(drawn))
 
 
 class EvaluationBatchSampler(Sampler[list[Draw]]):

@@ -3,9 +3,11 @@
 Shapes: B = batch, K = classes, L = layers that return an auxiliary loss, H W C = map of the last stage.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from conf.errors import UserError
 from models.tasks.base import Task
 from models.tasks.fit import check_fits, check_outputs
+from models.tasks.multilabel import check_labels
+from models.tasks.objective import check_loss, check_weights, class_weights, loss_of
 from models.tasks.schedule import check_number
 from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
@@ -32,6 +36,9 @@ class Classification(Task):
         token_weight: of the loss on token labels (`models.tasks.token_labelling`), which the data must then have; 0
             for none. The model then has `forward_tokens` and `classify_with_losses`, see
             `models.backbones.base.Backbone`.
+        loss: `ce`, or `bce` for a binary cross entropy per class; the loss of validation is the cross entropy.
+        class_weights: in the loss of training, a number per class; `auto`: in inverse proportion to the images of a
+            class. None: all the same.
 
     Raises:
         ValueError: a setting out of range, or a model that generates images instead of naming their class.
@@ -47,6 +54,8 @@ class Classification(Task):
         label_smoothing: float = 0.0,
         auxiliary: dict[str, dict[str, Any]] | None = None,
         token_weight: float = 0.0,
+        loss: str = "ce",
+        class_weights: str | Sequence[float] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -59,9 +68,13 @@ class Classification(Task):
             raise UserError(f"task: label_smoothing must be in [0, 1), got {label_smoothing}; set task.label_smoothing")
         check_number("task", "token_weight", token_weight)
         check_outputs(model, num_classes)
+        check_loss(loss)
+        check_weights(class_weights, num_classes)
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
+        self.loss, self.given_weights, self.num_classes = loss, class_weights, num_classes
+        self.register_buffer("class_weights", None, persistent=False)
         self.with_labels = getattr(model, "learns_from_labels", False)
         self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
         # `model.compile` is about `model(images)` alone
@@ -69,6 +82,11 @@ class Classification(Task):
 
     def prepare(self, data: pl.LightningDataModule) -> None:
         check_fits(self.model, data)
+        if getattr(data, "source", None) is not None:
+            check_labels(data.source.val.labels, several=False)
+        if self.given_weights is not None and self.model.training:
+            labels = np.asarray(data.source.train.labels)
+            self.class_weights = class_weights(self.given_weights, labels, self.num_classes).to(self.device)
         prepare(data, self.token_weight, self.model)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -77,7 +95,7 @@ class Classification(Task):
             logits, losses = self.model(batch.images, return_losses=True, **labels)
         else:
             logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images, **labels)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        loss = loss_of(logits.float(), batch.labels, self.loss, self.label_smoothing, self.class_weights)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
         if self.token_head is not None:
             of_tokens = self.token_head.loss(tokens_BHWC, batch.token_labels, self.label_smoothing)

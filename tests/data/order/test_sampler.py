@@ -1,5 +1,6 @@
 """The order of batches is a function of seed and epoch, the same for any number of processes."""
 
+import numpy as np
 import pytest
 
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
@@ -121,3 +122,21 @@ def test_evaluation_sees_every_image_once_on_any_number_of_processes(world):
     assert sorted(draw.index for draw in drawn) == list(range(10))
     assert {(draw.epoch, draw.repeat) for draw in drawn} == {(0, 0)}
     assert all(len(part) == len(EvaluationBatchSampler(10, 4, rank, world)) for rank, part in enumerate(parts))
+
+
+def test_balanced_epochs_have_as_many_of_every_class():
+    labels = np.array([0] * 13 + [1] * 5 + [2] * 2)
+
+    def epoch(number, start=0, world=1, rank=0):
+        sampler = EpochBatchSampler(20, 5 // world if world > 1 else 5, 3, rank, world, labels=labels)
+        sampler.start_epoch, sampler.start_batch = number, start
+        return [draw.index for batch in sampler for draw in batch]
+
+    for number in range(3):
+        drawn = epoch(number)
+        counts = np.bincount(labels[drawn])
+        assert len(drawn) == 20 and sorted(counts.tolist()) == [6, 7, 7]
+        assert len({i for i in drawn if labels[i] == 0}) == counts[0]  # none twice while others wait
+        assert {i for i in drawn if labels[i] == 1} == set(range(13, 18))
+        assert epoch(number) == drawn and epoch(number, start=2) == drawn[10:]
+    assert epoch(0) != epoch(1)
