@@ -9,6 +9,7 @@ import numpy as np
 from conf.values import is_number
 from data.sources.form import LARGEST, MAX_CHANNELS
 from data.sources.imagefolder import ImageFolder
+from data.sources.part import subset_problems
 from data.token_labels import LabelMaps
 from data.transforms import is_size, sides
 
@@ -35,6 +36,7 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"seed: got {data.seed!r}; give a whole number from 0 to {LARGEST_SEED}")
     if data.workers != "auto" and not _whole(data.workers, 0):
         found.append(f"data.workers: got {data.workers!r}; give a whole number from 0, or auto")
+    found += subset_problems(data.subset)
     if data.on_error not in ("raise", "skip"):
         found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
     if data.token_labels is not None and not isinstance(data.token_labels, str | os.PathLike):
@@ -148,8 +150,9 @@ def _training_problems(data: "ImageData", world: int) -> list[str]:
 
 def token_label_problems(data: "ImageData") -> list[str]:
     """What keeps this source and this augmentation from being trained with the label maps."""
-    if not isinstance(data.source, ImageFolder):
-        kind = type(data.source).__name__
+    source = getattr(data.source, "whole", data.source)
+    if not isinstance(source, ImageFolder):
+        kind = type(source).__name__
         return [
             f"data.token_labels: label maps belong to image files, got {kind} as source; set data.token_labels=null"
         ]

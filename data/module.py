@@ -25,6 +25,7 @@ from data.device import DeviceStage
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
 from data.sources import Source
 from data.sources.form import Form, per_channel
+from data.sources.part import Part, subset_problems
 from data.token_labels import LabelMaps
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 
@@ -71,6 +72,7 @@ class ImageData(pl.LightningDataModule):
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
         root, val_fraction, split, classes: of a source that has them (`data.sources.imagefolder`), which gets them
             itself; here they have short names on the command line.
+        subset: trains on a part of the images only, `10%` of each class or so many of each (`data.sources.part`).
         token_labels: the folder of label maps for the training images (`data.token_labels`).
 
     A task that trains with label maps sets `token_grid`, rows and columns of its model's tokens, before training.
@@ -98,10 +100,13 @@ class ImageData(pl.LightningDataModule):
         val_fraction: float | None = None,
         split: str | None = None,
         classes: str | None = None,
+        subset: str | int | None = None,
         token_labels: str | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.num_classes, self.batch_size = source, num_classes, batch_size
+        self.subset = subset
+        self.source = Part(source, subset, seed) if subset is not None and not subset_problems(subset) else source
+        self.num_classes, self.batch_size = num_classes, batch_size
         self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
         self.balanced = balanced
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error

@@ -33,6 +33,7 @@ def leave_split(source: Any, folder: Path) -> None:
 
 def take_split(source: Any, folder: Path) -> None:
     """Lets a source that has read nothing yet split as the `split.csv` of a folder says, where there is one."""
+    source = getattr(source, "whole", source)  # of a part (`data.sources.part`)
     if hasattr(source, "split") and (folder / NAME).is_file():
         source.split = folder / NAME
 

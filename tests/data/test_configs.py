@@ -16,7 +16,19 @@ from models.factory import instantiate
 CONF = Path(__file__).parents[2] / "conf"
 DATA = sorted((CONF / "data").glob("*.yaml"))
 AUGMENT = sorted((CONF / "augment").glob("*.yaml"))
-KEYS = ("num_classes", "image_size", "batch_size", "augment", "seed", "workers", "eval", "mean", "std", "on_error")
+KEYS = (
+    "num_classes",
+    "image_size",
+    "batch_size",
+    "augment",
+    "seed",
+    "workers",
+    "eval",
+    "mean",
+    "std",
+    "on_error",
+    "subset",
+)
 
 
 def name(path):
