@@ -20,6 +20,7 @@ from conf.folders import printable
 from conf.lists import in_order, read_classes
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import UnreadableImage, read_image
+from data.sources.form import RGB, Form
 from data.sources.imagelist import numbered
 from data.sources.shard_index import Index, index_of
 
@@ -47,13 +48,17 @@ class ShardSplit:
         return ShardSplit(self.shards, self.shard_of[chosen], self.places[chosen], self.labels[chosen])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.read(index), int(self.labels[index])
+
+    def read(self, index: int, form: Form = RGB) -> Image.Image | np.ndarray:
+        """An image, in another form as an array."""
         shard, (offset, size) = int(self.shard_of[index]), self.places[index].tolist()
         name = f"{self.shards[shard]} at byte {offset}"
         try:
             content = os.pread(self._file(shard), size, offset)
         except OSError as error:
             raise UnreadableImage(f"webdataset: a shard cannot be read, got {name} ({error}); mend it") from error
-        return read_image(content, name), int(self.labels[index])
+        return read_image(content, name, form)
 
     def _file(self, shard: int) -> int:
         key = os.getpid(), shard

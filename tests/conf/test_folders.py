@@ -117,11 +117,11 @@ def test_what_is_no_image_by_its_suffix_is_counted(tmp_path):
     assert suffixes(left_out) == "2 .heic, 1 .txt, 1 without a suffix"
 
 
-def test_every_suffix_is_one_that_pillow_reads():
+def test_every_suffix_is_one_that_pillow_or_numpy_reads():
     from PIL import Image, features
 
     Image.init()
-    missing = {".avif", ".avifs"} if not features.check("avif") else set()
+    missing = {".npy"} | ({".avif", ".avifs"} if not features.check("avif") else set())
     assert {Image.registered_extensions().get(suffix) in Image.OPEN for suffix in set(EXTENSIONS) - missing} == {True}
 
 
