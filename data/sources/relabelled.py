@@ -14,19 +14,24 @@ from data.sources import Source, Split
 class RelabelledSplit:
     """A split with other labels; everything else, such as paths, is that of the split."""
 
-    def __init__(self, split: Split, labels: np.ndarray) -> None:
-        self._split, self._labels = split, labels
-        self.labels = labels[np.asarray(split.labels)]
+    def __init__(self, split: Split, labels: np.ndarray, count: int) -> None:
+        self._split = split
+        given = np.asarray(split.labels)
+        if given.ndim == 2:  # several of one image
+            self.labels = np.zeros((len(given), count), given.dtype)
+            self.labels[:, labels] = given
+        else:
+            self.labels = labels[given]
 
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._split[index]
-        return image, int(self._labels[label])
+    def __getitem__(self, index: int) -> tuple[Any, int | np.ndarray]:
+        image, label = self._split[index][0], self.labels[index]
+        return image, int(label) if self.labels.ndim == 1 else label
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_split", "_labels"):  # while a worker unpickles it
+        if name.startswith("__") or name == "_split":  # while a worker unpickles it
             raise AttributeError(name)
         return getattr(self._split, name)
 
@@ -54,8 +59,8 @@ class Relabelled:
 
     @cached_property
     def train(self) -> RelabelledSplit:
-        return RelabelledSplit(self.source.train, self._labels)
+        return RelabelledSplit(self.source.train, self._labels, len(self.classes))
 
     @cached_property
     def val(self) -> RelabelledSplit:
-        return RelabelledSplit(self.source.val, self._labels)
+        return RelabelledSplit(self.source.val, self._labels, len(self.classes))

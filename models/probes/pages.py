@@ -5,7 +5,9 @@ import io
 from html import escape
 from typing import Any
 
-from data.sources.decode import read_image
+from PIL import Image
+
+from data.sources.decode import UnreadableImage, read_image
 
 SIDE = 112  # pixels of a thumbnail
 STYLE = """
@@ -51,7 +53,11 @@ def _figure(row: dict[str, Any]) -> str:
 
 
 def _thumbnail(file: str) -> str:
-    image, encoded = read_image(file), io.BytesIO()
+    encoded = io.BytesIO()
+    try:
+        image = read_image(file)
+    except UnreadableImage:  # as colours: the model saw other channels
+        image = Image.new("RGB", (SIDE, SIDE), "grey")
     image.thumbnail((SIDE, SIDE))
     image.save(encoded, "JPEG", quality=80)
     return base64.b64encode(encoded.getvalue()).decode()

@@ -13,7 +13,6 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from conf.values import whole
-from data.sources.pictures import UNREADABLE
 from models.probes import Report, Subject
 from models.probes.pages import thumbnails as page_of
 
@@ -24,7 +23,7 @@ class Guesses(Metric):
     """The best classes of every image, over batches and processes."""
 
     full_state_update = False
-    fields = ("indices", "labels", "classes", "probabilities")
+    fields = ("indices", "unreadable", "classes", "probabilities")
 
     def __init__(self, top: int) -> None:
         super().__init__()
@@ -32,13 +31,13 @@ class Guesses(Metric):
         for name in self.fields:
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, logits_BK: Tensor, batch: Any) -> None:
+    def update(self, logits_BK: Tensor, indices_B: Tensor, unreadable_B: Tensor) -> None:
         probabilities_BT, classes_BT = logits_BK.softmax(-1).topk(self.top)
-        for name, values in zip(self.fields, (batch.indices, batch.labels, classes_BT, probabilities_BT), strict=True):
+        for name, values in zip(self.fields, (indices_B, unreadable_B, classes_BT, probabilities_BT), strict=True):
             getattr(self, name).append(values)
 
     def compute(self) -> list[Tensor]:
-        """Positions and labels (N,), classes and probabilities (N, T), in the order of the images."""
+        """Positions and whether unreadable (N,), classes and probabilities (N, T), in the order of the images."""
         found = [dim_zero_cat(getattr(self, name)).cpu() for name in self.fields]
         order = found[0].argsort()
         return [values[order] for values in found]
@@ -53,8 +52,10 @@ class Prediction(pl.LightningModule):
         self.found: list[Tensor] = []
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        unreadable_B = self.trainer.datamodule.source.val.unreadable[batch.indices.cpu()]
         with torch.no_grad():
-            self.guesses.update(self.model(batch.images).float(), batch)
+            logits_BK = self.model(batch.images).float()
+        self.guesses.update(logits_BK, batch.indices, unreadable_B.to(logits_BK.device))
 
     def on_validation_epoch_end(self) -> None:
         self.found = self.guesses.compute()
@@ -84,9 +85,9 @@ def predict(
     trainer.validate(task, data, verbose=False)
     split, names = data.source.val, data.class_names
     rows, unreadable = [], []
-    for index, label, classes, probabilities in zip(*(values.tolist() for values in task.found), strict=True):
-        if label == UNREADABLE:
-            unreadable.append({"file": split.files[index], "reason": split.trouble(index)})
+    for index, failed, classes, probabilities in zip(*(values.tolist() for values in task.found), strict=True):
+        if failed:
+            unreadable.append({"file": split.files[index], "reason": split.trouble(index, data.form)})
         else:
             rows.append(_row(split.files[index], [names[i] for i in classes], probabilities))
     counts = Counter(row["class"] for row in rows)
