@@ -1,5 +1,6 @@
 """`python eval.py` on published files of weights and with recipes; checkpoints of runs are in test_train.py."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -148,3 +149,27 @@ def test_wrong_recipes(published, command, tmp_path):
     ckpt = tmp_path / "outputs" / "short" / "checkpoints" / "last"
     err = refused(command, "recipe=davit/tiny_in1k", f"ckpt={ckpt}")
     assert "the recipe davit/tiny_in1k is for davit_tiny, the checkpoint holds vit_32px; give the recipe" in err
+
+
+def test_several_checkpoints_and_sizes_in_one_command(command, tmp_path):
+    torch.manual_seed(0)
+    save_file(create_model("vit_32px", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:900])
+    command_line = ("model=vit_32px", "data=fake", "data.source.val_images=6", "image_size=[32,48]", "weights=raw")
+    status, out, err = command("eval", "ckpt=w.safetensors,half.safetensors", *command_line, "output=here", "-m")
+    assert status == 2 and "2 of 4 evaluations failed: ckpt=half.safetensors image_size=32; ckpt=half" in err, err
+    assert "2 of 4 evaluations" in out and "ckpt=half.safetensors image_size=48: load_weights: not a valid" in out
+    assert "Traceback" not in err and not (tmp_path / "multirun").exists()
+    small, large = (json.loads((tmp_path / f"here/fake-{size}-w.json").read_text()) for size in (32, 48))
+    assert large["flops"] > 2 * small["flops"] and large["val/loss"] != small["val/loss"]
+    with (tmp_path / "here/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["ckpt"], row["image_size"]) for row in rows] == [("w.safetensors", "32"), ("w.safetensors", "48")]
+    assert rows[0]["loss"] == f"{small['val/loss']:.4f}"
+
+
+def test_weights_that_are_not_there_are_not_taken(command, tmp_path):
+    save_file(create_model("vit_32px", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    weights = ("ckpt=w.safetensors", "model=vit_32px", "data=fake", "data.source.val_images=6")
+    assert "no averaged weights, got weights=ema; leave that out" in refused(command, *weights, "weights=ema")
+    assert "weights must be raw, ema or auto, got 'best'" in refused(command, *weights, "weights=best")

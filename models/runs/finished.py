@@ -16,12 +16,14 @@ from data.sources.pictures import Pictures
 from data.sources.relabelled import Relabelled
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.checkpoints.format.directory import of_run
+from models.checkpoints.hub import is_name
 from models.probes import Subject
 from models.runs.initial import in_our_names
 from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
 from models.runs.resume import differences
 from models.runs.training import title
+from models.runs.useful import is_weights
 
 SHOWN = 5  # names in a message before it says how many more there are
 
@@ -56,7 +58,7 @@ class Weights(NamedTuple):
 
 def weights_of(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """What `ckpt=` names."""
-    return _of_file(cfg, given) if Path(cfg.ckpt).is_file() else _of_directory(cfg, given)
+    return _of_file(cfg, given) if is_weights(cfg.ckpt) else _of_directory(cfg, given)
 
 
 def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
@@ -94,10 +96,12 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
     path, classes = Path(cfg.ckpt), given["model"]["num_classes"]
+    if is_name(cfg.ckpt):  # results go to the working directory
+        path = Path(path.name.rpartition(":")[2])
 
     def load(ema: bool) -> dict[str, Tensor] | None:
         try:
-            content = load_weights(path, ema)
+            content = load_weights(cfg.ckpt, ema)
         except UserError:
             if not ema:
                 raise
@@ -107,7 +111,7 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
             print(note)
         return state
 
-    known = {"checkpoint": str(path), "model": given["run"]["model"]}
+    known = {"checkpoint": str(cfg.ckpt), "model": given["run"]["model"]}
     latest = path.with_name(f"{path.name}.metrics.json")
     return Weights(f"{title(given)}, {path.name}", known, path, latest, load)
 

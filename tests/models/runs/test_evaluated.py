@@ -7,6 +7,7 @@ from conf.cases import cases, differing
 from conf.errors import UserError
 from conf.text import literal
 from models.runs.evaluated import offer, take_config
+from models.runs.useful import is_weights
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,9 @@ def test_without_a_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="runs here: outputs/mine"):
         take_config(["probe=accuracy"])
     assert take_config(["--help"]) == ["--help", "probe=accuracy"]
+
+
+def test_what_is_a_file_of_weights(weights, tmp_path):
+    (tmp_path / "best").write_text("step-00000001")  # a pointer, where a file system has no links
+    found = {name: is_weights(name) for name in ("w.pth", "best", "outputs", "timm/vit_tiny", "hf-hub:a/b")}
+    assert found == {"w.pth": True, "best": False, "outputs": False, "timm/vit_tiny": True, "hf-hub:a/b": True}
