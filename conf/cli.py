@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, help, layout, leftovers, mistakes, resolvers, source, text
+from conf import extras, help, layout, leftovers, mistakes, resolvers, settings, source, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError
 from conf.names import CONF, choosable, options
@@ -50,6 +50,7 @@ def run(
         try:
             if missing := extras.missing(cfg):
                 raise UserError("\n".join(missing))
+            settings.check(cfg)
             return job()(cfg)
         except UserError as error:
             failed.append(error.status)
@@ -70,7 +71,10 @@ def run(
         arguments = text.literal(arguments)
         mistakes.refuse_choices(arguments)
         mistakes.refuse_recipes(arguments)
-        if config_name == "train":
+        mistakes.Parser(get_args_parser(), config_name).parsed(arguments)
+        if config_name == "eval":
+            mistakes.refuse_foreign(arguments)
+        else:
             arguments = _let_sweeps_set_everything(arguments)
         if before is not None:
             arguments = before(arguments)
@@ -130,8 +134,8 @@ def _let_sweeps_set_everything(arguments: list[str]) -> list[str]:
         "train",
         [f"{key}={next(text.parts(value))}" for key, value in pairs if value and not key.startswith(("-", "hydra."))],
     )
-    settings = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
-    free = [key for key in settings if key not in (*choosable(), "recipe") and not key.startswith(("hydra.", "run."))]
+    given = [key for key, value in pairs if value and re.fullmatch(r"[a-z_][\w.]*", key)]
+    free = [key for key in given if key not in (*choosable(), "recipe") and not key.startswith(("hydra.", "run."))]
     return [f"++{argument}" if argument.partition("=")[0] in free else argument for argument in arguments]
 
 

@@ -100,6 +100,14 @@ def refuse_choices(arguments: list[str]) -> None:
             raise UserError(f"{group}: there is no {value!r}{_of_yours(group, value)}")
 
 
+def refuse_foreign(arguments: list[str]) -> None:
+    """What `ckpt=` of eval.py is called elsewhere, before it is missed."""
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if given and key in foreign.EVAL["ckpt"].split():
+            raise UserError(f"there is no setting {key!r}{foreign.advice('eval', key, value)}")
+
+
 def refuse_recipes(arguments: list[str]) -> None:
     """Hydra only says that there is no such file."""
     names = recipes.names()
@@ -119,7 +127,8 @@ def no_such_option(error: MissingConfigException) -> str:
     if group.endswith("/plan"):
         group, name, choices = "attention", f"plan/{name}", options("attention")
     close = nearest(name, choices)
-    return f"{group}: there is no {name!r}{close or _of_yours(group, name)}\n{_offer(group, name, choices)}"
+    known = _of_yours(group, name) if not close or Path(name).exists() else close
+    return f"{group}: there is no {name!r}{known}\n{_offer(group, name, choices)}"
 
 
 def _of_yours(group: str, name: str) -> str:

@@ -1,7 +1,8 @@
-"""What is said of the weights of `init=` before torch is loaded: that there are none, here or on the hub."""
+"""What is said of the weights of `init=` and `resume=` before torch is loaded: that there are none."""
 
 from pathlib import Path
 
+from conf import text
 from conf.errors import UserError
 from models.checkpoints.format.directory import resolve
 from models.checkpoints.hub import TIMM, fetch, is_name
@@ -13,8 +14,10 @@ def find_weights(arguments: list[str]) -> list[str]:
     Raises:
         UserError: there are none.
     """
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    path = given.get("init", "").strip("'\"")
+    given = {key: text.plain(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+    if given.get("resume", "") not in ("", "auto", "null") and not any(a.startswith("-") for a in arguments):
+        resolve(given["resume"])
+    path = given.get("init", "")
     folder = Path("outputs", given.get("run.name", ""), "checkpoints")
     if path in ("", "null") or any(argument.startswith("-") for argument in arguments) or folder.exists():
         return arguments  # one that goes on does not need them

@@ -8,11 +8,12 @@ from omegaconf import DictConfig
 from conf import cases, probes
 from conf.compose import compose
 from conf.errors import UserError
+from conf.settings import resolved
 from models.attention.backend import describe_backend
 from models.probes import Report
 from models.runs import evaluated
 from models.runs.finished import Parts, Weights
-from models.runs.preflight import part_of, quiet, resolved
+from models.runs.preflight import part_of, quiet
 from models.runs.report import print_rows, print_table, write_json
 from models.runs.results import keep, keep_table
 from models.runs.verdict import deviations, judge

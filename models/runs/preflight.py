@@ -2,24 +2,20 @@
 
 import fcntl
 import logging
-import math
 import os
 import platform
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-from conf.errors import UserError, reason
+from conf.errors import UserError
 from conf.names import short
 from models.factory import cause_of, instantiate
-from models.runs.machine import check_accelerator
 
 
 def quiet() -> None:
@@ -36,58 +32,6 @@ def quiet() -> None:
         ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=text)
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain data, every interpolation replaced."""
-    written = dict(_leaves(OmegaConf.to_container(cfg)))
-    if missing := [key for key, value in written.items() if value == "???"]:
-        wanted = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"{', '.join(missing)}: no value; give one on the command line: {wanted}")
-    for key, value in written.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}: must be a finite number or text, got {value}; write {key}=\\'{value}\\' for text")
-    try:
-        return OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        message = reason(error)
-        raise UserError(message if message != str(error).splitlines()[0] else f"{key}: {message}") from error
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that holds a value, with the value as it is written."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield path, node
-    else:
-        for name, value in items:
-            yield from _leaves(value, f"{path}.{name}" if path else str(name))
-
-
-def check_settings(config: dict[str, Any]) -> None:
-    """What no single part can judge, before anything is built."""
-    seed, precision = config["seed"], str(config["trainer"]["precision"])
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        what = "a whole number of at least 0" if type(seed) is not int or seed < 0 else "below 2**32"
-        raise UserError(f"seed: must be {what}, got {seed!r}; set seed=0, for instance")
-    if precision in ("16-true", "bf16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16"):
-        raise UserError(
-            "trainer: weights are kept in 32 bits (half precision loses small updates and averages), "
-            f"got precision={precision}; set trainer.precision=bf16-mixed, 16-mixed or 32-true"
-        )
-    check_trainer(config["trainer"])
-
-
-def check_trainer(settings: dict[str, Any]) -> None:
-    """Counts that Lightning would stumble over later."""
-    for name, least in [("max_epochs", 0), ("accumulate_grad_batches", 1), ("check_val_every_n_epoch", 1)]:
-        value = settings.get(name)
-        if value is not None and (type(value) is not int or (value < least and (name, value) != ("max_epochs", -1))):
-            raise UserError(
-                f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
-            )
-    check_accelerator(settings)
 
 
 def check_monitor(config: dict[str, Any], task: pl.LightningModule) -> None:

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import RunFailed, UserError
 from conf.names import PARTS, PLACES, short
+from conf.settings import check_settings, resolved
 from data.cores import usable_cores
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
@@ -28,15 +29,13 @@ from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.facts import facts_of
 from models.runs.initial import check_given, start_from
-from models.runs.machine import fit_precision, fit_threads
+from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.preflight import (
     check_data,
     check_monitor,
-    check_settings,
     lock_folder,
     part_of,
     quiet,
-    resolved,
 )
 from models.runs.record import Record, RunLog, recorded
 from models.runs.report import draw_curves, next_steps, print_table, write_json
@@ -70,6 +69,7 @@ def train(cfg: DictConfig) -> float | None:
     precision = fit_precision(cfg)
     config = resolved(cfg)
     check_settings(config)
+    check_accelerator(config["trainer"])
     with lock_folder(run_dir), recorded() as log:
         run = _prepared(cfg, config, run_dir, log)
         run.notes.extend(precision)

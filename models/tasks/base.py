@@ -4,6 +4,7 @@ Shapes: L = layers that return an auxiliary loss.
 """
 
 import math
+import re
 from typing import Any
 
 import pytorch_lightning as pl
@@ -171,4 +172,6 @@ def _check_settings(model: nn.Module, optimizer: dict[str, Any], schedule: dict[
         try:
             _optimizer(model, {key: value for key, value in optimizer.items() if key != "reference_batch"})
         except (TypeError, ValueError, AssertionError) as error:
-            raise UserError(f"optimizer: timm cannot make it from {optimizer}: {error}; see conf/optimizer") from error
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            why = f"it has no setting {unknown[1]!r}; leave optimizer.{unknown[1]} out" if unknown else str(error)
+            raise UserError(f"optimizer: timm cannot make it with opt={optimizer.get('opt')}: {why}") from error

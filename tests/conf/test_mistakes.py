@@ -4,9 +4,9 @@ import re
 
 import pytest
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-from conf import foreign, help, layout, mistakes
+from conf import foreign, help, layout, mistakes, settings
 from conf.compose import compose_run
 from conf.errors import UserError
 from conf.names import choosable, options
@@ -76,12 +76,36 @@ def test_what_others_call_something_exists_here():
 def test_the_command_line_says_it(command):
     cases = {
         "ckpt_path=a.pth": "write init=a.pth (weights to start from) or resume=a.pth (a run to continue)",
+        "+optimizer.foo=1": "no optimizer of timm has the setting 'foo'; leave optimizer.foo out",
         "model=resnet50": "model: there is no 'resnet50'",
     }
     for argument, said in cases.items():
         status, _, err = command("train", argument)
         assert status == 2 and said in err, err
     assert "all 1" in err and "python train.py list models" in err and len(err) < 400
+
+
+def test_evaluation_says_it_before_it_misses_a_checkpoint(command):
+    assert "there is no setting 'ckpt_path'; write ckpt=x" in command("eval", "ckpt_path=x")[2]
+    assert "got 'vit_tiny'; write " in command("eval", "vit_tiny")[2]
+
+
+def test_values_are_judged_without_torch():
+    def composed(*arguments):
+        cfg, _ = compose_run(list(arguments))
+        with open_dict(cfg):
+            del cfg["run"]  # of a run that has begun
+        return cfg
+
+    settings.check(composed())
+    settings.check(composed("+optimizer.momentum=0.9", "+optimizer.caution=true"))
+    for argument, said in [
+        ("optimizer.lr=abc", "optimizer: lr must be a number of at least 0, got 'abc'; set optimizer.lr"),
+        ("schedule.min_lr=-1", "schedule: min_lr must be a number of at least 0, got -1"),
+        ("data=imagefolder", "data.root: no image folder, got None"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            settings.check(composed(argument))
 
 
 def test_what_is_written_in_its_place():
