@@ -25,6 +25,7 @@ def _of_training() -> list[str]:
     per_paper: dict[str, int] = {}
     for name in recipes.names():
         per_paper[name.partition("/")[0]] = per_paper.get(name.partition("/")[0], 0) + 1
+    general = sorted(set(recipes.offered()) - set(recipes.names()))
     mixing = [name for name in options("attention") if "/" not in name]
     shown = {"model", "attention", *PLACES}
     return [
@@ -32,7 +33,7 @@ def _of_training() -> list[str]:
         *_entry("attention", f"{', '.join(mixing)}; {len(options('attention')) - len(mixing)} plans of models"),
         *_entry("  /part", f"attention/<part>= {_counts({part: len(options(f'attention/{part}')) for part in PARTS})}"),
         *_entry("places", _counts({place: len(options(place)) for place in PLACES})),
-        *_entry("recipe", f"{sum(per_paper.values())}: {_counts(per_paper, '/')}"),
+        *_entry("recipe", f"{', '.join(general)}; {sum(per_paper.values())} published: {_counts(per_paper, '/')}"),
         *_entry("data", ", ".join(options("data"))),
         *_entries({group: options(group) for group in groups() if group not in shown | {"data", "probe", "fit"}}),
     ]

@@ -61,7 +61,7 @@ def _bare(argument: str, program: str, arguments: list[str]) -> str:
     if Path(argument).exists():
         known = known or ("init" if Path(argument).is_file() else "data=imagefolder data.root")
     else:
-        kinds = [("recipe", recipes.names()), *((group, options(group)) for group in ("model", "attention", "data"))]
+        kinds = [("recipe", recipes.offered()), *((group, options(group)) for group in ("model", "attention", "data"))]
         known = next((group for group, names in kinds if argument in names), "")
     if known:
         return f"{start}; write {known}={argument}"
@@ -110,12 +110,12 @@ def refuse_foreign(arguments: list[str]) -> None:
 
 def refuse_recipes(arguments: list[str]) -> None:
     """Hydra only says that there is no such file."""
-    names = recipes.names()
+    names, known = recipes.names(), recipes.offered()
     for argument in arguments:
         key, _, value = argument.partition("=")
         for name in value.split(",") if key == "recipe" and re.fullmatch(r"[\w/.,-]+", value) else []:
-            if name not in (*names, "null"):
-                raise UserError(f"recipe: there is no {name!r}{nearest(name, names)}\n{_offer('recipe', name, names)}")
+            if name not in (*known, "null"):
+                raise UserError(f"recipe: there is no {name!r}{nearest(name, known)}\n{_offer('recipe', name, names)}")
 
 
 def no_such_option(error: MissingConfigException) -> str:

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file per published result, offered to Hydra as `recipe=<path below recipes/>`.
+"""Recipes: one YAML file per published result, offered to Hydra as `recipe=<path below recipes/>`, and `finetune`.
 
 A recipe names its building blocks from conf/, sets every number in which the paper differs from their defaults, and
 states under `target` the result that it must give. What several recipes share stands in `_bases/`, from which they
@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[1] / "recipes"
 
 
 def names() -> list[str]:
-    """Every recipe as written on the command line, e.g. `biformer/tiny_in1k`."""
+    """Every recipe of a published result as written on the command line, e.g. `biformer/tiny_in1k`."""
+    return [name for name in offered() if "/" in name]
+
+
+def offered() -> list[str]:
+    """Those, and the ones that state no result: `finetune`."""
     found = (path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
     return sorted(name for name in found if not name.startswith("_"))
 

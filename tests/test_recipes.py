@@ -11,6 +11,7 @@ from PIL import Image
 from conf import recipes
 from conf.compose import compose_run
 from conf.names import PLACES
+from models.runs.initial import check_given
 from models.runs.verdict import deviations, judge
 
 NAMES = recipes.names()
@@ -49,6 +50,18 @@ def test_a_command_reads_its_own_recipe(monkeypatch):
         read = {path.relative_to(recipes.ROOT).as_posix() for path in files}
         assert read == {f"{name}.yaml"} | bases.get(name, set())
         assert choices["recipe"] == name and cfg.target.paper == recipes.load(name).target.paper
+
+
+def test_what_fine_tunes_anything_states_no_result_and_asks_for_weights():
+    cfg, choices = compose_run(["recipe=finetune", "model=vit_32px", "attention=agent", "optimizer.lr=3e-4"])
+    assert choices["attention"] == "agent" and choices["data"] == "digits" and "target" not in cfg
+    assert (cfg.optimizer.lr, cfg.optimizer.layer_decay, cfg.trainer.max_epochs) == (3e-4, 0.75, 10)
+    assert "finetune" in recipes.offered() and "finetune" not in NAMES
+    config = OmegaConf.to_container(cfg)
+    with pytest.raises(ValueError, match=r"fine-tunes, got no weights; give a file, the folder of a run or a name of"):
+        check_given(config)
+    for given in ({"init": "a.pth"}, {"fine_tunes": None}, {"model": {"pretrained": True}}):
+        check_given(config | given)
 
 
 # Running one

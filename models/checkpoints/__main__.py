@@ -93,7 +93,8 @@ def _run(chosen: argparse.Namespace) -> list[str]:
     state = (convert if chosen.command == "convert" else export)(given, chosen.model, **settings)
     before, after = (source_of(weights, chosen.model, **settings) for weights in (given, state))
     classes = classes_of(state) or classes_of(given)
-    kind = f"{classes} classes" if classes else "pyramid, no classifier"
+    pyramid = any(name.startswith("norms.") for name in state) or not any("norm" in name for name in state)
+    kind = f"{classes} classes" if classes else "pyramid, no classifier" if pyramid else "no classifier"
     millions = sum(value.numel() for name, value in state.items() if not name.endswith(_BUFFERS)) / 1e6
     _write(state, chosen)
     written = f"{chosen.model}: {len(state)} tensors, {millions:.1f} M parameters, {kind}, names of {before} → {after}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.compose import compose_run
 from conf.errors import UserError
@@ -55,19 +55,42 @@ def convert(
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the message names it, and a model that would fit.
     """
-    table, state = _matched(state_dict, name, settings, "convert", resize=True)
+    found = converted(state_dict, name, num_classes=num_classes, **settings)
+    for note in found.told():
+        warnings.warn(note, stacklevel=2)
+    return found.weights
+
+
+class Converted(NamedTuple):
+    """Weights under our names, those that were resized, and what else a user should know, a sentence each."""
+
+    weights: dict[str, Tensor]
+    resized: list[str]
+    notes: list[str]
+    about: str  # the model and the source
+
+    def told(self) -> list[str]:
+        """The notes, and what was resized."""
+        text = "tables made for another image size, window or number of agents were resized"
+        return [*self.notes, *([f"{self.about}: {text}: {some(self.resized)}"] if self.resized else [])]
+
+
+def converted(
+    state_dict: Mapping[str, Any], name: str, *, num_classes: int | None = None, **settings: Any
+) -> Converted:
+    """As `convert`, without warnings."""
+    table, state, notes = _matched(state_dict, name, settings, "convert", resize=True)
     if problem := wrong_classes(table, state, num_classes):
         raise UserError(f"convert: {problem}")
-    for model, text in table.layout.warning:
-        if model == name and "attention" not in settings:
-            warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
+    about = f"convert: {name} from {table.layout.source}"
+    notes += [
+        f"{about}: {text}" for model, text in table.layout.warning if model == name and "attention" not in settings
+    ]
     ours = _ours(table, state)
     other = [mine for mine in ours if mine in table.model.resized and ours[mine].shape != table.model.shapes[mine]]
     if other:
         ours |= {mine: table.model.resized[mine](ours[mine]) for mine in other}
-        text = f"tables made for another image size, window or number of agents were resized: {some(other)}"
-        warnings.warn(f"convert: {name} from {table.layout.source}: {text}", stacklevel=2)
-    return ours
+    return Converted(ours, other, notes, about)
 
 
 def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict[str, Tensor]:
@@ -83,7 +106,7 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     if family is None:
         exportable = ", ".join(sorted({f"{other.partition('_')[0]}_*" for other in list_models() if family_of(other)}))
         raise UserError(f"export: {name} has no names but ours, got no other layout; available for {exportable}")
-    ours = _ours(*_matched(state_dict, name, settings, "export", resize=False))
+    ours = _ours(*_matched(state_dict, name, settings, "export", resize=False)[:2])
     layout = family.authors(name)
     parts = layout.names(ours)
     theirs = [layout.give(mine, value, parts[mine]) for mine, value in ours.items()]
@@ -117,15 +140,15 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _matched(
     state_dict: Mapping[str, Any], name: str, settings: dict[str, Any], who: str, *, resize: bool
-) -> tuple[Table, dict[str, Tensor]]:
-    """The way to read a file, and what it holds for the model; one that does not fit is an error."""
+) -> tuple[Table, dict[str, Tensor], list[str]]:
+    """The way to read a file, and what it holds for the model, with notes; one that does not fit is an error."""
     known = list(tables(name, settings))
-    state = _weights(state_dict, known, who)
+    state, notes = _weights(state_dict, known, who)
     table = best(known, state)
     state = learned(table, state)
     if problem := problem_of(table, state, name, resize):
         raise UserError(f"{who}: {problem}; {advice(state, name)}")
-    return table, state
+    return table, state, notes
 
 
 def _ours(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,16 +167,14 @@ def _ours(table: Table, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def source_of(state_dict: Mapping[str, Any], name: str, **settings: Any) -> str:
     """Whose names a file has, e.g. "timm"."""
     known = list(tables(name, settings))
-    return best(known, _weights(state_dict, known, "source_of")).layout.source
+    return best(known, _weights(state_dict, known, "source_of")[0]).layout.source
 
 
-def _weights(state_dict: Mapping[str, Any], known: list[Table], who: str) -> dict[str, Tensor]:
-    """The weights in a file, without the prefix behind which they are the model's."""
+def _weights(state_dict: Mapping[str, Any], known: list[Table], who: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file, without the prefix behind which they are the model's, and what is left out."""
     content = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
     state = strip(unwrap(content, False, "the state dict", who), "the state dict", who)
     prefix = prefix_of(state, known)
     below = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if len(below) < len(state) and not prefix.endswith(DETECTOR):
-        left = [key for key in state if not key.startswith(prefix)]
-        warnings.warn(f"{who}: the weights below {prefix!r} were taken, and {some(left)} left out", stacklevel=4)
-    return below
+    left = [key for key in state if not key.startswith(prefix)] if not prefix.endswith(DETECTOR) else []
+    return below, [f"{who}: the weights below {prefix!r} were taken, and {some(left)} left out"] if left else []

@@ -66,10 +66,12 @@ def family_of(name: str) -> ModuleType | None:
 
 
 def tables(name: str, settings: dict[str, Any]) -> Iterator[Table]:
-    """Every layout for the whole model, and for its pyramid if it has one."""
+    """Every layout for the whole model, for the same without its head, and for its pyramid if it has one."""
     family, made = family_of(name), skeleton if settings else _skeleton_of_file
     whole = made(name, features_only=False, **settings)
-    for model in (whole, made(name, features_only=True, **settings)) if whole.dense else (whole,):
+    headless = whole._replace(shapes={key: shape for key, shape in whole.shapes.items() if not is_of_classes(key)})
+    pyramid = [made(name, features_only=True, **settings)] if whole.dense else []
+    for model in (whole, *([headless] if len(headless.shapes) < len(whole.shapes) else []), *pyramid):
         for layout in (OURS, *(family.LAYOUTS if family else ())):
             yield Table(layout, layout.names(model.shapes), model)
 

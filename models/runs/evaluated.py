@@ -120,6 +120,8 @@ def _composed(arguments: dict[str, str]) -> dict:
     kept = ("seed", "image_size", "attention", *PLACES, "model", "augment", "data")
     node = {key: value for key, value in OmegaConf.to_container(cfg).items() if key in kept}
     _without_token_labels(node["data"])
+    if "recipe" not in arguments:
+        _as_the_weights_had_it(node["data"], arguments.get("ckpt"))
     node["run"] = {key: choices.get(key) for key in CHOICES}
     if "fit" in cfg.run:
         node["run"]["fit"] = cfg.run.fit
@@ -130,6 +132,15 @@ def _composed(arguments: dict[str, str]) -> dict:
 def _of_generation(task: dict) -> dict:
     """The settings of a task that generates, which has samples to evaluate; nothing of any other."""
     return {"task": {key: task[key] for key in GENERATION}, "samples": None} if "sampling" in task else {}
+
+
+def _as_the_weights_had_it(data: dict, ckpt: str | None) -> None:
+    """Images are normalised as those that a file of weights was trained with, where that is known."""
+    from models.checkpoints.normalisation import KEYS, for_channels, normalisation
+
+    found = normalisation(ckpt) if ckpt is not None and KEYS[0] in data else None
+    if found is not None and (fitting := for_channels(found, len(data[KEYS[0]]))) is not None:
+        data |= dict(zip(KEYS, fitting, strict=True))
 
 
 def _without_token_labels(data: dict) -> None:
@@ -158,6 +169,7 @@ def _split_of(ckpt: str) -> str | None:
 def _of_checkpoint(arguments: dict[str, str]) -> dict:
     """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
     from models.checkpoints import check_config, read_config
+    from models.checkpoints.normalisation import KEYS
 
     try:
         saved = read_config(arguments["ckpt"])
@@ -182,7 +194,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     _without_token_labels(kept["data"])
     if "data" in arguments:
         run["data"] = arguments["data"]
-        del kept["data"]
+        kept["data"] = {key: kept["data"][key] for key in KEYS if key in kept["data"]}
         return kept
     data, size = kept["data"], kept["image_size"]
     for part in (data, data.get("eval", {})):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from conf import cases, probes
+from conf import cases, probes, recipes
 from conf.compose import compose
 from conf.errors import UserError
 from conf.settings import resolved
@@ -95,7 +95,7 @@ def _tell(report: Report, given: dict[str, Any], weights: Weights | None, folder
     for line in report.lines:
         print(line)
     recipe, verdict = (given.get("run") or {}).get("recipe"), None
-    if recipe and report.measured is not None:
+    if recipe in recipes.names() and report.measured is not None:
         measured, images = report.measured
         verdict = judge(recipe, report.figures, deviations(recipe, given, images, measured))
     known = (weights.known if weights is not None else {}) | (

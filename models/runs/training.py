@@ -28,7 +28,7 @@ from models.checkpoints import read_config, read_manifest
 from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.facts import facts_of
-from models.runs.initial import check_given, start_from
+from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.preflight import (
     check_data,
@@ -122,6 +122,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
 
 def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
     checkpoint = find_resume(None if cfg.resume is None else str(cfg.resume), run_dir)
+    follow_weights(cfg, config, checkpoint)
     if checkpoint is not None:
         compare_configs(read_config(checkpoint), config)
     return checkpoint

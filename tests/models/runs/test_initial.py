@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -11,6 +12,7 @@ from conf.errors import UserError
 from models import create_model
 from models.callbacks.ema import EMA
 from models.checkpoints import export
+from models.factory import instantiate
 from models.runs.initial import start_from
 from tests.compositions import compose_once
 
@@ -130,7 +132,7 @@ def test_a_file_that_may_not_be_read(monkeypatch):
 def test_weights_of_another_mechanism(tmp_path):
     """Of the same backbone: what fits is loaded, and what is new is said."""
     path, small = tmp_path / "softmax.safetensors", {"num_classes": 10, "dim": 32, "depth": 1, "num_heads": 4}
-    softmax = create_model("vit_32px", **small)
+    softmax = create_model("vit_32px", **small | {"num_classes": 4})
     save_file(softmax.state_dict(), path)
     chosen = ["model=vit_32px", "model.dim=32", "model.depth=1", "model.num_heads=4", "data=fake"]
     cfg, _ = compose_once([*chosen, "attention=agent", "pool=simpool"])
@@ -138,9 +140,68 @@ def test_weights_of_another_mechanism(tmp_path):
     model = create_model("vit_32px", "agent", pool="simpool", **small)
     said = start_from(str(path), model, OmegaConf.to_container(cfg, resolve=True))
     assert said[0] == f"starts from {path}" and said[1].startswith("the weights are of another attention or other")
-    assert "kept qkv.weight, qkv.bias, proj.weight" in said[1] and "core.dwc.weight" in said[1]
+    kept, new, dropped, head = said[1].splitlines()[1:]
+    counted = sum(value.numel() for key, value in softmax.state_dict().items() if not key.startswith("head."))
+    assert kept == f"  kept     {counted:,} parameters: stem, norm1, qkv, proj, norm2, mlp, norm"
+    assert "core.dwc.weight" in new and "pooling." in new
+    assert (dropped, head) == ("  dropped  nothing", "  head     new: 10 classes, 4 in the weights")
     (name,) = [name for name in model.state_dict() if name.endswith("attn.qkv.weight")]
     assert torch.equal(model.state_dict()[name], softmax.state_dict()[name])
+
+
+TIMM = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+OURS = ("model=vit_tiny", "model.dim=32", "model.depth=4", "model.num_heads=2", "data=fake")
+
+
+@pytest.mark.parametrize(
+    ("given", "theirs", "said"),
+    [
+        (
+            ("attention=agent",),
+            {},
+            ("new      62,432 parameters: core.gather_bias", "head     new: 10 classes, 1000 in"),
+        ),
+        (
+            ("attention=window", "model.class_token=false"),
+            {"num_classes": 0},
+            ("resized  6,272 parameters: stem.position.table", "dropped  32 parameters: stem.class_token", ", none in"),
+        ),
+        (("model.in_channels=1",), {}, ("resized  8,192 parameters: stem.patch_embed.proj.weight",)),
+        ((), {"num_classes": 0}, ("the head starts anew: none in the weights, 10 in the data",)),
+    ],
+)
+def test_files_of_timm_start_what_they_fit(tmp_path, given, theirs, said):
+    state = timm.create_model("vit_tiny_patch16_224", **TIMM | theirs).state_dict()
+    save_file(state, tmp_path / "timm.safetensors")
+    cfg, choices = compose_once([*OURS, *given])
+    cfg.run = {key: choices[key] for key in ("model", "attention")}
+    config = OmegaConf.to_container(cfg, resolve=True)
+    model = instantiate(cfg.model)
+    lines = "\n".join(start_from(str(tmp_path / "timm.safetensors"), model, config))
+    assert all(text in lines for text in said), lines
+    own = model.state_dict()
+    assert torch.equal(own["stages.0.blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+    places = state["pos_embed"] if own["stem.position.table"].shape[1] == 197 else state["pos_embed"][:, 1:]
+    assert torch.equal(own["stem.position.table"], places)
+    patches = state["patch_embed.proj.weight"]
+    of_one = patches.sum(1, keepdim=True) if own["stem.patch_embed.proj.weight"].shape[1] == 1 else patches
+    assert torch.equal(own["stem.patch_embed.proj.weight"], of_one)
+
+
+@pytest.mark.full
+def test_the_other_blocks_of_a_convnet_keep_their_mlp(tmp_path):
+    """Of timm's ConvNeXt, with attention in the last two stages, whose blocks are then a transformer's."""
+    shape = {"dims": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}
+    state = timm.create_model("convnext_tiny", **shape).state_dict()
+    save_file(state, tmp_path / "timm.safetensors")
+    given = [f"model.{key}={value}".replace(" ", "") for key, value in shape.items()]
+    cfg, choices = compose_once(["model=convnext_tiny", "attention=softmax", "data=fake", *given])
+    cfg.run = {key: choices[key] for key in ("model", "attention")}
+    model = instantiate(cfg.model)
+    start_from(str(tmp_path / "timm.safetensors"), model, OmegaConf.to_container(cfg, resolve=True))
+    own = model.state_dict()
+    for ours, theirs in (("norm2.weight", "norm.weight"), ("mlp.fc1.weight",) * 2, ("scale2.gamma", "gamma")):
+        assert torch.equal(own[f"stages.2.blocks.0.{ours}"], state[f"stages.2.blocks.0.{theirs}"])
 
 
 def test_weights_of_another_model(command, tmp_path):

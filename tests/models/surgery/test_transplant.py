@@ -40,7 +40,9 @@ def test_softmax_weights_start_every_mechanism(name):
 def test_parts_keep_all_and_name_the_table():
     found = transplanted(trained(layout="window", bias="relative").state_dict(), trained(layout="grid"))
     assert not found.new and {key.rpartition(".")[2] for key in found.dropped} == {"table"}
-    assert str(found).endswith("dropped core.bias.table (2)")
+    assert str(found).endswith("dropped  1,352 parameters: core.bias.table (2)") and len(found.kept) == len(
+        found.weights
+    )
 
 
 def test_other_depths_and_widths_are_not_taken():
