@@ -13,27 +13,40 @@ import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
+from conf.values import flag
+from data.order.stratified import check_fraction, held_out
 from data.sources.decode import read_image
 from data.sources.form import RGB, Form
+from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, files_of
 
 
 class HuggingFaceSplit:
     """One split: rows with an encoded image and an integer label."""
 
-    def __init__(self, rows: Any, image: str, label: str) -> None:
-        self.rows, self.image = rows, image
-        self.labels = np.asarray(rows.with_format("numpy", columns=[label])[:][label]).astype(np.int64)
+    def __init__(self, rows: Any, image: str, labels: np.ndarray, numbers: np.ndarray | None = None) -> None:
+        self.rows, self.image, self.labels = rows, image, labels
+        self.numbers = np.arange(len(rows)) if numbers is None else numbers  # of the rows that belong to it
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """Images of each group of rows where they are streamed; `None` where each is read by itself."""
+        return self.rows.blocks(self.numbers) if isinstance(self.rows, ParquetRows) else None
+
+    def take(self, chosen: np.ndarray) -> "HuggingFaceSplit":
+        """Some of the images, by a mask or by rising positions."""
+        return HuggingFaceSplit(self.rows, self.image, self.labels[chosen], self.numbers[chosen])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])
 
     def read(self, index: int, form: Form = RGB) -> Image.Image | np.ndarray:
         """An image, in another form as an array."""
-        file = self.rows[index][self.image] or {"path": None, "bytes": None}
-        name = f"row {index}" + (f" ({file['path']})" if file["path"] else "")
+        number = int(self.numbers[index])
+        file = self.rows[number][self.image] or {"path": None, "bytes": None}
+        name = f"row {number}" + (f" ({file['path']})" if file["path"] else "")
         return read_image(file["path"] if file["bytes"] is None else file["bytes"], name, form)
 
 
@@ -46,10 +59,14 @@ class HuggingFace:
         name: configuration of the data set, if it has several.
         data_dir, data_files: where the files of a format are; one of them is required for a format, because
             `datasets` would search the whole working directory otherwise.
-        train, val: names of the splits; `train[:90%]` and the like are understood.
+        train, val: names of the splits; `train[:90%]` and the like are understood. Rows are often sorted by class: to
+            hold out a share of each, give `val_fraction`.
         image, label: columns; found by their types when `None`.
         revision: commit or tag on the hub, to keep a result reproducible.
         cache_dir: where `datasets` keeps prepared data; its own default when `None`.
+        val_fraction: the share of every class that is held out of `train`, by hashes of row numbers, in place of `val`.
+        streaming: read Parquet files where they lie, also on the hub, prepare nothing (`data.sources.parquet_rows`).
+        seed: names what is held out.
     """
 
     embedded = False
@@ -67,6 +84,9 @@ class HuggingFace:
         label: str | None = None,
         revision: str | None = None,
         cache_dir: str | None = None,
+        val_fraction: float | None = None,
+        streaming: bool | None = None,
+        seed: int = 0,
     ) -> None:
         if path not in self.FORMATS and "/" not in path and not os.path.isdir(os.path.expanduser(path)):
             raise UserError(
@@ -75,7 +95,11 @@ class HuggingFace:
             )
         self.path, self.name, self.revision, self.cache_dir = path, name, revision, cache_dir
         self.data_dir, self.data_files = data_dir, _plain(data_files)
-        self.names = {"train": train, "val": val}
+        self.names = {"train": train} if val_fraction is not None else {"train": train, "val": val}
+        self.val_fraction, self.seed = val_fraction, seed
+        self.streaming = streaming is not None and flag(
+            "HuggingFace", "streaming", streaming, fix="set data.source.streaming=true or false"
+        )
         self.image, self.label = image, label
 
     @property
@@ -89,22 +113,50 @@ class HuggingFace:
     @cached_property
     def classes(self) -> list[str]:
         """Names of the label column, or the labels themselves when it is a plain integer."""
-        feature = self._rows["train"].features[self._columns[1]]
+        feature = self._features[self._columns[1]]
         if hasattr(feature, "names"):
             return list(feature.names)
-        return [str(label) for label in range(int(self.train.labels.max(initial=-1)) + 1)]
+        return [str(label) for label in range(self._first, int(self._numbers["train"].max(initial=-1)) + 1)]
+
+    def notes(self) -> list[str]:
+        """How a share was held out, that labels were counted from another number, and that rows are streamed."""
+        found = []
+        if self.val_fraction is not None:
+            found.append(
+                f"{self.names['train']}: {len(self.train)} images for training, {len(self.val)} for validation, "
+                f"{100 * self.val_fraction:.4g} % of each class by seed {self.seed}"
+            )
+        if self._first > 0:
+            found.append(f"labels {self.classes[0]} to {self.classes[-1]} are counted from 0")
+        if self.streaming:
+            found.append(f"rows are streamed, in {len(self.train.blocks)} groups, a few mixed at a time")
+        return found
 
     @cached_property
-    def _rows(self) -> dict[str, Any]:
-        from datasets import load_dataset
-
+    def _options(self) -> dict[str, Any]:
         if self.path in self.FORMATS and self.data_dir is None and self.data_files is None:
             raise UserError(
                 f"HuggingFace: no files, got path={self.path} alone; set data.source.data_dir or data.source.data_files"
             )
         options = {"data_dir": self.data_dir, "data_files": self.data_files, "revision": self.revision}
-        options["cache_dir"] = self.cache_dir
-        return {part: self._load(load_dataset, split, options) for part, split in self.names.items()}
+        return options | {"cache_dir": self.cache_dir}
+
+    @cached_property
+    def _rows(self) -> dict[str, Any]:
+        """The rows of each part, not streamed."""
+        from datasets import load_dataset
+
+        return {part: self._load(load_dataset, split, self._options) for part, split in self.names.items()}
+
+    @cached_property
+    def _files(self) -> dict[str, list[str]]:
+        """The Parquet files of every split, where they are streamed."""
+        return files_of(os.path.expanduser(self.path), self.name, self._options)
+
+    @cached_property
+    def _features(self) -> Any:
+        """The columns, by name, with their types."""
+        return features_of(next(iter(self._files.values()))[0]) if self.streaming else self._rows["train"].features
 
     def _load(self, load: Any, split: str, options: dict[str, Any]) -> Any:
         path = os.path.expanduser(self.path)
@@ -116,7 +168,7 @@ class HuggingFace:
             known = ", ".join(load(path, self.name, **options))
             raise UserError(
                 f"HuggingFace: no such split in {self.path}, got {split}, there are {known}; "
-                "set data.source.train and data.source.val"
+                "set data.source.train and data.source.val, or data.val_fraction to hold out a share"
             ) from error
 
     @cached_property
@@ -125,7 +177,7 @@ class HuggingFace:
         from datasets import ClassLabel
         from datasets import Image as ImageFeature
 
-        features = self._rows["train"].features
+        features = self._features
         images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
         labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         labels = labels or [name for name in ("label", "labels") if name in features]
@@ -151,11 +203,54 @@ class HuggingFace:
 
     @cached_property
     def _splits(self) -> dict[str, HuggingFaceSplit]:
-        from datasets import Image as ImageFeature
+        splits = {
+            part: HuggingFaceSplit(self._images[part], self._columns[0], labels - self._first, self._chosen.get(part))
+            for part, labels in self._numbers.items()
+        }
+        if self.val_fraction is None:
+            return splits
+        fraction, whole = check_fraction(self.val_fraction, "data.val_fraction"), splits["train"]
+        chosen = held_out(whole.labels, [str(number) for number in whole.numbers.tolist()], fraction, self.seed)
+        return {"train": whole.take(~chosen), "val": whole.take(chosen)}
 
+    @cached_property
+    def _first(self) -> int:
+        """What labels are counted from: 0, or in a column of plain integers the smallest."""
+        labels = self._numbers["train"]
+        named = hasattr(self._features[self._columns[1]], "names")
+        return 0 if named or len(labels) == 0 else max(0, int(labels.min()))
+
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        """What gives the encoded image of a row, of each part."""
         image, label = self._columns
-        raw = ImageFeature(decode=False)
-        return {part: HuggingFaceSplit(rows.cast_column(image, raw), image, label) for part, rows in self._rows.items()}
+        if not self.streaming:
+            from datasets import Image as ImageFeature
+
+            return {part: rows.cast_column(image, ImageFeature(decode=False)) for part, rows in self._rows.items()}
+        splits = {part: spec.partition("[")[0] for part, spec in self.names.items()}
+        if unknown := [split for split in splits.values() if split not in self._files]:
+            raise UserError(
+                f"HuggingFace: no such split in {self.path}, got {unknown[0]}, there are {', '.join(self._files)}; "
+                "set data.source.train and data.source.val, or data.val_fraction to hold out a share"
+            )
+        tables = {split: ParquetRows(self._files[split], image, label) for split in set(splits.values())}
+        return {part: tables[split] for part, split in splits.items()}
+
+    @cached_property
+    def _chosen(self) -> dict[str, np.ndarray]:
+        """The rows that an expression such as `train[:80%]` means, where they are streamed."""
+        images = self._images if self.streaming else {}
+        return {part: chosen_rows(self.names[part], len(rows)) for part, rows in images.items()}
+
+    @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """The labels of each part as they are written."""
+        label = self._columns[1]
+        if self.streaming:
+            return {part: rows.labels[self._chosen[part]] for part, rows in self._images.items()}
+        columns = {part: rows.with_format("numpy", columns=[label])[:][label] for part, rows in self._rows.items()}
+        return {part: np.asarray(column).astype(np.int64) for part, column in columns.items()}
 
 
 def _plain(files: Any) -> Any:

@@ -23,7 +23,15 @@ FREE = (
     *("data.split", "data.source.split", "data.source.val_labels", "data.source.download"),  # the run's own is taken
     "data.batch_size",  # the data module compares the batch of all processes together
     # copies of other settings
-    *("model.attention", "model.image_size", "data.image_size", "data.eval.size", "data.num_classes", "data.seed"),
+    *(
+        "model.attention",
+        "model.image_size",
+        "data.image_size",
+        "data.eval.size",
+        "data.num_classes",
+        "data.seed",
+        "data.source.seed",
+    ),
     *(f"trainer.{name}" for name in ("_target_", "max_epochs", "max_steps", "max_time", "accelerator", "devices")),
     *(f"trainer.{name}" for name in ("strategy", "num_nodes", "precision", "log_every_n_steps", "limit_val_batches")),
     *(f"trainer.{name}" for name in ("check_val_every_n_epoch", "deterministic", "benchmark")),

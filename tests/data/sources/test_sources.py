@@ -202,3 +202,83 @@ def test_huggingface_names_the_unreadable_row(parquet):
         source.train[0]
     with pytest.raises(UnreadableImage, match="got row 1"):
         source.train[1]
+
+
+def test_huggingface_holds_out_a_share_of_every_class(parquet):
+    source = HuggingFace(**parquet(), val_fraction=0.25)
+    assert np.bincount(source.val.labels).tolist() == [1, 1, 1] and np.bincount(source.train.labels).tolist() == [3] * 3
+    levels = [split[i][0].getpixel((0, 0))[0] for split in (source.train, source.val) for i in range(len(split))]
+    assert sorted(levels) == list(range(12)) and [level % 3 for level in levels[9:]] == source.val.labels.tolist()
+    assert source.notes() == ["train: 9 images for training, 3 for validation, 25 % of each class by seed 0"]
+    with pytest.raises(ValueError, match=r"data.val_fraction: must be a share above 0"):
+        HuggingFace(**parquet(), val_fraction=0).train  # noqa: B018
+
+
+def test_huggingface_counts_labels_from_their_first(parquet):
+    import datasets
+
+    source = HuggingFace(**parquet(datasets.Value("int32"), labels=[5 + i % 3 for i in range(12)]))
+    assert source.classes == ["5", "6", "7"] and source.train.labels.tolist() == [0, 1, 2] * 4
+    assert source.notes() == ["labels 5 to 7 are counted from 0"]
+
+
+def test_streamed_rows_are_those_of_the_prepared_set(parquet, tmp_path):
+    """Files of several groups of rows, split by expressions."""
+    import datasets
+    import pyarrow.parquet
+
+    settings = parquet() | {"train": "train[:75%]", "val": "train[75%:]"}
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    plain, streamed = HuggingFace(**settings), HuggingFace(**settings, streaming=True)
+    assert streamed.classes == plain.classes == ["ant", "bee", "cow"]
+    for ours, theirs in ((streamed.train, plain.train), (streamed.val, plain.val)):
+        assert ours.labels.tolist() == theirs.labels.tolist()
+        assert [ours[i][0].getpixel((0, 0)) for i in range(len(ours))] == [
+            theirs[i][0].getpixel((0, 0)) for i in range(len(theirs))
+        ]
+    assert streamed.train.blocks.tolist() == [2, 2, 2, 2, 1, 0] and plain.train.blocks is None
+    assert streamed.notes() == ["rows are streamed, in 6 groups, a few mixed at a time"]
+    held = HuggingFace(**settings | {"train": "train"}, val_fraction=0.25, streaming=True)
+    assert (
+        held.val.labels.tolist() == HuggingFace(**settings | {"train": "train"}, val_fraction=0.25).val.labels.tolist()
+    )
+    assert (
+        isinstance(plain._rows["train"], datasets.Dataset) and "_rows" not in streamed.__dict__
+    )  # nothing was prepared
+
+
+def test_streamed_batches_are_those_of_any_number_of_workers(parquet, tmp_path):
+    import pyarrow.parquet
+
+    from data.module import ImageData
+
+    settings = parquet()
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+
+    def indices(workers):
+        data = ImageData(HuggingFace(**settings, streaming=True), 3, 8, batch_size=4, workers=workers)
+        data.check()
+        return [
+            (batch.indices.tolist(), batch.images.float().mean((1, 2, 3)).tolist()) for batch in data.train_dataloader()
+        ]
+
+    assert indices(0) == indices(2)
+
+
+def test_what_cannot_be_streamed(parquet, image_tree, tmp_path):
+    with pytest.raises(ValueError, match="streaming reads Parquet files, got imagefolder in another format; set data"):
+        HuggingFace("imagefolder", data_dir=str(image_tree()), streaming=True, cache_dir=str(tmp_path / "c")).train  # noqa: B018
+    with pytest.raises(ValueError, match="no such split in parquet, got test, there are train, validation"):
+        HuggingFace(**parquet(), val="test", streaming=True).val  # noqa: B018
+    with pytest.raises(ValueError, match="HuggingFace: streaming must be true or false, got 'yes'"):
+        HuggingFace(**parquet(), streaming="yes")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(ValueError, match=r"HuggingFace: no Parquet file can be read, got .*a.parquet \("):
+        HuggingFace(**settings_of(tmp_path), streaming=True).classes  # noqa: B018
+
+
+def settings_of(folder):
+    files = {"train": str(folder / "a.parquet"), "validation": str(folder / "a.parquet")}
+    return {"path": "parquet", "data_files": files, "cache_dir": str(folder / "cache")}
