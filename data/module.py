@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from conf.errors import UserError
 from data.augment import Augment
 from data.batch import Batch
+from data.cautions import cautions
 from data.checks import data_problems, setting_problems, trainer_problems
 from data.dataset import Carried, Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
@@ -135,6 +136,10 @@ class ImageData(pl.LightningDataModule):
     def steps_per_epoch(self, world_size: int = 1) -> int:
         """Training batches of an epoch per process."""
         return len(self._train_sampler(0, world_size))
+
+    def warnings(self, world_size: int = 1) -> list[str]:
+        """What is allowed but seldom meant (`data.cautions`), a sentence each; asks for the splits."""
+        return cautions(self, world_size)
 
     def notes(self) -> list[str]:
         """What the source has to say about its images, such as how they were split, for the first lines of a run."""

@@ -116,7 +116,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     attention = describe_backend(task.model, trainer.strategy.root_device)
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
-    notes = [*data.notes(), attention, *threads, *origin, *map(str, frozen)]
+    notes = [*data.notes(), *data.warnings(trainer.world_size), attention, *threads, *origin, *map(str, frozen)]
     return Run(trainer, task, data, progress, record, checkpoint, step, notes)
 
 

@@ -65,6 +65,7 @@ class Task(pl.LightningModule):
         self.metrics = nn.ModuleDict({"raw": metrics(), "ema": metrics()})
         self.ema_model: nn.Module | None = None
         self.final_figures: dict[str, float] = {}
+        self._left_out = 0
         model.set_gradient_checkpointing(gradient_checkpointing)
         self.compiled = compile
         if compile:
@@ -106,6 +107,14 @@ class Task(pl.LightningModule):
                     metric.reset()
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_train_epoch_end(self) -> None:
+        """Says how many images `data.on_error=skip` has left out, where it has left out more than before."""
+        left_out = getattr(self.trainer.datamodule, "skipped", 0)
+        if left_out > self._left_out:
+            self._left_out = left_out
+            said = f"{left_out} unreadable images were left out so far (data.on_error=skip)"
+            print(f"epoch {self.current_epoch + 1}: {said}")
 
     def auxiliary_loss(self, losses: dict[str, Tensor], batch_size: int) -> Tensor | float:
         """The weighted sum of the losses that layers returned, each (L,); logged one by one without their weights."""

@@ -25,7 +25,8 @@ from models.tasks.token_labelling import TokenHead, prepare, with_tokens
 
 
 class Classification(Task):
-    """Cross entropy on hard (B,) or soft (B, K) targets; top-1, top-5 and loss on the validation data.
+    """Cross entropy on hard (B,) or soft (B, K) targets; top-1, top-5 (of more than five classes) and loss on the
+    validation data.
 
     Args:
         model: `model(images, return_losses=True) -> (logits (B, K), {name: (L,)})`; one whose `learns_from_labels` is
@@ -108,8 +109,9 @@ class Classification(Task):
         logits = model(batch.images).float()
         metrics = self.metrics[weights]
         metrics["loss"].update(F.cross_entropy(logits, batch.labels, reduction="none"))
-        metrics["top1"].update(logits, batch.labels)
-        metrics["top5"].update(logits, batch.labels)
+        for name in ("top1", "top5"):
+            if name in metrics:
+                metrics[name].update(logits, batch.labels)
         return logits
 
     def build_optimizer(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -121,10 +123,6 @@ class Classification(Task):
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
     fast = {"average": "micro", "validate_args": False}  # checks of values would wait for the device at every batch
-    return nn.ModuleDict(
-        {
-            "top1": MulticlassAccuracy(num_classes, top_k=1, **fast),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **fast),
-            "loss": MeanMetric(nan_strategy="disable"),
-        }
-    )
+    top5 = {"top5": MulticlassAccuracy(num_classes, top_k=5, **fast)} if num_classes > 5 else {}  # else it is always 1
+    top1 = MulticlassAccuracy(num_classes, top_k=1, **fast)
+    return nn.ModuleDict({"top1": top1, **top5, "loss": MeanMetric(nan_strategy="disable")})

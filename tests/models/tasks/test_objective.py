@@ -60,6 +60,11 @@ def test_the_task_takes_its_weights_from_the_training_images():
         Classification(model(), {}, {}, 3, loss="focal")
 
 
+def test_top5_is_measured_of_more_than_five_classes():
+    assert "val/top5" in Classification(model(6), {}, {}, 6).figures
+    assert "val/top5" not in Classification(model(5), {}, {}, 5).figures
+
+
 class Several(Fake):
     """Images of which number i has the labels i and i + 1, modulo the classes."""
 
