@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,36 @@ def multiply_adds(model: nn.Module, image_size: Sequence[int]) -> int:
                 return _count(model, image_size)
             finally:
                 model.train(training)
+
+
+def costs_of_modules(model: nn.Module, image_size: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Multiply-adds, and activations (numbers that convolutions and linear layers give), by the path of each module.
+
+    Of one image; counted as `multiply_adds` counts, on a copy without memory.
+    """
+    bare, activations = hollow(model).eval(), dict.fromkeys(dict(model.named_modules()), 0)
+
+    def hooked(path: str) -> Callable:
+        ancestors = ["", *(path[:end] for end in (m.start() for m in re.finditer(r"\.", path))), path]
+
+        def count(module: nn.Module, args: Any, output: Tensor) -> None:
+            for ancestor in ancestors:
+                activations[ancestor] += output.numel()
+
+        return count
+
+    for path, module in bare.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            module.register_forward_hook(hooked(path))
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter,
+    ):
+        bare(*example_inputs(bare, image_size))
+    counts = {path: sum(count.values()) // 2 for path, count in counter.get_flop_counts().items()}
+    root = type(bare).__name__
+    return {path: (counts.get(f"{root}.{path}" if path else root, 0), n) for path, n in activations.items()}
 
 
 def hollow(model: nn.Module) -> nn.Module:
