@@ -112,7 +112,8 @@ def _row(file: str, classes: list[str], probabilities: list[float]) -> dict[str,
 
 def _told(counts: Counter, unreadable: list[dict[str, str]]) -> list[str]:
     """ "120 images: 71 circle, 49 square; 3 unreadable", and those."""
-    common = [f"{count} {name}" for name, count in counts.most_common(SHOWN)]
+    times = " × " if any(name[:1].isdigit() for name in counts) else " "
+    common = [f"{count}{times}{name}" for name, count in counts.most_common(SHOWN)]
     more = f" and {len(counts) - SHOWN} more classes" if len(counts) > SHOWN else ""
     total = sum(counts.values())
     line = f"{total} image{'s' * (total != 1)}: {', '.join(common)}{more}" if total else "no image that can be read"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from conf import cases, probes, recipes
+from conf import cases, probes, recipes, text
 from conf.compose import compose
 from conf.errors import UserError
 from conf.settings import resolved
@@ -14,7 +14,7 @@ from models.probes import Report
 from models.runs import evaluated
 from models.runs.finished import Parts, Weights
 from models.runs.preflight import part_of, quiet
-from models.runs.report import print_rows, print_table, write_json
+from models.runs.report import print_columns, print_table, write_json
 from models.runs.results import keep, keep_table
 from models.runs.verdict import deviations, judge
 
@@ -66,26 +66,35 @@ def _evaluate_all(configs: list[DictConfig]) -> float | None:
     """One after the other; what fails is said and the next goes on."""
     settings = [list(cfg.arguments) for cfg in configs]
     keys = cases.differing(settings)
-    rows, outcomes, failures = [], [], []
+    found, failures = [], []
     for cfg, arguments in zip(configs, settings, strict=True):
         given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-        case = {key: given[key].strip("\"'") for key in keys}
+        case = {key: text.plain(given[key]) for key in keys}
         told = " ".join(f"{key}={value}" for key, value in case.items())
         try:
-            outcome = _evaluate(cfg, alone=False)
+            found.append((case, _evaluate(cfg, alone=False)))
         except UserError as error:
             print(f"{told}: {error}")
             failures.append(told)
-            continue
-        outcomes.append(outcome)
-        rows.append(case | (outcome.report.figures if outcome.report.rows is None else outcome.report.rows))
-    if outcomes and outcomes[0].speaks:
-        print_rows(f"{len(outcomes)} of {len(configs)} evaluations", rows)
-        for line in keep_table(rows, outcomes[0].folder):
-            print(line)
+    if found and found[0][1].speaks:
+        _tell_all(found, len(configs))
     if failures:
         raise UserError(f"{len(failures)} of {len(configs)} evaluations failed: {'; '.join(failures)}")
-    return outcomes[0].report.score
+    return found[0][1].report.score
+
+
+def _tell_all(found: list[tuple[dict[str, str], Outcome]], count: int) -> None:
+    """The table of several evaluations, on the terminal and as CSV."""
+    rows = [outcome.report.figures if outcome.report.rows is None else outcome.report.rows for _, outcome in found]
+    print_columns(f"{len(found)} of {count} evaluations", rows, [_heading(case) for case, _ in found])
+    for line in keep_table([case | row for (case, _), row in zip(found, rows, strict=True)], found[0][1].folder):
+        print(line)
+
+
+def _heading(case: dict[str, str]) -> str:
+    """What is different, one below the other; of a path what says which it is."""
+    values = [value.removeprefix("outputs/").replace("/checkpoints/", "/") for value in case.values()]
+    return "\n".join(value if len(value) < 25 else f"…{value[-24:]}" for value in values)
 
 
 def _tell(report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, title: str | None) -> None:

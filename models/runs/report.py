@@ -14,6 +14,7 @@ from conf.names import PARTS, PLACES, short
 from models.checkpoints.fitting import family_of
 from models.loggers.metrics_csv import read_metrics
 
+ABREAST = 5  # columns of a table that a terminal has room for
 PERCENT = ("top1", "top5", "recognised", "routing/active")
 
 
@@ -76,17 +77,19 @@ def exportable(config: dict[str, Any]) -> bool:
     return family_of(name) is not None and attention == usual and not composed
 
 
-def print_rows(title: str, rows: list[dict[str, Any]], console: Console | None = None) -> None:
-    """A table with a heading for every figure."""
-    table = Table()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(name, row.get(name)) for name in names))
-    console = console or Console()
+def print_columns(
+    title: str, columns: list[dict[str, Any]], headings: list[str], console: Console | None = None
+) -> None:
+    """Several tables of two columns side by side, `ABREAST` at a time: the figures of each below its heading."""
+    console = Console()
     console.print(title, style="bold", highlight=False, soft_wrap=True)
-    console.print(table, width=None if console.is_terminal else 160, soft_wrap=False)
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    for first in range(0, len(columns), ABREAST):
+        chosen = slice(first, first + ABREAST)
+        table = Table("", *headings[chosen])
+        for name in names:
+            table.add_row(name, *(shown(name, column.get(name)) for column in columns[chosen]))
+        console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
 
 
 def draw_curves(run_dir: Path) -> Path | None:
