@@ -20,19 +20,20 @@ SHOWN = 5  # unreadable files, and classes, that are named on the terminal
 
 
 class Guesses(Metric):
-    """The best classes of every image, over batches and processes."""
+    """The best classes of every image, over batches and processes; with `several` each may be true by itself."""
 
     full_state_update = False
     fields = ("indices", "unreadable", "classes", "probabilities")
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, several: bool) -> None:
         super().__init__()
-        self.top = top
+        self.top, self.several = top, several
         for name in self.fields:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, logits_BK: Tensor, indices_B: Tensor, unreadable_B: Tensor) -> None:
-        probabilities_BT, classes_BT = logits_BK.softmax(-1).topk(self.top)
+        probabilities_BK = logits_BK.sigmoid() if self.several else logits_BK.softmax(-1)
+        probabilities_BT, classes_BT = probabilities_BK.topk(self.top)
         for name, values in zip(self.fields, (indices_B, unreadable_B, classes_BT, probabilities_BT), strict=True):
             getattr(self, name).append(values)
 
@@ -46,9 +47,9 @@ class Guesses(Metric):
 class Prediction(pl.LightningModule):
     """A pass over the images; `found` is what `Guesses` has collected."""
 
-    def __init__(self, model: nn.Module, top: int) -> None:
+    def __init__(self, model: nn.Module, top: int, several: bool) -> None:
         super().__init__()
-        self.model, self.guesses = model, Guesses(top)
+        self.model, self.guesses = model, Guesses(top, several)
         self.found: list[Tensor] = []
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -81,7 +82,8 @@ def predict(
     """
     whole("probe", "top", top, fix="set probe.top=5")
     whole("probe", "thumbnails", thumbnails, 0, fix="set probe.thumbnails=500, or 0 for no page")
-    task = Prediction(model, min(top, data.num_classes))
+    several = (subject.config.get("run") or {}).get("task") == "multilabel"
+    task = Prediction(model, min(top, data.num_classes), several)
     trainer.validate(task, data, verbose=False)
     split, names = data.source.val, data.class_names
     rows, unreadable = [], []

@@ -3,6 +3,7 @@
 Torch-free until a checkpoint is read, as the whole command line.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def offer(given: list[str], others: list[list[str]] | None = None) -> list[str]:
     node: dict = {}
     if "ckpt" in arguments:
         node = _evaluated(arguments)
-        probe = arguments.get("probe") or ("generation" if "samples" in node and probe == "accuracy" else probe)
+        task = node.get("run", {}).get("task")
+        if probe == "accuracy" and "probe" not in arguments and task in options("probe"):
+            probe = task  # generation, multilabel
     elif not looking:
         node = _without_checkpoint(arguments, probe)
     if not looking:
@@ -125,8 +128,14 @@ def _composed(arguments: dict[str, str]) -> dict:
     node["run"] = {key: choices.get(key) for key in CHOICES}
     if "fit" in cfg.run:
         node["run"]["fit"] = cfg.run.fit
+    node["run"]["task"] = _task_of(cfg.task)
     node |= _of_generation(OmegaConf.to_container(cfg)["task"])
     return _with_backend(node, "${backend}")
+
+
+def _task_of(task: Mapping[str, Any]) -> str:
+    """ "classification" of models.tasks.classification.Classification."""
+    return str(task.get("_target_", "")).rpartition(".")[0].rpartition(".")[2]
 
 
 def _of_generation(task: dict) -> dict:
@@ -183,6 +192,7 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
             f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
         ) from error
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
+    run["task"] = _task_of(saved["task"])
     if fit := saved.get("run", {}).get("fit"):
         run["fit"] = fit
     for group in set(OF_MODEL) & set(arguments):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
 
 from conf import cases, probes, recipes, text
 from conf.compose import compose
@@ -71,6 +72,8 @@ def _evaluate_all(configs: list[DictConfig]) -> float | None:
         given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
         case = {key: text.plain(given[key]) for key in keys}
         told = " ".join(f"{key}={value}" for key, value in case.items())
+        if rank_zero_only.rank == 0:
+            print(f"\n{told}", flush=True)
         try:
             found.append((case, _evaluate(cfg, alone=False)))
         except UserError as error:
