@@ -25,7 +25,12 @@ def tables() -> dict[str, Settings]:
     """Every table, by its family."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = (yaml.load(path.read_text(), loader) for path in sorted((CONF / "model").glob("*.yaml")))
-    return {table["family"]: table for table in found}
+    return {table["family"]: table for table in found if "models" in table}
+
+
+def files() -> list[str]:
+    """What stands in conf/model as a file of its own: models that are none of ours."""
+    return sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - tables().keys())
 
 
 @cache

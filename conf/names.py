@@ -21,7 +21,7 @@ def groups() -> list[str]:
 def options(group: str) -> list[str]:
     """The names that a group offers, sorted."""
     if group == "model":
-        return list(families.models())
+        return sorted([*families.models(), *families.files()])
     plans = [f"plan/{name}" for name in families.plans()] if group == "attention" else []
     folder = CONF / group
     found = folder.glob("*.yaml") if group == "attention" else folder.glob("**/*.yaml")

@@ -49,7 +49,8 @@ class _Conf(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         if _is_none(config_path):
-            return ConfigResult(self.provider, self.full_path(), OmegaConf.create({}), header={"package": "_global_"})
+            nothing = OmegaConf.create({"attention": None} if config_path.startswith("attention/none") else {})
+            return ConfigResult(self.provider, self.full_path(), nothing, header={"package": "_global_"})
         rows, name = _rows(config_path)
         if name not in rows:
             result = super().load_config(_place(config_path))
@@ -65,7 +66,7 @@ class _Conf(FileConfigSource):
         return (
             _is_none(config_path)
             or name in rows
-            or (not config_path.startswith(MODEL) and super().is_config(_place(config_path)))
+            or (not _is_table(config_path) and super().is_config(_place(config_path)))
         )
 
     def is_group(self, config_path: str) -> bool:
@@ -103,7 +104,13 @@ def _place(config_path: str) -> str:
 def _is_none(config_path: str) -> bool:
     """Whether it is the choice of nothing, as in `-m gate=none,eca`, where nothing is chosen by default."""
     group, _, name = config_path.removesuffix(".yaml").rpartition("/")
-    return name == "none" and group in (*PLACES, *(f"attention/{part}" for part in PARTS))
+    return name == "none" and group in ("attention", *PLACES, *(f"attention/{part}" for part in PARTS))
+
+
+def _is_table(config_path: str) -> bool:
+    """Whether it is a file with rows, which are the options in its place."""
+    name = config_path.removeprefix(MODEL).removesuffix(".yaml")
+    return config_path.startswith(MODEL) and name not in families.files()
 
 
 def _rows(config_path: str) -> tuple[dict[str, Any], str]:

@@ -12,7 +12,7 @@ def create_model(
     """A model by name, with random weights: `create_model("swin_tiny", attention="agent", image_size=256)`.
 
     Args:
-        name: a row of a table in conf/model, see `list_models()`.
+        name: a row of a table in conf/model, see `list_models()`; or `timm/<name>`, any model of timm.
         attention: a file of conf/attention, see `list_attentions()`; None for the model's own.
         features_only: return the maps (B, C, H, W) of all stages instead of logits, without the classifier; the
             module says their `channels` and `strides`.
@@ -30,9 +30,9 @@ def create_model(
 
 def list_models() -> list[str]:
     """The names that `create_model` and `model=` take."""
-    from conf.names import options
+    from conf import families
 
-    return options("model")
+    return list(families.models())
 
 
 def list_attentions() -> list[str]:

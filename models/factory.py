@@ -8,13 +8,15 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from conf import names
+from conf import families, names
 from conf.compose import compose_run
 from conf.errors import UserError
 
 
 def create(name: str, attention: str | None, settings: dict[str, Any], features_only: bool = False) -> nn.Module:
     """See `models.create_model`."""
+    if isinstance(name, str) and name.startswith("timm/"):
+        name, settings = "timm", {"name": name.removeprefix("timm/"), **settings}
     parts = {key: value for key, value in settings.items() if is_part(key, value)}
     cfg = compose_model(name, attention, parts)
     settings = {"num_classes": 1000, **{key: value for key, value in settings.items() if key not in parts}}
@@ -26,7 +28,10 @@ def create(name: str, attention: str | None, settings: dict[str, Any], features_
             continue
         if part is None:
             raise UserError(_unknown(name, key, value, cfg))
-        part[key] = merged(f"create_model: {name}", key, part[key], value)
+        old = None if OmegaConf.is_missing(part, key) else part[key]
+        part[key] = merged(f"create_model: {name}", key, old, value)
+    if features_only and name in families.files():
+        raise UserError(f"create_model: {name} gives logits; call timm.create_model(..., features_only=True) for maps")
     model = build_model(cfg)
     if not features_only:
         return model

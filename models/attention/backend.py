@@ -18,7 +18,7 @@ def describe_backend(model: nn.Module, device: torch.device) -> str:
     """
     mixers = [mixer for _, mixer in mixers_of(model)]
     if not mixers:
-        return "no attention"
+        return getattr(model, "unmixed", "no attention")
     if device.type != "cuda" and not INTERPRETED:
         if any(mixer.backend == "triton" for mixer in mixers):
             raise UserError(

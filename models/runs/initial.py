@@ -12,6 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from models.checkpoints import load_weights, settings_of
 from models.checkpoints.conversion import converted
 from models.checkpoints.fitting import classes_of, is_of_classes
 from models.checkpoints.normalisation import KEYS, for_channels, normalisation
+from models.factory import instantiate
 from models.reparam import adopt, fold, is_reparametrised
+from models.surgery.any_timm import NAME, OfTimm, fitted
 from models.surgery.dense_to_moh import gated_weights
 from models.surgery.transplant import transplanted
 
@@ -116,6 +119,10 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
 
 def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -> list[str]:
     """Gives the model these weights; what there is to say about it."""
+    if isinstance(model, OfTimm):
+        state, notes = fitted(state, model)
+        model.load_state_dict(state)
+        return notes
     own, notes = model.state_dict(), []
     if (gated := gated_weights(state, model)) is not None and _fits(gated, own):
         own, notes = model.state_dict(), [f"its attention gets head gates: {active_heads(model):.2%} of heads active"]
@@ -200,6 +207,10 @@ def in_our_names(
         ValueError: they are not the model's.
     """
     name = config["run"]["model"]
+    if name == NAME:
+        with torch.device("meta"):
+            model = instantiate(config["model"])
+        return fitted(content, model, new_head=num_classes is None)
     found = converted(content, name, num_classes=num_classes, **settings_of(config))
     return found.weights, _warnings(found.told())
 

@@ -71,7 +71,7 @@ def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
 def exportable(config: dict[str, Any]) -> bool:
     """Whether the weights have other names than ours: the model as its authors publish it."""
     name, attention = config["run"]["model"], config["run"]["attention"]
-    usual = families.models()[name].get("attention", "softmax")
+    usual = families.models().get(name, {}).get("attention", "softmax")
     parts = [config["attention"].get(part) for part in PARTS] if isinstance(config["attention"], dict) else []
     composed = any(isinstance(chosen, dict) for chosen in [*parts, *map(config.get, PLACES)])
     return family_of(name) is not None and attention == usual and not composed

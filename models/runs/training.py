@@ -254,6 +254,10 @@ def title(config: dict[str, Any]) -> str:
     parts = _named(attention, PARTS) if isinstance(attention, dict) else []
     places = _named(config["model"], PLACES)
     composed = f" ({', '.join(parts)})" if parts else ""
+    if run["model"] == "timm":
+        mechanism = [] if attention is None else [f"{run['attention']} attention{composed}"]
+        chosen = f" with {', '.join([*mechanism, *places])}" if mechanism or places else ""
+        return f"timm's {config['model']['name']}{chosen} on {run['data']}"
     return (
         f"{run['model']}{size} with {', '.join([run['attention'] + ' attention' + composed, *places])} on {run['data']}"
     )
