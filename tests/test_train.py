@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models.loggers.metrics_csv import read_metrics
-from models.runs.report import draw_curves
+from models.runs.curves import draw_curves
 from models.tasks.classification import Classification
 
 ROOT = Path(__file__).parents[1]

@@ -205,8 +205,20 @@ class Checkpoints(Callback):
                 f"{trainer.global_step}, got {step_name(step)}; use resume=auto to continue it, or another run.name"
             )
         self.saved_step = step if step == trainer.global_step else -1
+        self._forget_best_of_elsewhere(trainer)
         if self._validation_due:
             _validate_now(trainer)
+
+    def _forget_best_of_elsewhere(self, trainer: pl.Trainer) -> None:
+        """A run that goes on in another folder, or without its best checkpoint, has no `best` until it finds one."""
+        here = self._best_step in step_directories(self.directory) if trainer.is_global_zero else False
+        if self._best_step >= 0 and not trainer.strategy.broadcast(here, src=0):
+            if trainer.is_global_zero:
+                log.warning(
+                    "Checkpoints: the best so far, %.4g in %s, is not in %s; the best is chosen anew from here",
+                    *(self._best_score, step_name(self._best_step), self.directory),
+                )
+            self._best_score, self._best_step = math.nan, -1
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -222,6 +234,12 @@ class Checkpoints(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint[CONFIG_KEY], checkpoint[METRICS_KEY] = self.config, self._metrics
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning's count for loggers; it loses one where a run goes on behind a validation in the middle of an epoch
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -230,6 +248,7 @@ class Checkpoints(Callback):
             return
         self._seen_step = step
         self._metrics = {}
+        _validate_at_the_end(trainer)
         self._validation_due = _validation_follows(trainer)
         if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
             self.save(trainer)
@@ -314,6 +333,16 @@ class Checkpoints(Callback):
 def call_last(trainer: pl.Trainer, callback: Callback) -> None:
     """Moves a callback to the end of the trainer's list (a new list: Lightning is iterating over the old one)."""
     trainer.callbacks = [other for other in trainer.callbacks if other is not callback] + [callback]
+
+
+def _validate_at_the_end(trainer: pl.Trainer) -> None:
+    """Lets Lightning validate after the last step too, where that is in the middle of an epoch or of several."""
+    by_steps = 0 <= trainer.max_steps <= trainer.global_step
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    if by_steps or (last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+        trainer.should_stop = True  # it validates before it stops early, and then stops where it would have anyway
+        if trainer.check_val_every_n_epoch is not None:
+            trainer.check_val_every_n_epoch = 1
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -72,8 +72,6 @@ class RunProgress(Callback):
         if self.live is not None:
             self.live.update(self._bar, text=self._describe(trainer))
 
-        self._lined = -1
-
     def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._line(trainer, task)
@@ -103,7 +101,7 @@ class RunProgress(Callback):
             f"memory {peak_memory(task.device) / MIB:,.0f} MiB",
             duration(time.perf_counter() - self._epoch_start),
         ]
-        print("  ".join(shown), flush=True)
+        print("  ".join(filter(None, shown)), flush=True)
         if not self._advised and taken > ENOUGH and wait / taken > WAITING:
             self._advised = True
             print(remedy(wait / taken, trainer.train_dataloader.num_workers, self.cores), flush=True)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.json, curves.png and the table at the end."""
+"""What a run leaves for people: metrics.json, the table at the end, and what can be done next."""
 
 import json
 import math
@@ -12,7 +12,6 @@ from rich.table import Table
 from conf import families
 from conf.names import PARTS, PLACES, short
 from models.checkpoints.fitting import family_of
-from models.loggers.metrics_csv import read_metrics
 
 ABREAST = 5  # columns of a table that a terminal has room for
 PERCENT = ("top1", "top5", "recognised", "routing/active")
@@ -50,7 +49,7 @@ def print_table(title: str, rows: dict[str, Any], console: Console | None = None
 
 def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
     """What can be done with a finished run, as lines that can be pasted into a shell."""
-    lines, folder, epochs = [], short(run_dir), config["trainer"].get("max_epochs")
+    lines, folder = [], short(run_dir)
     best = run_dir / "checkpoints" / "best"
     if best.exists():
         lines.append(f"evaluate: python eval.py ckpt={quote(short(best))}")
@@ -59,10 +58,12 @@ def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
             lines.append(
                 f"export:   python -m models.checkpoints export {quote(short(best))} --model {name} -o {name}.pth"
             )
-    if (run_dir / "checkpoints" / "last").exists() and epochs and epochs > 0:
-        lines.append(
-            f"go on:    the same command with run.name={config['run']['name']} trainer.max_epochs={2 * epochs}"
-        )
+    limits = [(name, config["trainer"].get(name)) for name in ("max_steps", "max_epochs")]
+    limit = next(
+        (f"trainer.{name}={2 * value}" for name, value in limits if isinstance(value, int) and value > 0), None
+    )
+    if (run_dir / "checkpoints" / "last").exists() and limit:
+        lines.append(f"go on:    the same command with run.name={config['run']['name']} {limit}")
     if list(run_dir.glob("wandb/offline-run-*")):
         lines.append(f"upload:   wandb sync {quote(folder)}/wandb/offline-run-*")
     return lines
@@ -90,48 +91,3 @@ def print_columns(
         for name in names:
             table.add_row(name, *(shown(name, column.get(name)) for column in columns[chosen]))
         console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
-
-
-def draw_curves(run_dir: Path) -> Path | None:
-    """Draws loss, accuracy, score and learning rate over steps from metrics.csv; the path, None without figures."""
-    rows = read_metrics(run_dir / "metrics.csv")
-    panels = [
-        ("loss", {"train": "train/loss", "validation": "val/loss", "validation, EMA": "val/loss_ema"}),
-        ("top-1 (%)", {"validation": "val/top1", "validation, EMA": "val/top1_ema"}),
-        ("recognised (%)", {"raw": "val/recognised", "EMA": "val/recognised_ema"}),
-        ("learning rate", {"": "lr"}),
-    ]
-    series = {key: _series(rows, key) for _, lines in panels for key in lines.values()}
-    panels = [(label, lines) for label, lines in panels if any(series[key][0] for key in lines.values())]
-    if not panels:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, key in lines.items():
-            steps, values = series[key]
-            if steps:
-                scale = 100 if "%" in label else 1
-                axis.plot(
-                    steps,
-                    [scale * v for v in values],
-                    label=name,
-                    linewidth=1.5,
-                    marker="." if len(steps) < 40 else None,
-                )
-        axis.set(title=label, xlabel="step")
-        axis.grid(alpha=0.3)
-        if any(name and series[key][0] for name, key in lines.items()):
-            axis.legend(frameon=False)
-    path = run_dir / "curves.png"
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _series(rows: list[dict[str, str]], key: str) -> tuple[list[int], list[float]]:
-    points = [(int(float(row["step"])), float(row[key])) for row in rows if row.get(key)]
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    return [step for step, _ in finite], [value for _, value in finite]

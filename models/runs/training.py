@@ -1,5 +1,6 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.loggers import build_loggers
 from models.loggers.weights_and_biases import SafeWandb, log_picture
+from models.runs.curves import draw_curves
 from models.runs.facts import facts_of
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
@@ -38,7 +40,7 @@ from models.runs.preflight import (
     quiet,
 )
 from models.runs.record import Record, RunLog, recorded
-from models.runs.report import draw_curves, next_steps, print_table, write_json
+from models.runs.report import next_steps, print_table, write_json
 from models.runs.resume import compare_configs, find_resume
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
@@ -76,7 +78,7 @@ def train(cfg: DictConfig) -> float | None:
         trainer = run.trainer
         if trainer.is_global_zero:
             print(_headline(config, run, run_dir))
-        with _ending(trainer, run_dir):
+        with _ending(trainer, run_dir, config):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
         if not trainer.is_global_zero:
             return None
@@ -159,7 +161,7 @@ def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, own: list[C
 
 
 @contextmanager
-def _ending(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
+def _ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
     """A stop on request and a loss that is not finite end the process with their status and what to do next."""
     try:
         yield
@@ -170,12 +172,19 @@ def _ending(trainer: pl.Trainer, run_dir: Path) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     finally:
-        curves = draw_curves(run_dir) if trainer.is_global_zero else None
+        curves = _curves(trainer, run_dir, config) if trainer.is_global_zero else None
         if curves is not None:
             log_picture(trainer.loggers, "curves", curves)
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandb):
                 logger.close()
+
+
+def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Path | None:
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    best = config["checkpoint"]
+    per_epoch = steps if 0 < steps < math.inf else None
+    return draw_curves(run_dir, title(config), best["monitor"], best["mode"], per_epoch)
 
 
 def _headline(config: dict[str, Any], run: Run, run_dir: Path) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 from conf import leftovers, revision
 from conf.errors import UserError
+from models.checkpoints import read_manifest
+from models.loggers.metrics_csv import read_metrics
 from models.runs import record
 from models.runs.preflight import lock_folder
 
@@ -80,11 +82,9 @@ def test_a_run_records_what_it_was_made_with(command, tmp_path):
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["peak_memory"] > 1e7 and 0 <= figures["data_wait"] < 1 and figures["grad_norm"] > 0
     assert re.search(r"^epoch 1/1  step 2/2  loss .*val top-1 .* images/s  data wait .*grad norm .*MiB", out, re.M)
-    status, _, err = command("train", *SMALL, "run.name=mine", "trainer.max_epochs=2")
-    assert status == 0, err
-    environment = json.loads((run / "env.json").read_text())
-    assert [start["step"] for start in [*environment["earlier"], environment]] == [0, 2]
-    assert len(re.findall("vit_32px with softmax attention on digits: ", (run / "train.log").read_text())) == 2
+    record.write_environment(run, {"step": 2})  # of a run that goes on
+    again = json.loads((run / "env.json").read_text())
+    assert [start["step"] for start in [*again["earlier"], again]] == [0, 2] and "packages" not in again["earlier"][0]
 
 
 def test_a_refused_command_leaves_a_folder_as_it_was(command, tmp_path):
@@ -144,3 +144,38 @@ def test_the_code_of_another_repository_is_not_taken_for_ours(tmp_path, monkeypa
         assert revision.revision() == revision.Revision(None, "", [])
     finally:
         revision.revision.cache_clear()
+
+
+def test_the_last_weights_are_measured_wherever_the_steps_end(command, tmp_path):
+    """In the middle of an epoch, and between two validations; a run that goes on from there is that of more steps."""
+    free = [setting for setting in SMALL if not setting.startswith("trainer.max")]
+    found = {}
+    for name, steps, every in [("x", 3, 1), ("x", 5, 3), ("whole", 5, 3)]:
+        more = ("trainer.max_epochs=-1", f"trainer.max_steps={steps}", f"trainer.check_val_every_n_epoch={every}")
+        status, _, err = command("train", *free, *more, "schedule=constant", f"run.name={name}")
+        assert status == 0, err
+        run = tmp_path / "outputs" / name
+        assert json.loads((run / "metrics.json").read_text())["val/top1"] >= 0
+        assert (run / "checkpoints/last").resolve().name == f"step-{steps:08d}"
+        assert read_manifest(run / "checkpoints/last")["metrics"]["val/top1"] >= 0
+        rows = read_metrics(run / "metrics.csv")
+        found[name] = [[row[key] for row in rows if key in row] for key in ("train/loss", "val/loss")]
+        found[name, steps] = [row["step"] for row in rows if "val/top1" in row]
+    assert found["x", 3] == ["1", "2"] and found["x", 5] == ["1", "2", "4"] and found["whole", 5] == ["4"]
+    assert found["x"][0] == found["whole"][0] and len(found["whole"][0]) == 5
+    assert found["x"][1][-1] == found["whole"][1][-1]
+
+
+@pytest.mark.full
+def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(command, tmp_path):
+    assert command("train", *SMALL, "run.name=a")[0] == 0
+    resume = f"resume={tmp_path / 'outputs/a/checkpoints/last'}"
+    status, out, err = command("train", *SMALL, "trainer.max_epochs=2", resume, "run.name=b")
+    assert status == 0, err
+    best = tmp_path / "outputs/b/checkpoints/best"
+    figures = json.loads((tmp_path / "outputs/b/metrics.json").read_text())
+    assert "the best is chosen anew from here" in out
+    assert (
+        figures["best/val/top1"] == read_manifest(best)["metrics"]["val/top1"]
+        and best.resolve().name == "step-00000004"
+    )

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from models.callbacks.progress import duration
-from models.runs.report import draw_curves, print_table, shown, write_json
+from models.runs.curves import draw_curves, short_number
+from models.runs.report import print_table, shown, write_json
 
 
 @pytest.mark.parametrize(
@@ -44,5 +45,10 @@ def test_curves_are_drawn_from_what_was_logged(tmp_path):
     assert draw_curves(tmp_path) is None
     rows = ["step,epoch,train/loss,val/top1,lr", "1,0,2.0,,0.1", "2,0,1.0,0.5,0.2", "3,0,nan,,0.1"]
     (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-    path = draw_curves(tmp_path)
+    path = draw_curves(tmp_path, "a model on data", monitor="val/top1", per_epoch=1.5)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    assert draw_curves(tmp_path) == path
+
+
+def test_the_rate_is_written_short():
+    assert [short_number(value) for value in (2e-4, 2.5e-4, 0, 1, 1e-10)] == ["2e-4", "2.5e-4", "0", "1e0", "1e-10"]
