@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf import recipes
 from conf.compose import compose_run
@@ -19,7 +20,8 @@ from tests.docs.running import LOOKING
 
 PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-EVAL = {"ckpt", "recipe", "model", "attention", "data", "task", "image_size", "samples", "backend", "trainer", "seed"}
+EVAL = {"recipe", "model", "attention", "data", "task", "image_size", "samples", "seed", "probe"}
+EVAL |= {*OmegaConf.load(ROOT / "conf" / "eval.yaml")} - {"defaults"}
 # options that a page tells to write: files, and rows of tables
 WRITTEN = {Path(name).stem for block in BLOCKS for name in block.marked("file ") if name.startswith("conf/")}
 WRITTEN |= {name for block in BLOCKS for name in re.findall(r"^  (\w+): \{size:", block.text, re.MULTILINE)}
@@ -50,7 +52,8 @@ def check_command(command: str, block: Block) -> None:
             check_settings(settings(rest[1:]), where)
     elif program == "python" and rest[0] == "eval.py":
         unknown = [word for word in settings(rest[1:]) if word.split("=")[0].split(".")[0].lstrip("+") not in EVAL]
-        assert not unknown and any(word.startswith("ckpt=") for word in rest), where
+        probes = {f"probe={name}" for name in options("probe")} | {*options("probe")}
+        assert not unknown and (probes & set(rest) or any(word.startswith("ckpt=") for word in rest)), where
     elif program == "python":
         assert (ROOT / rest[0]).exists(), where
     else:
