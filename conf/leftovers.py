@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,14 @@ BEGUN = ("train.log", "metrics.json")
 
 
 class _Noted(NamedTuple):
-    """A folder before the command; `inside` is None where there was none."""
+    """A folder before the command; `inside` is None where there was none. Of a sweep, the folders of its new runs."""
 
     folder: Path
     inside: frozenset[str] | None
     missing: list[Path]
     sweep: bool
+    known: frozenset[Path]  # runs of earlier commands
+    made: list[Path]
 
 
 _noted: list[_Noted] = []
@@ -40,16 +43,22 @@ class Leftovers(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _note(Path(config.hydra.sweep.dir).absolute(), sweep=True)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        job = Path(config.hydra.runtime.output_dir)
+        if _noted and _noted[-1].sweep and job not in _noted[-1].known:
+            _noted[-1].made.append(job)
+
 
 def remove() -> None:
     """Removes the folders of runs that never began; called when the command ends, whatever ended it."""
     while _noted:
-        folder, inside, missing, sweep = _noted.pop()
+        folder, inside, missing, sweep, _, made = _noted.pop()
         if not folder.is_dir():
             continue
-        for job in sorted(folder.iterdir()) if sweep else ():
-            if job.is_dir() and job.name not in (inside or ()) and not _begun(job):
+        for job in made:
+            if job.is_dir() and not _begun(job):
                 shutil.rmtree(job, ignore_errors=True)
+                _remove_empty(job.parent, folder)
         if inside is None and not _begun(folder) and not (sweep and _holds_runs(folder)):
             shutil.rmtree(folder, ignore_errors=True)
         elif "checkpoints" not in (inside or ()):
@@ -64,7 +73,23 @@ def _note(folder: Path, sweep: bool) -> None:
     if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         return  # the first process of a run has its folder
     inside = frozenset(os.listdir(folder)) if folder.is_dir() else None
-    _noted.append(_Noted(folder, inside, [path for path in folder.parents if not path.exists()], sweep))
+    known = frozenset(_runs(folder)) if sweep else frozenset()
+    _noted.append(_Noted(folder, inside, [path for path in folder.parents if not path.exists()], sweep, known, []))
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    """The folders of runs, at any depth: Hydra has put its own into each."""
+    for path, inside, _ in os.walk(folder):
+        if ".hydra" in inside:
+            inside.clear()
+            yield Path(path)
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """The levels of a sweep's folder in which no run is left."""
+    while folder != top and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _begun(folder: Path) -> bool:

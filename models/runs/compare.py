@@ -51,6 +51,8 @@ class CompareRuns(Callback):
         for run in runs:
             if run.figures is None:
                 print(f"no result: {run.title}: {run.said.splitlines()[0]}")
+        if not rows and not any((run.folder / "train.log").exists() for run in runs):
+            return  # no run has begun: nothing is left
         written = write_all(Path(config.hydra.sweep.dir).absolute(), rows, runs, monitor, mode)
         print(f"written: {', '.join(map(short, written))}")
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf import leftovers, revision
 from conf.errors import UserError
@@ -101,18 +102,25 @@ def test_a_refused_command_leaves_a_folder_as_it_was(command, tmp_path):
 
 
 def test_of_a_sweep_the_runs_that_began_stay(tmp_path):
-    """And nothing of one of which none began."""
-    for name, began in [("some", True), ("none", False)]:
-        folder = tmp_path / "outputs" / name
-        leftovers._note(folder, sweep=True)
-        for job in ("0_a", "1_b"):
-            (folder / job).mkdir(parents=True)
+    """At any depth, and those of other commands whatever they hold; nothing of a sweep of which none began."""
+    outputs, noted = tmp_path / "outputs", leftovers.Leftovers()
+    (outputs / "some/earlier/seed-0/.hydra").mkdir(parents=True)
+    for name, began in [("some", "agent/seed-1"), ("none", None)]:
+        folder = outputs / name
+        noted.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+        for job in ("earlier/seed-0", "agent/seed-0", "agent/seed-1", "softmax/seed-0"):
+            if name == "none" or job != "earlier/seed-0":
+                (folder / job / ".hydra").mkdir(parents=True)
+            noted.on_job_start(OmegaConf.create({"hydra": {"runtime": {"output_dir": str(folder / job)}}}))
+            if job == began:
+                (folder / job / "train.log").touch()
         (folder / "multirun.yaml").touch()
-        if began:
-            (folder / "1_b/train.log").touch()
+        (outputs / "some/other/seed-0/.hydra").mkdir(parents=True, exist_ok=True)  # of a command beside this one
     leftovers.remove()
-    found = sorted(str(path.relative_to(tmp_path / "outputs")) for path in (tmp_path / "outputs").rglob("*"))
-    assert found == ["some", "some/1_b", "some/1_b/train.log", "some/multirun.yaml"]
+    found = sorted(str(path.parent.relative_to(outputs)) for path in outputs.rglob(".hydra"))
+    assert found == ["some/agent/seed-1", "some/earlier/seed-0", "some/other/seed-0"]
+    assert sorted(path.name for path in (outputs / "some").iterdir()) == ["agent", "earlier", "multirun.yaml", "other"]
+    assert [path.name for path in outputs.iterdir()] == ["some"]
 
 
 def test_a_folder_is_only_removed_where_the_command_made_it(tmp_path):
