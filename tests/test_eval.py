@@ -173,3 +173,20 @@ def test_weights_that_are_not_there_are_not_taken(command, tmp_path):
     weights = ("ckpt=w.safetensors", "model=vit_32px", "data=fake", "data.source.val_images=6")
     assert "no averaged weights, got weights=ema; leave that out" in refused(command, *weights, "weights=ema")
     assert "weights must be raw, ema or auto, got 'best'" in refused(command, *weights, "weights=best")
+
+
+@pytest.mark.full
+def test_other_photos_are_all_measured_and_a_copy_as_in_training(command, tmp_path):
+    for root, count in (("photos", 5), ("copy", 5), ("new", 3)):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / root / name).mkdir(parents=True)
+            for number in range(count):
+                name_of = f"{root if root == 'new' else 'i'}{number}.png"
+                Image.new("RGB", (32, 32), (90 * label, 10 * number, 9)).save(tmp_path / root / name / name_of)
+    data = ("data=imagefolder", "data.root=photos", "data.batch_size=4", "data.workers=0", "logger=none")
+    assert command("train", "model=vit_32px", *data, "trainer.max_epochs=1", "run.name=r")[0] == 0
+    for root, count in (("photos", 2), ("copy", 2), ("new", 6)):
+        status, _, err = command("eval", "ckpt=outputs/r", f"data.root={root}", f"output={root}-result")
+        assert status == 0, err
+        rows = (tmp_path / f"{root}-result/imagefolder-32-best/images.csv").read_text().splitlines()[1:]
+        assert len(rows) == count, root

@@ -3,6 +3,7 @@
 Torch-free until a checkpoint is read, as the whole command line.
 """
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,15 @@ def _split_of(ckpt: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def _lists(split: str | None, root: str) -> bool:
+    """Whether the images for validation that a `split.csv` lists are below this root: then it is a copy of the data."""
+    if split is None or not Path(split).is_file():
+        return False
+    with Path(split).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        names = [row["file"] for row in csv.DictReader(file) if row.get("split") == "val"]
+    return bool(names) and all(Path(root, name).is_file() for name in names)
+
+
 def _of_checkpoint(arguments: dict[str, str]) -> dict:
     """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
     from models.checkpoints import check_config, read_config
@@ -215,5 +225,10 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     if "root" in data and source.get("root", "") == data["root"]:
         source["root"] = "${data.root}"
     if "split" in source:
-        data["split"], source["split"] = _split_of(arguments["ckpt"]) or data.get("split"), "${data.split}"
+        split = _split_of(arguments["ckpt"]) or data.get("split")
+        if "data.root" in arguments and not _lists(split, arguments["data.root"]):
+            split, data["val_fraction"] = None, 1  # other images, of which none was trained on: all of them
+        data["split"], source["split"] = split, "${data.split}"
+        if "val_fraction" in source:
+            source["val_fraction"] = "${data.val_fraction}"
     return kept

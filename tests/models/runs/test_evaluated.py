@@ -6,7 +6,7 @@ from conf import resolvers, source
 from conf.cases import cases, differing
 from conf.errors import UserError
 from conf.text import literal
-from models.runs.evaluated import offer, take_config
+from models.runs.evaluated import _lists, offer, take_config
 from models.runs.useful import is_weights
 
 
@@ -95,3 +95,13 @@ def test_what_is_a_file_of_weights(weights, tmp_path):
     (tmp_path / "best").write_text("step-00000001")  # a pointer, where a file system has no links
     found = {name: is_weights(name) for name in ("w.pth", "best", "outputs", "timm/vit_tiny", "hf-hub:a/b")}
     assert found == {"w.pth": True, "best": False, "outputs": False, "timm/vit_tiny": True, "hf-hub:a/b": True}
+
+
+def test_a_copy_of_the_images_is_known_by_those_for_validation(tmp_path):
+    split = tmp_path / "split.csv"
+    split.write_text("file,class,label,split\nant/0.png,ant,0,train\nant/1.png,ant,0,val\nbee/1.png,bee,1,val\n")
+    for name in ("copy/ant/1.png", "copy/bee/1.png", "other/ant/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert _lists(str(split), str(tmp_path / "copy")) and not _lists(str(split), str(tmp_path / "other"))
+    assert not _lists(None, str(tmp_path)) and not _lists(str(tmp_path / "none.csv"), str(tmp_path))
