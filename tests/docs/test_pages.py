@@ -3,6 +3,7 @@
 What they tell to type is run in test_commands.py.
 """
 
+import io
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from conf import recipes
 from conf.compose import compose_run
 from conf.names import options
+from models.listing import show
 from tests.docs.pages import KNOWN, ROOT, Block, blocks, pages, settings, words, write_files
 from tests.docs.running import LOOKING
 
@@ -47,6 +50,8 @@ def check_command(command: str, block: Block) -> None:
         assert rest == [".venv/bin/activate"], where
     elif program == "python" and rest[0] == "-m":
         check_module(rest[1], rest[2:], where)
+    elif program == "python" and rest[:2] == ["train.py", "list"]:
+        show(rest[2:], Console(file=io.StringIO()))
     elif program == "python" and rest[0] == "train.py":
         if not block.marked("status ") and not set(LOOKING) & set(rest):
             check_settings(settings(rest[1:]), where)
