@@ -130,6 +130,11 @@ class ImageData(pl.LightningDataModule):
         return self.form.channels
 
     @property
+    def depth(self) -> str:
+        """Of the numbers that images hold."""
+        return self.form.depth
+
+    @property
     def class_names(self) -> list[str]:
         return list(self.source.classes)
 

@@ -177,6 +177,11 @@ def check_images(data: Any) -> None:
             f"task: generation works on images in -1 … 1, got data.mean={list(data.mean)} data.std={list(data.std)}; "
             "set data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5]"
         )
+    if (getattr(data, "channels", 3), getattr(data, "depth", "uint8")) != (3, "uint8"):
+        raise UserError(
+            f"task: generation works on 8-bit RGB images, got data.channels={data.channels} data.depth={data.depth}; "
+            "set data.channels=3 data.depth=uint8"
+        )
     if data.augment.mixes:
         raise UserError(
             f"task: generation needs one class per image, got augment.mixup={data.augment.mixup} "

@@ -87,3 +87,15 @@ def test_rectangles_are_trained_and_evaluated(command):
 def test_contradictions_are_refused_before_a_run(command, change, message):
     status, _, err = command("train", "model=vit_32px", "debug=fast", change)
     assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_generation_takes_8_bit_rgb_alone():
+    from models.tasks.generation import check_images
+
+    plain = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    check_images(images(**plain))
+    for form in ({"channels": 1}, {"depth": "float32"}):
+        with pytest.raises(
+            ValueError, match=r"generation works on 8-bit RGB images, got data.channels=.*; set data.ch"
+        ):
+            check_images(images(**plain, **form))
