@@ -229,8 +229,14 @@ class ImageFolder:
         """The files of what was read so far that are no images by their suffix."""
         read = [self.__dict__[name] for name in ("train", "val", "_whole") if name in self.__dict__]
         files = [file for split in read for file in split.left_out]
-        what = "files are left out, by their suffix they are no images"
-        return [f"{len(files)} {what}: {suffixes(files)}"] if files else []
+        if not files:
+            return []
+        what = (
+            "files are left out, by their suffix they are"
+            if len(files) > 1
+            else "file is left out, by its suffix it is"
+        )
+        return [f"{len(files)} {what} no image: {suffixes(files)}"]
 
     def _named(self, folder: Path) -> list[str]:
         names, there = read_classes(self.named), set(classes_in(folder, self.root))

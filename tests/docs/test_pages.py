@@ -17,6 +17,7 @@ from rich.console import Console
 from conf import recipes
 from conf.compose import compose_run
 from conf.names import options
+from conf.text import literal
 from models.listing import show
 from tests.docs.pages import KNOWN, ROOT, Block, blocks, pages, settings, words, write_files
 from tests.docs.running import LOOKING
@@ -78,7 +79,7 @@ def check_settings(given: list[str], where: str) -> None:
 
 @cache
 def composes(given: tuple[str, ...]) -> None:
-    compose_run(list(given))
+    compose_run(literal(list(given)))
 
 
 def check_module(name: str, given: list[str], where: str) -> None:

@@ -96,7 +96,7 @@ def test_another_name_of_validation_and_files_left_out_are_said(photos):
     source = ImageFolder(root)
     assert (len(source.train), len(source.val)) == (4, 2)
     assert source.notes() == [
-        "2 files are left out, by their suffix they are no images: 1 .heic, 1 .txt",
+        "2 files are left out, by their suffix they are no image: 1 .heic, 1 .txt",
         "valid/ is the validation set",
     ]
 
