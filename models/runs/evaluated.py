@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from conf import cases, probes, recipes, text
 from conf.compose import compose_run
 from conf.errors import UserError
+from conf.folders import layout
 from conf.names import PLACES, choosable, options
 from models.runs.useful import OF_MODEL, is_weights, refuse_useless
 
@@ -176,6 +177,14 @@ def _split_of(ckpt: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
+def _has_validation(root: str) -> bool:
+    """Whether a root has a folder for validation; where there is no such root, looking at the data says so."""
+    try:
+        return layout(root).val is not None
+    except (ValueError, OSError):
+        return True
+
+
 def _lists(split: str | None, root: str) -> bool:
     """Whether the images for validation that a `split.csv` lists are below this root: then it is a copy of the data."""
     if split is None or not Path(split).is_file():
@@ -227,7 +236,8 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
     if "split" in source:
         split = _split_of(arguments["ckpt"]) or data.get("split")
         if "data.root" in arguments and not _lists(split, arguments["data.root"]):
-            split, data["val_fraction"] = None, 1  # other images, of which none was trained on: all of them
+            # other images, of which none was trained on: all of them, or those for validation where these lie apart
+            split, data["val_fraction"] = None, None if _has_validation(arguments["data.root"]) else 1
         data["split"], source["split"] = split, "${data.split}"
         if "val_fraction" in source:
             source["val_fraction"] = "${data.val_fraction}"
