@@ -1,4 +1,5 @@
-"""Recipes: one YAML file per published result, offered to Hydra as `recipe=<path below recipes/>`, and `finetune`.
+"""Recipes: one YAML file per published result, offered to Hydra as `recipe=<path below recipes/>`; and what states
+no result: `finetune`, `pathfinder`.
 
 A recipe names its building blocks from conf/, sets every number in which the paper differs from their defaults, and
 states under `target` the result that it must give. What several recipes share stands in `_bases/`, from which they
@@ -18,7 +19,7 @@ def names() -> list[str]:
 
 
 def offered() -> list[str]:
-    """Those, and the ones that state no result: `finetune`."""
+    """Those, and the ones that state no result."""
     found = (path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
     return sorted(name for name in found if not name.startswith("_"))
 

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from conf import recipes
+from conf import recipes, sweeps
 from conf.compose import compose_run
 from conf.names import PLACES
 from models.runs.initial import check_given
@@ -62,6 +62,19 @@ def test_what_fine_tunes_anything_states_no_result_and_asks_for_weights():
         check_given(config)
     for given in ({"init": "a.pth"}, {"fine_tunes": None}, {"model": {"pretrained": True}}):
         check_given(config | given)
+
+
+def test_the_comparison_on_pathfinder_sweeps_mechanisms_and_seeds():
+    """Nine runs, whose folders say what differs; it states no result, and a sweep of other mechanisms is one word."""
+    assert "pathfinder" in recipes.offered() and "pathfinder" not in NAMES
+    params = OmegaConf.to_container(recipes.load("pathfinder").hydra.sweeper.params)
+    typed = ["recipe=pathfinder", "run.name=p"]
+    assert sweeps.begin(typed, params) == 9
+    assert sweeps.folder([*typed, "attention=agent", "seed=2"], 2) == "agent/seed-2"
+    assert sweeps.begin([*typed, "attention=softmax,window"], params) == 6
+    sweeps.end()
+    cfg, choices = compose_run(["recipe=pathfinder", "attention=agent"])
+    assert (choices["data"], choices["augment"], cfg.data.source.difficulty) == ("pathfinder", "none", "easy")
 
 
 # Running one
