@@ -53,6 +53,8 @@ def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
     best = run_dir / "checkpoints" / "best"
     if best.exists():
         lines.append(f"evaluate: python eval.py ckpt={quote(short(best))}")
+        if str(config["task"].get("_target_")).endswith((".Classification", ".MultiLabel")):
+            lines.append(f"predict:  python eval.py ckpt={quote(folder)} input=path/to/images")
         if exportable(config):
             name = config["run"]["model"]
             lines.append(
