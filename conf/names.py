@@ -14,8 +14,9 @@ PLACES = ("gate", "pool", "head", "reducer", "reparam", "initializer", "adapter"
 
 
 def groups() -> list[str]:
-    """The groups of conf/."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
+    """The groups of conf/; what is local to a machine is none."""
+    folders = (path for path in CONF.iterdir() if path.is_dir() and path.name != "local")
+    return sorted(path.name for path in folders if any(path.glob("*.yaml")))
 
 
 def options(group: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf import text
+from conf.compose import compose_run
 from conf.errors import UserError
 
 TYPED = (
@@ -86,16 +88,28 @@ def test_an_interpolation_that_is_none_is_refused():
         text.literal(["init=a${b"])
 
 
-@pytest.mark.parametrize("program", ["train", "eval"])
-def test_the_command_line_takes_them(command, program):
+def test_the_command_line_takes_them(command, tmp_path, monkeypatch):
     given = ["data=imagefolder", "data.root=it's", "+data.source.path=données (1)", "++logger.name=1e3"]
-    status, out, err = command(program, "--cfg", "job", *given)
+    status, out, err = command("train", "--cfg", "job", *given)
     assert status == 0, err
     assert "root: 'it''s'" in out  # as YAML and Hydra want it
     cfg = yaml.safe_load(out)
     assert (cfg["data"]["root"], cfg["data"]["source"]["path"], cfg["logger"]["name"]) == ("it's", "données (1)", "1e3")
+    monkeypatch.setenv("HOME", str(tmp_path / "lr=0.1 (2)"))
+    assert f"got {tmp_path}/lr=0.1 (2)/it's" in command("eval", "ckpt=~/it's")[2]
 
 
 def test_options_may_stand_between_settings(command):
     status, out, err = command("train", "seed=1", "--cfg", "job", "data=fake", "-p", "data", "image_size=48")
     assert status == 0 and "size: ${image_size}" in out, err
+
+
+def test_what_is_local_to_a_machine_is_read_and_the_command_line_wins(monkeypatch):
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", dict(store.repo))
+    store.store(group="local", name="imagefolder", node={"root": "/data/photos"})
+    store.store(group="local", name="wandb", node={"entity": "team"})
+    cfg, _ = compose_run(["data=imagefolder"])
+    assert (cfg.data.root, cfg.logger.entity) == ("/data/photos", "team")
+    cfg, _ = compose_run(["data=imagefolder", "data.root=/other", "logger=none"])
+    assert cfg.data.root == "/other" and "entity" not in cfg.logger

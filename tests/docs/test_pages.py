@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from conf import recipes
+from conf import recipes, text
 from conf.compose import compose_run
 from conf.names import options
 from conf.text import literal
@@ -57,7 +57,8 @@ def check_command(command: str, block: Block) -> None:
         if not block.marked("status ") and not set(LOOKING) & set(rest):
             check_settings(settings(rest[1:]), where)
     elif program == "python" and rest[0] == "eval.py":
-        unknown = [word for word in settings(rest[1:]) if word.split("=")[0].split(".")[0].lstrip("+") not in EVAL]
+        given = [word for word in settings(rest[1:]) if word not in options("probe")]
+        unknown = [word for word in given if word.split("=")[0].split(".")[0].lstrip("+") not in EVAL]
         probes = {f"probe={name}" for name in options("probe")} | {*options("probe")}
         assert not unknown and (probes & set(rest) or any(word.startswith("ckpt=") for word in rest)), where
     elif program == "python":
@@ -72,7 +73,7 @@ def check_settings(given: list[str], where: str) -> None:
     if any(word.partition("=")[2] in WRITTEN for word in given):
         return  # a page says how to write it; the command is run
     try:
-        composes(tuple(given))
+        composes(tuple(text.literal(given)))
     except Exception as error:
         raise AssertionError(f"{where}: {error}") from None
 
