@@ -19,6 +19,7 @@ from models.checkpoints.format.directory import of_run
 from models.checkpoints.hub import is_name
 from models.probes import Subject
 from models.runs.initial import in_our_names
+from models.runs.machine import check_accelerator
 from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
 from models.runs.resume import differences
@@ -199,6 +200,7 @@ class Parts:
         return model.eval()
 
     def _trainer(self) -> pl.Trainer:
+        check_accelerator(self.cfg.trainer)
         return part_of(self.cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
 
     def _subject(self, weights: str) -> Subject:

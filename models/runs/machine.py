@@ -28,7 +28,7 @@ def check_accelerator(trainer: dict[str, Any]) -> None:
     if not found.get(str(wanted), True):
         raise UserError(
             f"trainer: accelerator={wanted} needs a GPU that torch can use, got none ({_why_none()}); "
-            "set trainer=default, which takes a GPU where there is one, or trainer.accelerator=cpu"
+            "set trainer.accelerator=auto, which takes a GPU where there is one, or cpu"
         )
 
 

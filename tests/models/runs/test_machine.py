@@ -61,7 +61,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
     monkeypatch.setattr(machine.MPSAccelerator, "is_available", staticmethod(lambda: False))
     for wanted in ("gpu", "cuda"):
         with pytest.raises(
-            UserError, match=rf"accelerator={wanted} needs a GPU .*got none \(.+\); set trainer=default"
+            UserError, match=rf"accelerator={wanted} needs a GPU .*got none \(.+\); set trainer.accelerator=auto"
         ):
             machine.check_accelerator({"accelerator": wanted})
     machine.check_accelerator({"accelerator": "auto"})
