@@ -49,7 +49,7 @@ def offer(given: list[str], others: list[list[str]] | None = None) -> list[str]:
     probe = arguments.get("probe") or ("predict" if "input" in arguments else "accuracy")
     node: dict = {}
     if "ckpt" in arguments:
-        node = _evaluated(arguments)
+        node = _evaluated(arguments, None if looking else probe)
         task = node.get("run", {}).get("task")
         if probe == "accuracy" and "probe" not in arguments and task in options("probe"):
             probe = task  # generation, multilabel
@@ -88,12 +88,12 @@ def _runs() -> str:
     return f"\nruns here: {', '.join(str(path.parent) for path in found[:5])}" if found else ""
 
 
-def _evaluated(arguments: dict[str, str]) -> dict:
-    """Model and data of an evaluation, as plain data with interpolations."""
+def _evaluated(arguments: dict[str, str], probe: str | None) -> dict:
+    """Model and data of an evaluation, as plain data with interpolations; None: of what is only looked at."""
     recipe = arguments.get("recipe")
     if is_weights(arguments["ckpt"]):
         return _of_file(arguments)
-    saved = _of_checkpoint(arguments)
+    saved = _of_checkpoint(arguments, probe)
     if recipe is None:
         return saved
     judged = _composed(arguments)
@@ -194,7 +194,7 @@ def _lists(split: str | None, root: str) -> bool:
     return bool(names) and all(Path(root, name).is_file() for name in names)
 
 
-def _of_checkpoint(arguments: dict[str, str]) -> dict:
+def _of_checkpoint(arguments: dict[str, str], probe: str | None) -> dict:
     """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
     from models.checkpoints import check_config, read_config
     from models.checkpoints.normalisation import KEYS
@@ -203,7 +203,6 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
         saved = read_config(arguments["ckpt"])
         kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
         kept |= _of_generation(saved["task"])
-        check_config(kept)
     except OSError as error:
         raise UserError(str(error)) from error
     except KeyError as error:
@@ -219,6 +218,9 @@ def _of_checkpoint(arguments: dict[str, str]) -> dict:
             f"eval: the checkpoint holds {run['model']} with {run['attention']} attention, this command asks "
             f"for {group}={arguments[group]}; leave {group}= out"
         )
+    if probe is not None:
+        refuse_useless(arguments, kept | {"run": run}, probe)
+    check_config(kept, importing=False)  # and what it names before it is built (`models.runs.finished`)
     kept = _with_backend(kept, "${backend}") | {"run": run}
     _without_token_labels(kept["data"])
     if "data" in arguments:

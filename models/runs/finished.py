@@ -68,7 +68,7 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     try:
         path = resolve(named)
         config, step = read_config(path), read_manifest(path)["step"]
-        check_config({key: config[key] for key in ("model", "data")})
+        check_config({key: config[key] for key in ("attention", "model", "augment", "data") if key in config})
     except OSError as error:
         raise UserError(str(error)) from error
     if changed := differences(config, given, ("attention", "model")):

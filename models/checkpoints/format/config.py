@@ -18,8 +18,13 @@ _ROOMS = "backbones|attention|layers|gates|pools|heads|reducers|reparam|initiali
 _TARGET = re.compile(rf"(models\.({_ROOMS})|data\.(module|sources))(\.[A-Za-z][A-Za-z0-9_]*)+")
 
 
-def check_config(config: Any, path: str = "config", depth: int = 0) -> None:
+def check_config(config: Any, path: str = "config", depth: int = 0, *, importing: bool = True) -> None:
     """Refuses a configuration with a foreign `_target_`, an interpolation, or a key that changes how Hydra builds.
+
+    Args:
+        config, path, depth: what is checked, where it stands, and how deep.
+        importing: look at what is named too; without it, at the names alone, which takes no time. Nothing may be
+            built before both.
 
     Raises:
         ValueError: with the path of the first offending key.
@@ -30,11 +35,11 @@ def check_config(config: Any, path: str = "config", depth: int = 0) -> None:
         for key, value in config.items():
             if type(key) not in (str, int):
                 raise UserError(f"{path}: keys must be text, got {key!r}")
-            _check_key(key, value, f"{path}.{key}")
-            check_config(value, f"{path}.{key}", depth + 1)
+            _check_key(key, value, f"{path}.{key}", importing)
+            check_config(value, f"{path}.{key}", depth + 1, importing=importing)
     elif isinstance(config, list | tuple):
         for index, value in enumerate(config):
-            check_config(value, f"{path}[{index}]", depth + 1)
+            check_config(value, f"{path}[{index}]", depth + 1, importing=importing)
     elif isinstance(config, str):
         if "${" in config:
             raise UserError(f"{path}: interpolations are refused in a stored configuration, got {config!r}")
@@ -42,14 +47,14 @@ def check_config(config: Any, path: str = "config", depth: int = 0) -> None:
         raise UserError(f"{path}: must be plain data, got {type(config).__name__}")
 
 
-def _check_key(key: str | int, value: Any, path: str) -> None:
+def _check_key(key: str | int, value: Any, path: str, importing: bool) -> None:
     """The rules for one key: which keys with Hydra's underscores may stand there, and with which values."""
     if not isinstance(key, str):
         return
     if "${" in key:
         raise UserError(f"{path}: interpolations are refused in a stored configuration, got the key {key!r}")
     if key == "_target_":
-        _check_target(value, path)
+        _check_target(value, path, importing)
     elif key in _HARMLESS:
         if value not in _HARMLESS[key]:
             raise UserError(f"{path}: must be one of {_HARMLESS[key]}, got {value!r}")
@@ -57,10 +62,12 @@ def _check_key(key: str | int, value: Any, path: str) -> None:
         raise UserError(f"{path}: this key is refused in a stored configuration, got {value!r}")
 
 
-def _check_target(target: Any, path: str) -> None:
+def _check_target(target: Any, path: str, importing: bool) -> None:
     """A target must be `<module of ours>.<name>` and defined by us: `models.x.torch.load` is torch's, not ours."""
     if not isinstance(target, str) or not _TARGET.fullmatch(target):
         raise UserError(f"{path}: must name something below models. or data., got {target!r}; it will not be built")
+    if not importing:
+        return
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
