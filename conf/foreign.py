@@ -50,7 +50,7 @@ TRAIN = {
 }
 # where eval.py calls it otherwise
 EVAL = {
-    "ckpt": "ckpt_path checkpoint weights model_path init resume pretrained load load_from initial_checkpoint",
+    "ckpt": "ckpt_path checkpoint model_path init resume pretrained load load_from initial_checkpoint",
     "input": "images image source img path files predict",
     "probe": "task metrics mode show benchmark measure",
     "compile": "compile torchcompile torch_compile",

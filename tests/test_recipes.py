@@ -190,7 +190,8 @@ def test_a_recipe_in_a_sweep_from_another_folder_with_overrides(command, tmp_pat
     status, out, err = command("train", "-m", f"recipe={names}", *TINY, *small, *fake, *RUN)
     assert status == 0, err
     assert "2 of 2 runs" in out and "++" not in out[out.index("2 of 2 runs") :]
-    configs = sorted((tmp_path / "outputs" / "sweep").glob("*/config.yaml"))
+    found = (tmp_path / "outputs" / "sweep").rglob("config.yaml")
+    configs = sorted(path for path in found if path.parent.name != ".hydra")
     chosen = [OmegaConf.load(path) for path in configs]
     assert {cfg.run.recipe for cfg in chosen} == set(names.split(","))
     assert [(cfg.model.drop_path, cfg.schedule.cooldown_epochs) for cfg in chosen] == [(0.05, 10)] * 2

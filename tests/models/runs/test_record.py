@@ -34,24 +34,20 @@ def test_the_log_has_what_a_reader_of_the_terminal_sees(tmp_path, monkeypatch):
     """No colours, no progress bars, no half lines; what was printed before the folder is known comes first."""
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    handler = logging.StreamHandler(out)
-    logging.root.addHandler(handler)
-    try:
-        with record.recorded() as log:
-            print("before")
-            log.begin(tmp_path / "train.log")
-            out_of_a_bar = (
-                "\r\x1b[2Kstep 1 ━━",
-                "\r\x1b[2Kstep 2 ━━",
-                "\r\x1b[2K\x1b[1mepoch 1\x1b[0m\nstep 3 ━━",
-                "\r\x1b[2K",
-            )
-            for text in out_of_a_bar:
-                sys.stdout.write(text)
-            print("one", "two", "", sep="\n")
-            logging.warning("of a library")
-    finally:
-        logging.root.removeHandler(handler)
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(out)])  # without those of tests before
+    with record.recorded() as log:
+        print("before")
+        log.begin(tmp_path / "train.log")
+        out_of_a_bar = (
+            "\r\x1b[2Kstep 1 ━━",
+            "\r\x1b[2Kstep 2 ━━",
+            "\r\x1b[2K\x1b[1mepoch 1\x1b[0m\nstep 3 ━━",
+            "\r\x1b[2K",
+        )
+        for text in out_of_a_bar:
+            sys.stdout.write(text)
+        print("one", "two", "", sep="\n")
+        logging.warning("of a library")
     assert lines((tmp_path / "train.log").read_text()) == ["before", "epoch 1", "one", "two", "", "of a library"]
     assert "\x1b[2Kstep 2" in out.getvalue() and "of a library" in out.getvalue() and sys.stdout is out
 
