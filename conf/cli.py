@@ -7,8 +7,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 
@@ -39,14 +39,53 @@ def run(
     things to do, by the word that stands first in place of settings; of eval.py the name of a probe is such a word.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
-    arguments = sys.argv[1:]
     for module in (resolvers, source, text):
         module.register()
-    failed: list[int] = []
+    arguments, failed = sys.argv[1:], []
+    with _reported(config_name, arguments):
+        if arguments and arguments[0] in (words or {}):
+            return words[arguments[0]](arguments[1:])
+        arguments[:] = _read(config_name, arguments, before)
+        with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it
+            parsed = mistakes.Parser(parser := get_args_parser(), config_name).parsed(arguments)
+            if parsed.help:
+                return print(help.text(config_name))
+            if parsed.cfg and parsed.multirun:
+                raise UserError("--cfg shows one configuration, got -m; leave -m and all values but one out")
+            _run_hydra(
+                args=parsed,
+                args_parser=parser,
+                task_function=_guarded(job, failed),
+                config_path=str(CONF),
+                config_name=config_name,
+            )
+    if failed:
+        sys.exit(max(failed))
+
+
+def _read(config_name: str, arguments: list[str], before: Callable[[list[str]], list[str]] | None) -> list[str]:
+    """The arguments that Hydra shall see; what is wrong with them and can be known without it is said."""
+    if config_name == "eval" and arguments[:1] and arguments[0] in options("probe"):
+        arguments = [f"probe={arguments[0]}", *arguments[1:]]
+    arguments = text.literal(arguments)
+    mistakes.refuse_choices(arguments)
+    mistakes.refuse_recipes(arguments)
+    mistakes.Parser(get_args_parser(), config_name).parsed(arguments)
+    if config_name == "eval":
+        mistakes.refuse_foreign(arguments)
+    else:
+        arguments = _let_sweeps_set_everything(arguments)
+    return arguments if before is None else before(arguments)
+
+
+def _guarded(job: Callable[[], Callable[[DictConfig], object]], failed: list[int]) -> Callable[[DictConfig], object]:
+    """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on.
+
+    The status of each that failed is added to `failed`.
+    """
 
     @wraps(job)
     def guarded(cfg: DictConfig) -> object:
-        """A wrong configuration is reported; in a sweep a run that breaks is reported too, and the others go on."""
         try:
             if missing := extras.missing(cfg):
                 raise UserError("\n".join(missing))
@@ -63,35 +102,14 @@ def run(
             traceback.print_exc()
             return Failure(f"{type(error).__name__}: {error}")
 
+    return guarded
+
+
+@contextmanager
+def _reported(config_name: str, arguments: list[str]) -> Iterator[None]:
+    """What is wrong with a command ends the process with one message, and leaves no folder."""
     try:
-        if arguments and arguments[0] in (words or {}):
-            return words[arguments[0]](arguments[1:])
-        if config_name == "eval" and arguments[:1] and arguments[0] in options("probe"):
-            arguments = [f"probe={arguments[0]}", *arguments[1:]]
-        arguments = text.literal(arguments)
-        mistakes.refuse_choices(arguments)
-        mistakes.refuse_recipes(arguments)
-        mistakes.Parser(get_args_parser(), config_name).parsed(arguments)
-        if config_name == "eval":
-            mistakes.refuse_foreign(arguments)
-        else:
-            arguments = _let_sweeps_set_everything(arguments)
-        if before is not None:
-            arguments = before(arguments)
-        with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it
-            parsed = mistakes.Parser(parser := get_args_parser(), config_name).parsed(arguments)
-            if parsed.help:
-                print(help.text(config_name))
-                return
-            if parsed.cfg and parsed.multirun:
-                raise UserError("--cfg shows one configuration, got -m; leave -m and all values but one out")
-            _run_hydra(
-                args=parsed,
-                args_parser=parser,
-                task_function=guarded,
-                config_path=str(CONF),
-                config_name=config_name,
-            )
+        yield
     except UserError as error:
         _quit(str(error))
     except MissingConfigException as error:
@@ -107,8 +125,6 @@ def run(
         sys.exit(130)
     finally:
         leftovers.remove()
-    if failed:
-        sys.exit(max(failed))
 
 
 def _hydra_of_this_version() -> AbstractContextManager:

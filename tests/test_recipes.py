@@ -158,6 +158,7 @@ def test_two_steps_and_an_evaluation(name, command, images, tmp_path):
     assert json.loads((ckpt.parent / "metrics.json").read_text())["reproduced"] is (False if measured else None)
 
 
+@pytest.mark.full
 def test_fine_tuning_begins_with_the_weights_that_are_given(command, tmp_path):
     """Swin at 128 pixels with the weights of 64, by the recipe for 384 with those of 224."""
     fake = ("data=fake", "data.num_classes=2", "data.source.train_images=16", "data.source.val_images=4")

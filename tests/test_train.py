@@ -229,6 +229,7 @@ def test_a_continued_run_has_the_settings_of_its_checkpoint(command, tmp_path):
     assert status == 2 and "use resume=auto to continue it, or another run.name" in err
 
 
+@pytest.mark.full
 def test_a_longer_run_goes_on_with_its_own_schedule(command, tmp_path):
     """Two epochs made four: the rate of every further step is that of a run planned for four."""
     arguments = (*SMALL, "trainer.log_every_n_steps=1")

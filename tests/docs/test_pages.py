@@ -96,7 +96,11 @@ def check_module(name: str, given: list[str], where: str) -> None:
     assert not [word for word in given if word.startswith("--") and f'"{word}"' not in text], where
 
 
-@pytest.mark.parametrize("page", PAGES)
+# the others' commands are composed with the full matrices, where all of them are run, too
+QUICK = ("README.md", "docs/find-your-way.md", "docs/evaluate.md")
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[] if p in QUICK else pytest.mark.full) for p in PAGES])
 def test_every_command_can_run(page):
     for block in BLOCKS:
         for command in block.commands if block.page == page and block.language == "console" else ():

@@ -131,7 +131,7 @@ def _channels_apart(t: Tensor) -> Tensor:
     return t.detach().mT.contiguous().mT.requires_grad_(t.requires_grad)
 
 
-@pytest.mark.parametrize(("operation", "shape"), TYPICAL)
+@pytest.mark.parametrize(("operation", "shape"), WRAPPED)
 def test_passes_opcheck(operation, shape):
     """Schema, fake implementation and tracing of every operator, with the arguments of the public function."""
     from torch.utils._python_dispatch import TorchDispatchMode

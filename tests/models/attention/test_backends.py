@@ -155,7 +155,7 @@ def test_whole_models_agree(attention):
     [
         pytest.param("biformer_tiny", [1, 2, 2, 4], marks=pytest.mark.full),
         pytest.param("biformer_stl_nchw", [1, 2, 2, 4], marks=pytest.mark.full),
-        ("davit_tiny", [1, 1, 2, 2]),
+        pytest.param("davit_tiny", [1, 1, 2, 2], marks=pytest.mark.full),
     ],
 )
 def test_models_of_the_papers_agree(name, heads):
