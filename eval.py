@@ -1,8 +1,10 @@
-"""Evaluate a checkpoint: top-1, top-5, loss, parameters, FLOPs, images per second.
+"""Measure a finished model, predict with it, or look at data and machine: figures, tables, charts, pages.
 
-$ python eval.py ckpt=outputs/mine/checkpoints/best
-$ python eval.py ckpt=outputs/mine/checkpoints/best data.root=/other/copy/of/the/images data.batch_size=256
+$ python eval.py ckpt=outputs/mine
+$ python eval.py ckpt=outputs/mine input=photos/new
 $ python eval.py recipe=biformer/tiny_in1k data.root=/data/imagenet ckpt=biformer_tiny_best.pth
+$ python eval.py probe=check_data data=imagefolder data.root=photos
+$ python eval.py doctor
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)

@@ -120,6 +120,14 @@ def _reported(config_name: str, arguments: list[str]) -> Iterator[None]:
         _quit(mistakes.wrong_key(error, config_name, arguments))
     except HydraException as error:
         _quit(str(error))
+    except OSError as error:
+        if any(frame.name == "guarded" for frame in traceback.extract_tb(error.__traceback__)):
+            raise  # of the job; before it only the folder of the run is made
+        _quit(
+            f"run: {error.filename or 'the folder of the run'} cannot be written: {error.strerror or error}; "
+            "run from a folder that can be written, or give hydra.run.dir=<folder> "
+            "(of a sweep hydra.sweep.dir=<folder>)"
+        )
     except KeyboardInterrupt:  # during training a checkpoint is saved first, and this is not reached
         _print("interrupted before training began")
         sys.exit(130)

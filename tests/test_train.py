@@ -367,3 +367,10 @@ def test_models_of_the_papers_learn_the_digits(model, attention, command, tmp_pa
     status, _, err = command("train", f"model={model}", *attention, *shape, *run)
     assert status == 0, err
     assert json.loads((tmp_path / "outputs" / "digits" / "metrics.json").read_text())["val/top1"] > 0.95
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(command, tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    status, _, err = command("train", "model=vit_32px", "debug=fast")
+    assert status == 2 and "Traceback" not in err
+    assert "cannot be written: " in err and "or give hydra.run.dir=<folder>" in " ".join(err.split())
