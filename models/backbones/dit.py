@@ -136,7 +136,7 @@ class DiT(Trunk):
         """(B, N, patch · patch · channels) → (B, channels, H, W)."""
         p = self.patch_size
         x = x_BNP.unflatten(2, (p, p, -1)).unflatten(1, grid[:2])
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), x.shape[-1], grid.height * p, grid.width * p)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], x.shape[-1], grid.height * p, grid.width * p)
 
     def _check(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> None:
         if (

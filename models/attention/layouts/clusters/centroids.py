@@ -55,7 +55,7 @@ class Centroids(nn.Module):
         scores = [unit @ means.mT for unit in near]
         index = [score.topk(count, dim=2)[1].mT for score in scores]
         tokens_BMND, nearest_BMN = torch.cat(near, dim=2), torch.cat(scores, dim=2).argmax(-1)
-        own = means.expand(len(tokens_BMND), -1, -1, -1).gather(2, nearest_BMN[..., None].expand_as(tokens_BMND))
+        own = means.expand(tokens_BMND.shape[0], -1, -1, -1).gather(2, nearest_BMN[..., None].expand_as(tokens_BMND))
         if moves:
             self._collect(tokens_BMND.detach(), nearest_BMN)
         return index, COMMITMENT * F.mse_loss(tokens_BMND, own)

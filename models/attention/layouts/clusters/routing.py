@@ -111,7 +111,7 @@ class Routed(Layout):
         near = [F.normalize(t[:, self.heads :].float(), dim=-1) for t in ((q,) if self.masks else (q, k))]
         index, commitment = content(near, self.count(grid))
         if self.heads:
-            around = self._consecutive(grid, q.device).expand(len(q), self.heads, -1, -1)
+            around = self._consecutive(grid, q.device).expand(q.shape[0], self.heads, -1, -1)
             index = [torch.cat([around, routed], dim=1) for routed in index]
         groups = in_groups(q, k, v, index[0], index[-1])
         groups.losses["commitment"] = commitment
@@ -119,7 +119,7 @@ class Routed(Layout):
 
     def _remembering(self, groups: Groups, memory_2MCnD: Tensor) -> Groups:
         """The same with keys and values of the cluster in front of those of its tokens."""
-        times = len(groups.k) // memory_2MCnD.shape[2]
+        times = groups.k.shape[0] // memory_2MCnD.shape[2]
         key, value = (t.transpose(0, 1).repeat(times, 1, 1, 1).to(groups.k.dtype) for t in memory_2MCnD)
         k, v = torch.cat([key, groups.k], dim=2), torch.cat([value, groups.v], dim=2)
         return groups._replace(k=k, v=v, kv_grid=Grid(1, k.shape[2]))
