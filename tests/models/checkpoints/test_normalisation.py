@@ -98,4 +98,4 @@ def test_an_evaluation_follows_them_too(tmp_path):
     assert node == data(HALF) | {"root": "x"}
     config = {"data": data(HALF), "seed": 0, "image_size": 32, "attention": {}, "model": {}, "augment": {}, "task": {}}
     path = checkpoint(tmp_path, config)
-    assert evaluated._of_checkpoint({"ckpt": str(path), "data": "imagefolder"})["data"] == data(HALF)
+    assert evaluated._of_checkpoint({"ckpt": str(path), "data": "imagefolder"}, None)["data"] == data(HALF)
