@@ -7,22 +7,14 @@ The split is fixed: 1,437 for training and 360 for validation, the same share of
 from functools import cached_property
 
 import numpy as np
-from PIL import Image
+
+from data.sources.array_split import ArraySplit
 
 VALIDATION = 360  # images, one fifth
 
 
-class DigitsSplit:
-    """8 × 8 RGB images, kept in memory as uint8 (n, 8, 8); the transform scales them to the image size."""
-
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
-        self.pixels, self.labels = pixels, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+class DigitsSplit(ArraySplit):
+    """8 × 8 images, kept as uint8 (n, 8, 8); the transform scales them to the image size."""
 
 
 class Digits:

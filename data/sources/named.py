@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from conf.errors import UserError
 from conf.folders import printable
 from conf.values import choice, flag
+from data.sources.array_split import ArraySplit
 from data.sources.imagefolder import FolderSplit
 
 # torchvision's class, and what lies in the root once it is downloaded
@@ -34,19 +34,6 @@ SETS = {
 }
 CACHE = "~/.cache/vision-zoo"
 TIMEOUT = 30  # seconds that a server may be silent
-
-
-class ArraySplit:
-    """Images in memory, uint8 (n, height, width) or (n, height, width, 3)."""
-
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
-        self.pixels, self.labels = pixels, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
 
 
 class NamedSet:
