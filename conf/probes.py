@@ -29,8 +29,19 @@ def target(name: str) -> str:
 @cache
 def wants(function: str) -> tuple[str, ...]:
     """Which of `GIVEN` a probe asks for, by the names of its parameters."""
+    parameters = _parameters(function)
+    return tuple(parameter.arg for parameter in parameters.posonlyargs + parameters.args if parameter.arg in GIVEN)
+
+
+def needs(function: str) -> tuple[str, ...]:
+    """Those that it cannot do without: which have no default."""
+    parameters = _parameters(function)
+    names = [parameter.arg for parameter in parameters.posonlyargs + parameters.args]
+    return tuple(name for name in names[: len(names) - len(parameters.defaults)] if name in GIVEN)
+
+
+@cache
+def _parameters(function: str) -> ast.arguments:
     module, _, name = function.rpartition(".")
     tree = ast.parse(Path(CONF.parent, *module.split(".")).with_suffix(".py").read_text())
-    found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    parameters = (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)
-    return tuple(parameter.arg for parameter in parameters if parameter.arg in GIVEN)
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name).args

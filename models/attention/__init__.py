@@ -26,6 +26,7 @@ from models.attention.contract import Mixer as Mixer
 from models.attention.contract import Refused as Refused
 from models.attention.contract import Runs as Runs
 from models.attention.contract import Site as Site
+from models.attention.contract import TokenWeights as TokenWeights
 
 WRAPPED = ("core", "first", "rest")  # options by which a mechanism takes others
 

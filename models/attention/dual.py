@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conf import values
 from kernels.channel_attention import channel_attention
 from kernels.channel_attention import definition as channel_heads
-from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site, TokenWeights
 from models.attention.contract.heads import head_channels
 from models.attention.contract.layout import SAME, SCATTERED
 from models.attention.contract.options import check_flags
@@ -105,3 +105,7 @@ class Positioned(Mixer):
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """See `MultiHead.attention_matrix`."""
         return self.mixer.attention_matrix(self.position(x_BNC, grid), grid)
+
+    def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """See `models.attention.Mixer`."""
+        return self.mixer.over_tokens(matrix, self.position(x_BNC, grid), grid)

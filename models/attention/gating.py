@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.attention import AttentionFactory, Grid, Mixer, Refused, Site, make
+from models.attention import AttentionFactory, Grid, Mixer, Refused, Site, TokenWeights, make
 
 
 class Gating(Mixer):
@@ -41,3 +41,7 @@ class Gating(Mixer):
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Of the gated attention, before the gates."""
         return self.mixer.attention_matrix(x_BNC, grid)
+
+    def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """See `models.attention.Mixer`."""
+        return self.mixer.over_tokens(matrix, x_BNC, grid)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.heads import gated
 from models.attention import flex
-from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site, TokenWeights
 from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.layout import KEYS, SAME, SCATTERED, SURROUNDING, Groups, Layout
@@ -292,6 +292,26 @@ class MultiHead(Resizable, Mixer):
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         groups, v, kv_grid = self._groups(x_BNC, grid)
         return self._finish(groups.back(weights @ groups.v), v, grid, kv_grid, None)
+
+    def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """See `models.attention.Mixer`: what the mixer does with values of one for each token in turn."""
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        if self.reduce is not None:
+            return TokenWeights(matrix, grid, self.reduce.reduced(grid))
+        N, D = grid.tokens, self.head_dim
+        each = F.pad(torch.eye(N, dtype=x_BNC.dtype, device=x_BNC.device), (0, -N % D))
+        none = self._passed_on(matrix, x_BNC, grid, x_BNC.new_zeros(N, D))  # what keys that are no tokens give
+        found = [self._passed_on(matrix, x_BNC, grid, columns) - none for columns in each.split(D, dim=1)]
+        return TokenWeights(torch.cat(found, dim=-1)[..., :N], grid, grid)
+
+    def _passed_on(self, matrix: Tensor, x_BNC: Tensor, grid: Grid, v_ND: Tensor) -> Tensor:
+        """What all tokens get, (B, M, N, D), of these values, the same in all heads; what completes the map has 0."""
+        B, M, between = len(x_BNC), self.num_heads, self.layout.between(grid)
+        v = self.layout.split(v_ND.expand(B, -1, -1), grid)[:, None].expand(-1, M, -1, -1)
+        q, k, _, kv_grid = self._heads(self.layout.split(x_BNC, grid), between)
+        groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
+        o_WMTD = groups.back(matrix @ groups.v)
+        return self.layout.merge(o_WMTD.transpose(1, 2).flatten(2), grid).unflatten(2, (M, -1)).transpose(1, 2)
 
     def _explained(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, **given: Any) -> Tensor:
         """As the core computes, by way of the matrix, which is noted."""

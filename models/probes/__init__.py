@@ -10,7 +10,7 @@ built, so that one about data needs no checkpoint; its other parameters are opti
 | `network` | the model as `model`, but where no `ckpt=` is given with the weights that it begins training with |
 | `data` | the `ImageData`, with a checkpoint labelled as in training; what it reads has been checked for evaluation |
 | `trainer` | a Lightning trainer of the command's precision and device, without loggers |
-| `input` | of the command line: images of the user, which are then the `data`, prepared as for evaluation |
+| `input` | of the command line: images of the user, then the `data`; None, where that is its default, without them |
 | `subject` | a `Subject`: what else is known |
 """
 
@@ -45,15 +45,17 @@ class Report:
     """What a probe found; eval.py prints and writes it.
 
     figures: plain values by name, accuracies as fractions, for the JSON file. rows: what people are shown of them, by
-    their words for it; None for all figures. tables: a CSV file for each. pictures: a PNG file for each. pages: an HTML
-    file for each. lines: sentences, printed below the table. score: what a sweep would choose by. measured: images that
-    were measured and how many there are, where a published result can be compared.
+    their words for it; None for all figures. tables: a CSV file for each. pictures: a PNG file for each; where there
+    are some, all of this is a page too. captions: a sentence for some pictures. pages: further HTML files. lines:
+    sentences, printed below the table. score: what a sweep would choose by. measured: images that were measured and how
+    many there are, where a published result can be compared.
     """
 
     figures: dict[str, Any]
     rows: dict[str, Any] | None = None
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     pictures: dict[str, Figure | Image] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
     pages: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     score: float | None = None

@@ -59,7 +59,7 @@ def _evaluate(cfg: DictConfig, alone: bool = True) -> Outcome:
     report = part_of(cfg, "probe")(**{name: made[name] for name in wanted})
     folder = made["subject"].folder
     if speaks:
-        _tell(report, given, parts.weights, folder, made["subject"].title if alone else None)
+        _tell(report, given, parts.weights, folder, made["subject"].title, alone)
     return Outcome(report, speaks, folder)
 
 
@@ -100,9 +100,11 @@ def _heading(case: dict[str, str]) -> str:
     return "\n".join(value if len(value) < 25 else f"…{value[-24:]}" for value in values)
 
 
-def _tell(report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, title: str | None) -> None:
+def _tell(
+    report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, title: str, alone: bool
+) -> None:
     rows = report.figures if report.rows is None else report.rows
-    if rows and title is not None:
+    if rows and alone:
         print_table(title, rows)
     for line in report.lines:
         print(line)
@@ -114,12 +116,14 @@ def _tell(report: Report, given: dict[str, Any], weights: Weights | None, folder
         {"recipe": recipe, "reproduced": verdict.reproduced} if verdict else {}
     )
     if report.figures or report.tables or report.pictures or report.pages:
-        _write(report, given, weights, folder, known)
+        _write(report, given, weights, folder, known, title)
     if verdict:
         print(verdict.text)
 
 
-def _write(report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, known: dict[str, Any]) -> None:
+def _write(
+    report: Report, given: dict[str, Any], weights: Weights | None, folder: Path, known: dict[str, Any], title: str
+) -> None:
     """A file of its own for every result; that of the last one beside the weights too, where it always was."""
     if weights is not None and report.measured is not None:
         try:
@@ -128,7 +132,8 @@ def _write(report: Report, given: dict[str, Any], weights: Weights | None, folde
         except OSError:
             pass  # `keep` says so
     settings = {"arguments": " ".join(given.get("arguments") or [])}
-    for line in keep(report, folder, stem(given, weights), known | settings):
+    name = given["probe"]["_target_"].rpartition(".")[2]
+    for line in keep(report, folder, stem(given, weights), known | settings, f"{name}: {title}" if title else name):
         print(line)
 
 

@@ -127,7 +127,7 @@ class Parts:
     def made(self, wanted: tuple[str, ...]) -> dict[str, Any]:
         """By name; the data comes first, since looking at it costs least."""
         parts: dict[str, Any] = {"input": self.given.get("input")}
-        if "input" in wanted:
+        if "input" in wanted and parts["input"] is not None:
             parts["data"] = self._pictures()
         elif "data" in wanted:
             parts["data"] = self._data("model" in wanted)

@@ -2,31 +2,40 @@
 
 import csv
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from conf.names import short
 from conf.places import numbered, writable
 from models.probes import Report
-from models.runs.report import write_json
+from models.runs.pages import page, picture, table
+from models.runs.report import shown, write_json
 
 FOLDER = "evaluation"
+PAGE = "report.html"
+MOST = 50  # rows of a table on the page
 
 
-def keep(report: Report, folder: Path, stem: str, known: dict[str, Any]) -> list[str]:
+def keep(report: Report, folder: Path, stem: str, known: dict[str, Any], title: str = "") -> list[str]:
     """Writes `<folder>/<stem>.json`, and what else there is into a folder `<stem>` beside it; what to say about it.
 
-    Where the stem is taken a number follows it. Where nothing can be written another place is found.
+    A report with pictures is a page there too, `report.html`, which needs no other file. Where the stem is taken a
+    number follows it. Where nothing can be written another place is found.
 
     Args:
         report: what was found.
         folder: where results belong.
         stem: names this one, such as `digits-32-best`.
         known: goes into the JSON file too.
+        title: of the page.
     """
     path, said = _reserved(folder, f"{stem}.json")
     write_json(path, report.figures | known)
     files = list(_beside(report, path.with_suffix("")))
+    if report.pictures:
+        _write_page(path.with_suffix("") / PAGE, _page(report, path.with_suffix(""), title or stem, known))
+        files.append(PAGE)
     return (
         said
         + [f"results: {short(path)}"]
@@ -65,6 +74,25 @@ def _beside(report: Report, folder: Path) -> Iterator[str]:
             folder.mkdir(exist_ok=True)
             write(folder / f"{name}.{suffix}", content)
             yield f"{name}.{suffix}"
+
+
+def _page(report: Report, folder: Path, title: str, known: dict[str, Any]) -> str:
+    """All of a report: what is said, figures, pictures and the beginnings of tables."""
+    rows = report.figures if report.rows is None else report.rows
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f"<pre>python eval.py {escape(known['arguments'])}</pre>" if known.get("arguments") else "",
+        *(f"<p>{escape(line)}</p>" for line in report.lines),
+        table([["", ""], *([name, shown(name, value)] for name, value in rows.items())], "runs") if rows else "",
+        *(picture((folder / f"{name}.png").read_bytes(), report.captions.get(name, name)) for name in report.pictures),
+    ]
+    for name, content in report.tables.items():
+        if content:
+            more = f"; the first {MOST} of {len(content)} rows" if len(content) > MOST else ""
+            head = list(content[0])
+            below = [[shown(key, row.get(key, "")) for key in head] for row in content[:MOST]]
+            body += [f"<h2>{escape(name)}</h2><p>{escape(name)}.csv{more}</p>", table([head, *below], "runs")]
+    return page(title, body)
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -32,7 +32,8 @@ def refuse_useless(arguments: Mapping[str, str], node: Mapping[str, Any], probe:
     Raises:
         UserError: naming the first of them.
     """
-    wanted, groups = set(probes.wants(probes.target(probe))), _groups(arguments, node)
+    target = probes.target(probe)
+    wanted, groups = set(probes.wants(target)), _groups(arguments, node)
     known = _keys("eval") | {*node, *groups, "hydra"}
     of_training = (_keys("train") | {*choosable()}) - known
     idle = ({"input"} - wanted) | (set() if wanted & set(probes.OF_A_MODEL) else {*OF_WEIGHTS})
@@ -50,7 +51,7 @@ def refuse_useless(arguments: Mapping[str, str], node: Mapping[str, Any], probe:
             raise UserError(f"eval: {name}={value} has no effect on this evaluation; leave it out")
         if key.startswith("+") and top not in known:
             raise UserError(f"eval: there is no setting {name!r}{nearest(name, known)}")
-    if "input" in wanted:
+    if "input" in wanted and ("input" in arguments or "input" in probes.needs(target)):
         if "input" not in arguments:
             raise UserError("input: no value; give one on the command line: input=<image, folder, glob or list>")
         images_of(text.listed(arguments["input"]))

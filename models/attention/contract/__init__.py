@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
@@ -54,6 +55,37 @@ class Accepts:
     prefix: str = "attended"
     kinds: frozenset[str] = KINDS
     gates: bool = True
+
+
+class TokenWeights(NamedTuple):
+    """Weights of every token of a map on every key, whoever may see whom.
+
+    weights: (B, M, N, S); 0 where a token does not see a key. grid: of the N tokens. kv_grid: of the S keys, another
+    map where keys are shortened.
+    """
+
+    weights: Tensor
+    grid: Grid
+    kv_grid: Grid
+
+    def on_tokens(self) -> Tensor:
+        """(B, M, N, N): the weight of a key that stands for several tokens is divided evenly among these."""
+        if self.kv_grid == self.grid:
+            return self.weights
+        rows, columns = (
+            shares(whole, part, self.weights) for whole, part in zip(self.grid[:2], self.kv_grid[:2], strict=True)
+        )
+        cells = self.weights[..., self.kv_grid.prefix :].unflatten(-1, self.kv_grid[:2])
+        spread = torch.einsum("...hw,hy,wx->...yx", cells, rows, columns).flatten(-2)
+        return torch.cat([self.weights[..., : self.kv_grid.prefix], spread], dim=-1)
+
+
+def shares(whole: int, part: int, like: Tensor) -> Tensor:
+    """(part, whole): of each of `part` equal pieces of a line, which share of it lies in each of `whole` cells."""
+    edges = torch.arange(whole + 1, device=like.device, dtype=like.dtype) / whole
+    cuts = torch.arange(part + 1, device=like.device, dtype=like.dtype) / part
+    first, last = torch.maximum(cuts[:-1, None], edges[:-1]), torch.minimum(cuts[1:, None], edges[1:])
+    return (last - first).clamp_min(0) * part
 
 
 class Runs(NamedTuple):
@@ -131,6 +163,18 @@ class Mixer(nn.Module):
             TypeError: it has no matrix.
         """
         raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
+
+    def token_weights(self, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """What `attention_matrix` gives, of all tokens on all keys of the map, whatever groups they attend in.
+
+        Raises:
+            TypeError: it has no matrix.
+        """
+        return self.over_tokens(self.attention_matrix(x_BNC, grid), x_BNC, grid)
+
+    def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """A matrix such as `attention_matrix` gives, or a gradient of it, of all tokens on all keys: linear in it."""
+        return TokenWeights(matrix, grid, grid)
 
 
 AttentionFactory = Callable[[Site], Mixer]
