@@ -1,0 +1,56 @@
+"""Models beside the one that is looked at: of another checkpoint of ours, or as the training of a run began."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from conf.errors import UserError
+from data.order.randomness import preserved
+from models.checkpoints import check_config, load_weights, read_config, resolve
+from models.factory import build_model
+
+
+class Stored(NamedTuple):
+    """A model in evaluation mode, and the configuration of its run."""
+
+    model: nn.Module
+    config: dict[str, Any]
+
+
+def stored(path: str | Path, averaged: bool = False) -> Stored:
+    """The model of a checkpoint of ours.
+
+    Args:
+        path: the folder of a run, or one of its checkpoints.
+        averaged: with the averaged weights, where the checkpoint has them.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        place = resolve(path)
+        config = read_config(place)
+        ema = averaged and (place / "ema.safetensors").exists()
+        model = _built(config)
+        model.load_state_dict(load_weights(place, ema))
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"probe: {path} cannot be read: {error}; give a checkpoint of a run") from error
+    return Stored(model.eval(), config)
+
+
+def initial(config: dict[str, Any]) -> nn.Module:
+    """The model with the weights that a run with this configuration, and without `init`, began with.
+
+    As in a run the model is the first thing that draws from the seed.
+    """
+    with preserved():
+        torch.default_generator.manual_seed(config["seed"])
+        return _built(config)
+
+
+def _built(config: dict[str, Any]) -> nn.Module:
+    check_config({key: config[key] for key in ("attention", "model") if key in config})
+    return build_model(OmegaConf.create({"model": config["model"]}))
