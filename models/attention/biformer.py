@@ -10,6 +10,7 @@ S = keys in a region, K = regions attended to, W = B·R.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,15 @@ from models.layers.tokens import to_map, to_tokens
 
 ROUTINGS = ("hard", "soft_detached", "soft", "soft_learned")
 PADDINGS = ("input", "qkv")
+
+
+class Regions(NamedTuple):
+    """How a map is cut: rows and columns of regions, and the tokens along both sides of one; some may lie beyond it."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
 
 
 def biformer_attention(
@@ -189,6 +199,13 @@ class BiLevelRoutingAttention(Mixer):
         x, tiled, size = self._tile(x_BNC, grid)
         return self.router(*self._means(x, self.qkv(x), tiled, size), self.scale)[0]
 
+    def regions(self, grid: Grid) -> Regions:
+        """How `routes` counts the regions of a map."""
+        sides, size = self._sides(grid), self._size(grid)
+        if self.padding == "qkv":
+            sides = [-(-side // s) for side, s in zip(grid[:2], size, strict=True)]
+        return Regions(*sides, *size)
+
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Weights (B, M, N, N) of every query on every key, 0 outside the routes; mass on padded keys is left out.
 
@@ -211,12 +228,16 @@ class BiLevelRoutingAttention(Mixer):
 
     def _tile(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid, tuple[int, int]]:
         """Tokens and map to cut into regions, zero-padded under "input", and the height and width of a region."""
-        sides = self._sides(grid)
+        size = self._size(grid)
         if self.padding == "qkv":
-            return x_BNC, grid, tuple(side // n for side, n in zip(grid[:2], sides, strict=True))
-        size = tuple(-(-side // n) for side, n in zip(grid[:2], sides, strict=True))
-        tiled = Grid(*(n * s for n, s in zip(sides, size, strict=True)))
+            return x_BNC, grid, size
+        tiled = Grid(*(n * s for n, s in zip(self._sides(grid), size, strict=True)))
         return _extend(x_BNC, grid, tiled), tiled, size
+
+    def _size(self, grid: Grid) -> tuple[int, int]:
+        """Height and width of a region: rounded down under "qkv", up under "input"."""
+        pairs = zip(grid[:2], self._sides(grid), strict=True)
+        return tuple(side // n if self.padding == "qkv" else -(-side // n) for side, n in pairs)
 
     def _sides(self, grid: Grid) -> list[int]:
         return [min(self.num_regions, side) if self.cut else self.num_regions for side in grid[:2]]

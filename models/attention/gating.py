@@ -45,3 +45,10 @@ class Gating(Mixer):
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """See `models.attention.Mixer`."""
         return self.mixer.over_tokens(matrix, x_BNC, grid)
+
+
+def ungated(mixer: Mixer) -> Mixer:
+    """The attention whose heads are gated; a mixer that gates none is it itself."""
+    while isinstance(mixer, Gating):
+        mixer = mixer.mixer
+    return mixer

@@ -22,6 +22,7 @@ def chosen_layers(
     layers: str | int | Sequence[str | int],
     has: Callable[[Mixer], bool] = has_matrix,
     what: str = "attention matrix",
+    choose: str = "a model with e.g. softmax",
 ) -> dict[str, Mixer]:
     """Mixers by name, in order.
 
@@ -32,6 +33,7 @@ def chosen_layers(
             or a list of these.
         has: whether a mixer can be looked at.
         what: it has then.
+        choose: what would have layers with it.
 
     Raises:
         UserError: no such layer; one that has it not, or none of all.
@@ -41,7 +43,7 @@ def chosen_layers(
         found = {name: mixer for name, mixer in mixers.items() if has(mixer)}
         if not found:
             kinds = ", ".join(sorted({kind_of(mixer) for mixer in mixers.values()})) or "no attention"
-            raise UserError(f"{who}: no layer has {_article(what)}, got {kinds}; choose a model with e.g. softmax")
+            raise UserError(f"{who}: no layer has {_article(what)}, got {kinds}; choose {choose}")
         return found
     asked = [layers] if isinstance(layers, str) or not isinstance(layers, Sequence) else list(layers)
     names = [_name(who, layer, list(mixers)) for layer in asked]
