@@ -11,10 +11,12 @@ and writes the load of every head to `routing.csv` and `routing.png` in the run'
 nothing.
 """
 
+from __future__ import annotations
+
 import csv
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch import nn
@@ -24,6 +26,9 @@ from models.attention.moh import balance_heads
 from models.attention.transforms.random_keys import RandomKeys
 from models.callbacks.after_step import AfterStep
 from models.loggers.weights_and_biases import log_picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Layer(NamedTuple):
@@ -58,7 +63,7 @@ class Routing(AfterStep):
             router.watch()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.layers = [_layer(name, router) for name, router in self._routers.items()]
+        self.layers = [layer_of(name, router) for name, router in self._routers.items()]
         routed = [layer for layer in self.layers if len(layer.load) > layer.shared]
         if not self.layers:
             return
@@ -78,7 +83,8 @@ class Routing(AfterStep):
             log_picture(trainer.loggers, "routing", path)
 
 
-def _layer(name: str, router: HeadRouter) -> Layer:
+def layer_of(name: str, router: HeadRouter) -> Layer:
+    """What a router, which is called so, did since it is watched."""
     seen = router.seen()
     load = [1.0] * router.shared + ([] if seen is None else seen.load)
     entropy, margin = (math.nan, math.nan) if seen is None else (seen.entropy, seen.margin)
@@ -91,23 +97,42 @@ def _mean(layers: list[Layer], name: str) -> float:
 
 def write(path: Path, step: int, layers: list[Layer]) -> None:
     """Adds one row per layer and head to a CSV file; rows of later steps, from before a resume, are dropped."""
-    columns = ["step", "layer", "head", "kind", "load", "entropy", "margin"]
-    rows = []
+    columns, rows = ["step", "layer", "head", "kind", "load", "entropy", "margin"], []
     if path.exists():
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-    for layer in layers:
-        for head, load in enumerate(layer.load):
-            kind = "shared" if head < layer.shared else "routed"
-            values = step, layer.name, head, kind, f"{load:.4f}", f"{layer.entropy:.4f}", f"{layer.margin:.4g}"
-            rows.append(dict(zip(columns, values, strict=True)))
+    for row in rows_of(layers):
+        numbers = {"load": f"{row['load']:.4f}", "entropy": f"{row['entropy']:.4f}", "margin": f"{row['margin']:.4g}"}
+        rows.append({"step": step, **row, **numbers})
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
 
+def rows_of(layers: list[Layer]) -> list[dict[str, Any]]:
+    """A row for each layer and head."""
+    return [
+        {
+            "layer": layer.name,
+            "head": head,
+            "kind": "shared" if head < layer.shared else "routed",
+            "load": load,
+            "entropy": layer.entropy,
+            "margin": layer.margin,
+        }
+        for layer in layers
+        for head, load in enumerate(layer.load)
+    ]
+
+
 def draw(path: Path, layers: list[Layer]) -> Path:
+    """Writes `chart`."""
+    chart(layers).savefig(path, dpi=120)
+    return path
+
+
+def chart(layers: list[Layer]) -> Figure:
     """A map of the load: one row per layer, one column per head, shared heads first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -121,5 +146,4 @@ def draw(path: Path, layers: list[Layer]) -> Path:
     axis.set(title="tokens that use a head", xlabel="head, shared ones first", yticks=range(len(layers)))
     axis.set_yticklabels([layer.name for layer in layers], fontsize=7)
     figure.colorbar(image, ax=axis)
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
