@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import values
+from conf import looking, values
 from conf.errors import UserError, reason
 from conf.names import CONF, nearest
 
@@ -34,6 +34,8 @@ def check(cfg: DictConfig) -> None:
             if (value := (config.get(group) or {}).get(name)) is not None:
                 values.number(group, name, value, fix=f"set {group}.{name}")
     _check_names(config.get("optimizer") or {})
+    if "probe" in config:
+        looking.check(config["probe"])
 
 
 def _check_names(optimizer: dict[str, Any]) -> None:

@@ -11,8 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from conf import looking
 from conf.errors import UserError
-from conf.values import is_number, is_whole, whole
+from conf.looking import Point
+from conf.values import is_whole, whole
 from models.attention import Grid, Mixer
 from models.attention.recording import Call, recorded
 from models.probes import Report
@@ -20,7 +22,6 @@ from models.probes.images import Images, first_images
 from models.probes.layers import chosen_layers
 from models.probes.overlays import enlarged, overlay, sheet
 
-Point = tuple[float, float]
 HEADS = ("each", "mean")
 
 
@@ -56,7 +57,7 @@ def attention_map(
         UserError: an option that cannot be; no layer, or an asked one, that has weights.
     """
     check_heads(heads)
-    point = checked_point(point)
+    point = looking.point(point)
     whole("probe", "max_tokens", max_tokens, fix="set probe.max_tokens")
     mixers = chosen_layers("attention_map", model, layers)
     seen = first_images(data, images, trainer.strategy.root_device)
@@ -108,19 +109,6 @@ def figures_of(row: Row) -> dict[str, float]:
     entropy = -(share * share.clamp_min(1e-12).log()).sum(-1).mean()
     found = {"entropy": float(entropy), "largest": float(flat.amax(-1).mean())}
     return found | ({"on_class_tokens": float(row.on_prefix.mean())} if row.on_prefix.any() else {})
-
-
-def checked_point(point: Any) -> Point | None:
-    """Two fractions, or None."""
-    if point is None:
-        return None
-    given = list(point) if hasattr(point, "__iter__") and not isinstance(point, str) else [point]
-    if len(given) != 2 or not all(is_number(value, 0, 1) for value in given):
-        raise UserError(
-            f"probe: point must be two fractions from 0 to 1, from the left and from the top, got {point}; "
-            "set e.g. 'probe.point=[0.5,0.4]', or null"
-        )
-    return float(given[0]), float(given[1])
 
 
 def check_heads(heads: Any) -> None:

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from conf import looking
 from conf.errors import UserError
 from models import create_model
 from models.attention import Grid, TokenWeights, mixers_of
 from models.attention.recording import recorded
-from models.probes.attention_map import checked_point, row_of, token_at
+from models.probes.attention_map import row_of, token_at
 from models.probes.layers import chosen_layers
 from models.probes.overlays import overlay
 
@@ -49,7 +50,7 @@ def test_the_token_at_a_point():
     assert token_at(None, Grid(4, 4, 2)) == 0
     assert token_at(None, Grid(4, 4)) == 10
     assert token_at((1.0, 0.0), Grid(2, 3, 1)) == 3
-    assert checked_point([0, 1]) == (0.0, 1.0)
+    assert looking.point([0, 1]) == (0.0, 1.0) and looking.point(None) is None
 
 
 def test_heat_lies_where_the_weights_are():
@@ -64,7 +65,7 @@ def test_heat_lies_where_the_weights_are():
 @pytest.mark.parametrize("point", [[0.5], [0.2, 1.5], "middle", [0.1, None]])
 def test_a_point_outside(point):
     with pytest.raises(UserError, match="point must be two fractions from 0 to 1"):
-        checked_point(point)
+        looking.point(point)
 
 
 def test_layers_by_number_and_name(swin):
