@@ -30,6 +30,6 @@ def test_a_wrong_kind(wrong, said):
 def test_kinds_of_other_probes():
     with pytest.raises(UserError, match="throughput: seconds must be a number of at least 0, got 'long'"):
         looking.check({"_target_": "models.probes.throughput.throughput", "seconds": "long"})
-    with pytest.raises(UserError, match="cost: blocks must be true or false, got 3; set probe.blocks=true"):
+    with pytest.raises(UserError, match="cost: blocks must be true or false, got 3; set probe"):
         looking.check({"_target_": "models.probes.cost.cost", "blocks": 3})
     looking.check({"_target_": "somewhere.of.mine"})
