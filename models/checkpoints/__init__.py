@@ -3,6 +3,7 @@
 `python -m models.checkpoints convert FILE --model biformer_tiny -o out.safetensors` renames an authors' file.
 """
 
+from models.checkpoints.again import create_from
 from models.checkpoints.conversion import convert, export, settings_of
 from models.checkpoints.format.config import check_config
 from models.checkpoints.format.directory import latest, read_config, read_manifest, resolve, verify
@@ -11,6 +12,7 @@ from models.checkpoints.weights import load_weights
 __all__ = [
     "check_config",
     "convert",
+    "create_from",
     "export",
     "latest",
     "load_weights",

@@ -1,0 +1,78 @@
+"""The graph of a model for any batch, and where the mechanism allows it for any size of its images: `torch.export`."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from conf.errors import UserError
+from models.export.subject import Subject
+
+LARGEST = 2**15  # images in a batch, which the exporter wants to be told
+
+
+def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
+    """The graph, made on two images.
+
+    Args:
+        subject: the model and its inputs.
+        name: of the format, for messages.
+        dynamic_size: leave height and width open; the graph is then made on images of another size than in training,
+            so that what is made for one size is made anew.
+
+    Raises:
+        UserError: the model does something that a graph cannot hold, or does it for one size only.
+    """
+    inputs = subject.larger() if dynamic_size else subject.of(0, 2)
+    batch = Dim("batch", min=1, max=LARGEST)
+    sizes = {2: Dim.AUTO, 3: Dim.AUTO} if dynamic_size else {}
+    shapes = tuple({0: batch} | (sizes if place == 0 else {}) for place in range(len(inputs)))
+    try:
+        with silence(), torch.no_grad():
+            made = torch.export.export(subject.model, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # each mechanism has its own way to fail, and torch many words for it
+        raise UserError(refusal(subject, name, error, dynamic_size)) from error
+    fixed = [
+        axis for axis, side in zip(("height", "width"), images_of(made)[-2:], strict=True) if isinstance(side, int)
+    ]
+    if dynamic_size and fixed:
+        reason = ValueError(f"{' and '.join(fixed)} of the images must stay as they are")
+        raise UserError(refusal(subject, name, reason, dynamic_size))
+    return made
+
+
+def images_of(made: ExportedProgram) -> list[int | torch.SymInt]:
+    """The shape of the first input in a graph; a side that is open is no whole number."""
+    given = next(iter(made.graph_signature.user_inputs))
+    return list(next(node.meta["val"].shape for node in made.graph.nodes if node.name == given))
+
+
+def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = False) -> str:
+    """One sentence from a page of torch's."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    what = f"format={name}: {subject.mechanism}"
+    if dynamic_size:
+        return (
+            f"{what} does not allow images of any size in one graph ({words[:160]}); leave dynamic_size out, or give "
+            "image_size=... and export one file for each size"
+        )
+    return f"{what} cannot be held by it: {words[:240]}; choose format=hf or safetensors"
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Without the exporters' notes about themselves, which no user can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._inductor", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,160 @@
+"""Every format holds the model: what is written computes the same on real images, or nothing is left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from models.checkpoints import create_from, load_weights
+from models.export import job
+from models.export.graphs import Written
+from tests.models.export.conftest import run_of
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, count * 3 * 32 * 32).reshape(count, 3, 32, 32)
+
+
+def expected(run: Path, count: int = 5, ema: bool = False) -> torch.Tensor:
+    with torch.no_grad():
+        return create_from(run, ema)(images(count))
+
+
+def same(got, wanted) -> None:
+    torch.testing.assert_close(torch.as_tensor(got), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_onnx(export, run, tmp_path):
+    import onnxruntime
+
+    status, output, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert (status, errors) == (0, ""), errors
+    session = onnxruntime.InferenceSession("mine.onnx")
+    for count in (1, 5):
+        same(session.run(None, {"images": images(count).numpy()})[0], expected(run, count))
+    facts = json.loads(Path("mine.onnx.json").read_text())
+    assert facts["inputs"] == {"images": ["batch", 3, 32, 32]} and facts["output"] == "logits"
+    assert facts["opset"] >= 18 and facts["largest_difference"] < 1e-5 and facts["step"] == 7
+    assert facts["bytes"] == Path("mine.onnx").stat().st_size and facts["mean"] == [0.5, 0.5, 0.5]
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["classes"]) == [str(label) for label in range(10)] and json.loads(told["std"]) == [0.5] * 3
+    assert "images (batch, 3, 32, 32) → logits" in output and f"opset {facts['opset']}" in output
+    assert "on 1×3×32×32, 3×3×32×32" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.onnx", "mine.onnx.json"]
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_safetensors(export, run, weights):
+    status, output, errors = export(f"ckpt={run}", "format=safetensors", "-o", "mine.safetensors", f"weights={weights}")
+    assert (status, errors) == (0, ""), errors
+    assert f"step 7: {weights} weights" in output and "largest difference 0.0e+00" in output
+    assert torch.equal(create_from("mine.safetensors")(images(2)), expected(run, 2, ema=weights == "ema"))
+    with safe_open("mine.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    assert config["run"]["model"] == "vit_32px" and config["model"]["dim"] == 32 and "logger" not in config
+
+
+def test_a_folder_for_the_hub(export, run, tmp_path):
+    status, output, errors = export(f"ckpt={run}", "format=hf", "-o", "mine", "weights=raw")
+    assert (status, errors) == (0, ""), errors
+    names = ["README.md", "config.json", "labels.json", "metrics.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in Path("mine").iterdir()) == names
+    assert torch.equal(create_from("mine")(images(2)), expected(run, 2))
+    assert load_weights("mine").keys() == load_weights(run).keys()
+    card = ModelCard.load("mine/README.md")
+    assert card.data.pipeline_tag == "image-classification" and {"vit_32px", "softmax"} <= {*card.data.tags}
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.5, "digits")
+    assert "top-1 | 50.00%" in card.text and "images of 32 × 32 pixels" in card.text
+    assert json.loads(Path("mine/labels.json").read_text())["3"] == "3"
+    assert json.loads(Path("mine/metrics.json").read_text())["val/top1_ema"] == 0.75
+    prepared = json.loads(Path("mine/preprocessor_config.json").read_text())
+    assert prepared["image_size"] == [32, 32] and prepared["mean"] == [0.5, 0.5, 0.5]
+    assert "hf upload" in output and str(tmp_path) not in Path("mine/config.json").read_text()
+
+
+def test_what_computes_something_else_is_not_left(export, run, tmp_path, monkeypatch):
+    def wrong(subject, path, asked) -> Written:
+        path.write_text("a file")
+        return Written(lambda inputs: subject.model(*inputs) * 1.001, {}, "")
+
+    monkeypatch.setitem(job.WRITERS, "onnx", wrong)
+    status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert status == 1 and "does not compute what the model computes: largest difference" in errors
+    assert "the bound is 0.0001 of the largest output. Nothing is left" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_held_is_named_and_not_left(export, run, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("No ONNX function found\nfor aten.sort")
+
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    monkeypatch.setattr("models.export.graphs.program", lambda *given: None)
+    status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert status == 2 and "format=onnx: vit_32px with softmax attention cannot be held by it: " in errors
+    assert "No ONNX function found for aten.sort; choose" in errors and list(tmp_path.iterdir()) == []
+
+
+def test_torchscript(export, run):
+    status, _, errors = export(f"ckpt={run}", "format=torchscript", "-o", "mine.pt")
+    assert (status, errors) == (0, ""), errors
+    held = {"classes": ""}
+    traced = torch.jit.load("mine.pt", _extra_files=held)
+    same(traced(images(5)), expected(run))
+    assert json.loads(held["classes"])[9] == "9"
+
+
+@pytest.mark.full
+def test_pt2_runs_without_this_project(export, run, tmp_path):
+    """In a process that cannot import us, with torch alone."""
+    status, _, errors = export(f"ckpt={run}", "format=pt2", "-o", "mine.pt2")
+    assert (status, errors) == (0, ""), errors
+    np.save("images.npy", images(5).numpy())
+    code = """
+import sys, numpy, torch
+sys.modules |= dict.fromkeys(("models", "conf", "data", "kernels", "timm"))
+numpy.save("logits.npy", torch._inductor.aoti_load_package("mine.pt2")(torch.from_numpy(numpy.load("images.npy"))))
+"""
+    elsewhere = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env=elsewhere, check=True)
+    same(np.load("logits.npy"), expected(run))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_any_size(export, run, form):
+    status, output, errors = export(f"ckpt={run}", f"format={form}", "-o", f"mine.{form}", "dynamic_size=true")
+    assert (status, errors) == (0, ""), errors
+    assert "images (batch, 3, height, width) → logits" in output and "2×3×48×64" in output
+
+
+@pytest.mark.full
+def test_a_model_that_generates(export, tmp_path):
+    arguments = ("task=generation", "model=dit_32px", "model.depth=1", "data=digits")
+    run = run_of(tmp_path / "outputs", *arguments)
+    status, output, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert (status, errors) == (0, ""), errors
+    assert "latents (batch, " in output and "timesteps (batch), labels (batch) → prediction" in output
+
+
+@pytest.mark.full
+def test_int8_says_what_it_costs(export, run):
+    status, output, errors = export(
+        f"ckpt={run}", "format=onnx", "-o", "mine.onnx", "quantize=int8", "images=40", "weights=raw"
+    )
+    assert (status, errors) == (0, ""), errors
+    facts = json.loads(Path("mine.onnx.json").read_text())
+    assert facts["images"] == 40 and abs(facts["top1"] - facts["top1_before"]) <= 0.1
+    assert 0 < facts["largest_difference_quantized"] < 0.1 * facts["largest_output"]
+    assert "int8:" in output and "on 40 images" in output
+    import onnx
+
+    weights = onnx.load("mine.onnx").graph.initializer
+    assert sum(weight.data_type == onnx.TensorProto.INT8 for weight in weights) >= 5  # qkv, proj, fc1, fc2, head
