@@ -17,7 +17,10 @@ def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]
 
 def merge_heads(x_BMND: Tensor) -> Tensor:
     """(B, M, N, D) → (B, N, M·D)."""
-    return x_BMND.transpose(1, 2).flatten(2)
+    x_BNMD = x_BMND.transpose(1, 2)
+    if torch.compiler.is_exporting():  # whose second pass may lay out what PyTorch's attention gives in another way
+        x_BNMD = x_BNMD.clone(memory_format=torch.contiguous_format)
+    return x_BNMD.flatten(2)
 
 
 def to_map(x_BNC: Tensor, grid: tuple[int, ...]) -> Tensor:

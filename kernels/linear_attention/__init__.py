@@ -213,16 +213,25 @@ def inline_local(
     v_BCHW = heads_to_map(v_BMSD, kv_grid)
     if tuple(kv_grid[:2]) != tuple(grid[:2]):
         v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
-    B, C, H, W = v_BCHW.shape
+    B, C = v_BCHW.shape[:2]
     total_BCHW = v_BCHW.new_zeros(()).expand_as(v_BCHW)
     if lepe_weight is not None:
         weight, bias = (p if p is None else p.to(v_BCHW.dtype) for p in (lepe_weight, lepe_bias))
         total_BCHW = F.conv2d(v_BCHW, weight, bias, padding=1, groups=C)
     if dynamic_weight_BC33 is not None and B:  # conv2d refuses no groups
-        weight = dynamic_weight_BC33.to(v_BCHW.dtype).reshape(B * C, 1, 3, 3)
-        y = F.conv2d(v_BCHW.reshape(1, B * C, H, W), weight, padding=1, groups=B * C)
-        total_BCHW = total_BCHW + y.view_as(v_BCHW)
+        total_BCHW = total_BCHW + _of_each_image(v_BCHW, dynamic_weight_BC33.to(v_BCHW.dtype))
     return map_to_heads(total_BCHW, v_BMSD.shape[1], sum(grid[2:]))
+
+
+def _of_each_image(x_BCHW: Tensor, weight_BC33: Tensor) -> Tensor:
+    """A depth-wise convolution with weights of its own for every image."""
+    B, C, H, W = x_BCHW.shape
+    if torch.onnx.is_in_onnx_export():  # where the number of groups, and so of images, would be fixed
+        padded = F.pad(x_BCHW, (1, 1, 1, 1))
+        places = [(y, x) for y in range(3) for x in range(3)]
+        return sum(padded[:, :, y : y + H, x : x + W] * weight_BC33[:, :, y, x, None, None] for y, x in places)
+    weight = weight_BC33.reshape(B * C, 1, 3, 3)
+    return F.conv2d(x_BCHW.reshape(1, B * C, H, W), weight, padding=1, groups=B * C).view_as(x_BCHW)
 
 
 # Checks

@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 from kernels.heads import gated, merge_heads, split_heads
 from kernels.moh_attention.register import attend, route, routed_heads
+from kernels.order import sorted_stably
 
 WHO, ROUTE = "moh_attention", "route_heads"
 # From so many tokens on "auto" leaves heads out: below, a tile of 128 queries would often stay dense or half empty,
@@ -145,7 +146,7 @@ def largest(scores_BNE: Tensor, count: int) -> Tensor:
 
     A stable sort, because the order of ties in torch.topk is unspecified and differs between devices.
     """
-    order = scores_BNE.detach().sort(dim=-1, descending=True, stable=True).indices
+    order = sorted_stably(scores_BNE.detach(), descending=True).indices
     return torch.zeros_like(scores_BNE).scatter(-1, order[..., :count], 1.0)
 
 

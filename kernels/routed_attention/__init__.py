@@ -21,6 +21,7 @@ from kernels import depthwise_conv as conv
 from kernels import windows
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 from kernels.heads import merge_heads, split_heads, to_map, to_tokens
+from kernels.order import sorted_stably
 from kernels.precision import full_precision, wide
 from kernels.routed_attention.register import attend, means_op, regions_of, selection_op
 
@@ -169,7 +170,7 @@ def ranked(q_BRC: Tensor, k_BRC: Tensor, topk: int, scale: float) -> tuple[Tenso
     """
     with full_precision(q_BRC.device):
         affinity_BRR = (wide(q_BRC) * scale) @ wide(k_BRC).mT
-    best = affinity_BRR.sort(dim=-1, descending=True, stable=True)
+    best = sorted_stably(affinity_BRR, descending=True)
     return best.indices[..., :topk], best.values[..., :topk]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conf import values
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
-from models.attention.contract.heads import gated_heads, head_channels, split_heads
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 
 INPUTS = ("x", "v")
 
@@ -46,7 +46,7 @@ class LePEAttention(Mixer):
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         qkv_BNC = self.qkv(x_BNC)
         q, k, v = split_heads(qkv_BNC, 3, self.num_heads)
-        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        o = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
         if self.lepe is not None:
             source = x_BNC if self.lepe_input == "x" else qkv_BNC.chunk(3, dim=-1)[2]
             o = enhance(self.lepe, source, grid, o, self.backend)

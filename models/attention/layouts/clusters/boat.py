@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf import values
+from kernels.order import sorted_stably
 from models.attention.contract import Grid, Refused, Site
 from models.attention.contract.layout import SCATTERED, Groups, Layout
 from models.attention.layouts.clusters.gathering import in_groups
@@ -124,7 +125,7 @@ def _cut(x_BMRTD: Tensor, sizes: list[int]) -> Tensor:
         near = (SHARPNESS * unit @ centres.mT).softmax(-1) * inside[..., None]
         centres = F.normalize(near.mT @ x_BMRTD, dim=-1)
     away = (unit @ centres.mT + 1).clamp_min(1e-12).unbind(-1)
-    return (away[0] / away[1]).masked_fill(~inside, math.inf).sort(dim=-1, stable=True)[1]
+    return sorted_stably((away[0] / away[1]).masked_fill(~inside, math.inf)).indices
 
 
 def _halves(order_BMRT: Tensor, sizes: list[int]) -> Tensor:
