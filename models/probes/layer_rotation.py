@@ -130,8 +130,8 @@ def _not_made_again(config: dict[str, Any]) -> str:
 
 def _initial(config: dict[str, Any], path: Path) -> Start:
     told = f"the weights of seed {config['seed']}, made again"
-    was = (read_manifest(path).get("versions") or {}).get("torch")
-    told += f" (by torch {torch.__version__}, the run had {was})" if was not in (None, torch.__version__) else ""
+    was, now = (read_manifest(path).get("versions") or {}).get("torch"), torch.__version__.partition("+")[0]
+    told += f" (by torch {now}, the run had {was})" if was and was.partition("+")[0] != now else ""
     return Start(dict(initial(config).named_parameters()), told)
 
 
