@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.aggregated_attention import aggregated_attention as aggregated_heads
+from kernels.aggregated_attention.constants import EPSILON
 from kernels.dispatch import WIDEST_HEAD
-from kernels.precision import full_precision
-from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
-from models.attention.contract.heads import head_channels, split_heads
+from kernels.precision import full_precision, wide
+from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site, TokenWeights
+from models.attention.contract.explaining import grafted, is_explaining
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.cosine import ContinuousPositionBias, cosine_attention, measured_in
 from models.layers.tokens import to_map, to_tokens
@@ -81,7 +83,8 @@ class AggregatedAttention(Mixer):
     """
 
     accepts = Accepts(prefix="refused")
-    has_queries = True
+    has_queries = has_matrix = row_stochastic = True
+    adds = True  # learned tokens outside of the softmax
 
     def __init__(
         self, site: Site, core: nn.Module, reduce: nn.Module, *, qkv_bias: bool = True, backend: str = "auto"
@@ -101,9 +104,40 @@ class AggregatedAttention(Mixer):
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         pooled_BPC, kv_grid = self.reduce(x_BNC, grid)
-        kv_pool = self._project(pooled_BPC, slice(self.inner, None))
+        kv_pool, qkv = self._project(pooled_BPC, slice(self.inner, None)), self.qkv(x_BNC)
         backend = self.backend if self.runs().fused else "torch"
-        return Mixed(self.proj(self.core(self.qkv(x_BNC), kv_pool, grid, kv_grid, gates_BNM, backend)), {})
+        o_BNC = self.core(qkv, kv_pool, grid, kv_grid, gates_BNM, backend)
+        if is_explaining():
+            v = self._values(qkv, kv_pool).detach()
+            matrix = self.core.matrix(qkv, kv_pool, grid, kv_grid)
+            o_BNC = grafted(self, matrix, lambda weights: gated_heads(merge_heads(weights @ v), gates_BNM), o_BNC)
+        return Mixed(self.proj(o_BNC), {})
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """The weights (B, M, N, N + P) on all tokens, 0 but in the neighbourhood, and on the pooled ones behind them.
+
+        What the learned tokens add to them is left out, so that rows sum to one.
+        """
+        pooled_BPC, kv_grid = self.reduce(x_BNC, grid)
+        return self.core.matrix(self.qkv(x_BNC), self._project(pooled_BPC, slice(self.inner, None)), grid, kv_grid)
+
+    def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+        """See `models.attention.Mixer`; the weight of a pooled token is spread over the cells that it averages."""
+        near, pooled = matrix.split([grid.tokens, matrix.shape[-1] - grid.tokens], dim=-1)
+        sides = zip(grid[:2], self.reduce.reduced(grid)[:2], strict=True)
+        rows, columns = (F.adaptive_avg_pool1d(torch.eye(side).to(matrix)[None], few)[0] for side, few in sides)
+        cells = pooled.unflatten(-1, (rows.shape[1], columns.shape[1]))
+        return TokenWeights(near + torch.einsum("...hw,yh,xw->...yx", cells, rows, columns).flatten(-2), grid, grid)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        kv_pool = self._project(self.reduce(x_BNC, grid)[0], slice(self.inner, None))
+        return self.proj(merge_heads(weights @ self._values(self.qkv(x_BNC), kv_pool)))
+
+    def _values(self, qkv_BNC: Tensor, kv_pool_BPC: Tensor) -> Tensor:
+        """(B, M, N + P, D): of all tokens and of the pooled ones."""
+        parts = split_heads(qkv_BNC, 3, self.num_heads)[2], split_heads(kv_pool_BPC, 2, self.num_heads)[1]
+        return torch.cat(parts, dim=2)
 
     def queries(self, x_BNC: Tensor) -> Tensor:
         """Queries (B, M, N, D) of the tokens, before they are normalised."""
@@ -151,6 +185,29 @@ class AggregatedCore(nn.Module):
             self.learnable_tokens, self.learnable_bias.flatten(1), tuple(grid[:2]), self.num_heads, self.window,
             gates_BNM=gates_BNM, backend=backend,
         )  # fmt: skip
+
+    def matrix(self, qkv_BNC: Tensor, kv_pool_BPC: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The softmax over neighbours and pooled tokens, (B, M, N, N + P): quadratic, for looking at and for tests."""
+        (q, k, _), (k_pool, _) = split_heads(qkv_BNC, 3, self.num_heads), split_heads(kv_pool_BPC, 2, self.num_heads)
+        with full_precision(q.device):
+            q, k, k_pool = (F.normalize(wide(t), dim=-1, eps=EPSILON) for t in (q, k, k_pool))
+            place_NN, near_NN = self._places(grid, q.device)
+            keys_N1 = near_NN.sum(-1, keepdim=True) + k_pool.shape[2]
+            scale_MN1 = F.softplus(self.temperature.to(q.dtype)) * keys_N1.to(q.dtype).log()
+            scaled = (q + self.query_embedding.to(q.dtype)) * scale_MN1
+            local = scaled @ k.mT + self.relative_pos_bias_local.to(q.dtype)[:, place_NN]
+            pooled = scaled @ k_pool.mT + self.bias(grid, kv_grid).to(q.dtype)
+            return torch.cat([local.masked_fill(~near_NN, float("-inf")), pooled], dim=-1).softmax(-1)
+
+    def _places(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which cell of the neighbourhood of each token every token is, and whether it is one: (N, N) each."""
+        radius = self.window // 2
+        y, x = (torch.arange(side, device=device) for side in grid[:2])
+        y, x = ((key[None] - key[:, None] + radius) for key in (y, x))
+        y, x = y[:, None, :, None], x[None, :, None, :]
+        near = (y >= 0) & (y < self.window) & (x >= 0) & (x < self.window)
+        place = y.clamp(0, self.window - 1) * self.window + x.clamp(0, self.window - 1)
+        return place.flatten(2).flatten(0, 1), near.flatten(2).flatten(0, 1)
 
 
 class PooledFeatures(nn.Module):

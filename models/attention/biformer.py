@@ -24,7 +24,8 @@ from kernels.precision import full_precision
 from kernels.routed_attention import MOST_SELECTED_FROM, means, ranked, region_means, routed_attention, select_regions
 from kernels.routed_attention import definition as routed_regions
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
-from models.attention.contract.heads import gated_heads, head_channels, split_heads
+from models.attention.contract.explaining import grafted, is_explaining
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.options import check_flags, check_whole, for_stage
 from models.attention.lepe import ConvMixer, LePEAttention, check_lepe, depthwise, enhance
 from models.layers.tokens import to_map, to_tokens
@@ -116,6 +117,8 @@ class BiLevelRoutingAttention(Mixer):
     """
 
     accepts = Accepts(prefix="refused")
+    row_stochastic = True
+    without_matrix = "keys of a region are pooled (kv_pool), or its routing is soft"
 
     def __init__(
         self,
@@ -143,13 +146,20 @@ class BiLevelRoutingAttention(Mixer):
         self.router = RegionRouter(self.qk_dim, topk, routing)
         self.kv_pool = kv_pool
         self.lepe = depthwise(site.dim, lepe_kernel)
+        self.has_matrix, self.adds = kv_pool is None and routing == "hard", self.lepe is not None
         self.proj = nn.Linear(site.dim, site.dim) if output_projection else nn.Identity()
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         x, tiled, size = self._tile(x_BNC, grid)
-        if self.runs().fused and is_fused("routed_attention", self.backend, x):
-            o = self._forward_fused(x, tiled, size)
-            return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
+        fused = self.runs().fused and is_fused("routed_attention", self.backend, x)
+        o = _crop((self._forward_fused if fused else self._in_pytorch)(x, tiled, size), tiled, grid)
+        if is_explaining() and self.has_matrix:
+            v_BMND = self._values(x_BNC).detach()
+            o = grafted(self, self.attention_matrix(x_BNC, grid), lambda weights: merge_heads(weights @ v_BMND), o)
+        return Mixed(self.proj(gated_heads(o, gates_BNM)), {})
+
+    def _in_pytorch(self, x: Tensor, tiled: Grid, size: tuple[int, int]) -> Tensor:
+        """Attention and LePE on the map that is cut into regions."""
         qkv_BNC = self.qkv(x)
         routes_BRK, weights_BRK = self.router(*self._means(x, qkv_BNC, tiled, size), self.scale)
         q_BNC, k_BNC, v_BNC = qkv_BNC.split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
@@ -159,9 +169,7 @@ class BiLevelRoutingAttention(Mixer):
             q_WTC, k_WSC, v_WSC, routes_BRK, self.num_heads, scale=self.scale, weights_BRK=weights_BRK
         )
         o = windows.merge(o_WTC, tiled.height, tiled.width, size)
-        if self.lepe is not None:
-            o = enhance(self.lepe, v_BNC, tiled, o, self.backend)
-        return Mixed(self.proj(gated_heads(_crop(o, tiled, grid), gates_BNM)), {})
+        return o if self.lepe is None else enhance(self.lepe, v_BNC, tiled, o, self.backend)
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
@@ -212,7 +220,7 @@ class BiLevelRoutingAttention(Mixer):
         Raises:
             TypeError: with pooled keys or soft routing there is no weight per token.
         """
-        if self.kv_pool is not None or self.router.kind != "hard":
+        if not self.has_matrix:
             raise TypeError("BiLevelRoutingAttention: no attention matrix with kv_pool or soft routing")
         x, tiled, size = self._tile(x_BNC, grid)
         q_BNC, k_BNC, _ = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
@@ -225,6 +233,14 @@ class BiLevelRoutingAttention(Mixer):
         logits = logits.masked_fill(~open_BRR[:, region][:, :, region].unsqueeze(1), float("-inf"))
         weights = logits.softmax(-1).unflatten(-1, (height, width)).unflatten(2, (height, width))
         return weights[:, :, : grid.height, : grid.width, : grid.height, : grid.width].flatten(4).flatten(2, 3)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        return self.proj(merge_heads(weights @ self._values(x_BNC)))
+
+    def _values(self, x_BNC: Tensor) -> Tensor:
+        """Values (B, M, N, D) of the tokens."""
+        return split_heads(self.qkv(x_BNC)[..., 2 * self.qk_dim :], 1, self.num_heads)[0]
 
     def _tile(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid, tuple[int, int]]:
         """Tokens and map to cut into regions, zero-padded under "input", and the height and width of a region."""

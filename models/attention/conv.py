@@ -33,6 +33,7 @@ class DepthwiseConv(Mixer):
 
     accepts = Accepts(prefix="refused")
     prenorm = False
+    without_matrix = "it is a convolution, whose weights do not depend on what tokens hold"
 
     def __init__(self, site: Site, kernel_size: int, backend: str = "auto") -> None:
         super().__init__(site, backend)

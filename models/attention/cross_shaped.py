@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kernels import windows
 from kernels.dispatch import WIDEST_HEAD, is_fused
-from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site
-from models.attention.contract.explaining import is_explaining, note
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site, no_matrix
+from models.attention.contract.explaining import grafted, is_explaining
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.layouts.stripes import Directions
 from models.attention.multihead import Core, check_layout, check_transform
@@ -68,7 +68,13 @@ class CrossShaped(Mixer):
         sites = [site._replace(num_heads=self.num_heads, head_dim=self.head_dim, grid=grid) for grid in grids]
         self.transforms, self.values = (make and nn.ModuleList(map(make, sites)) for make in (transform, value))
         check_transform(transform and self.transforms[0], layout, self.cores[0], value and self.values[0])
-        self.reads_stream = self.cores[0].reads_stream
+        first = self.cores[0]
+        self.reads_stream, self.has_matrix, self.without_matrix = (
+            first.reads_stream,
+            first.has_matrix,
+            first.without_matrix,
+        )
+        self.row_stochastic, self.adds = first.row_stochastic, first.adds or value is not None
 
     @property
     def stripe(self) -> int:
@@ -78,11 +84,6 @@ class CrossShaped(Mixer):
     def sizes(self, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of a vertical and of a horizontal stripe."""
         return self.layout.sizes(grid)
-
-    @property
-    def has_matrix(self) -> bool:
-        """Whether weights times values are all that it computes."""
-        return not self.values and all(core.has_matrix and not core.adds for core in self.cores)
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`; the gates are applied behind the heads."""
@@ -97,8 +98,6 @@ class CrossShaped(Mixer):
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
-        if is_explaining() and self.has_matrix:
-            return Mixed(self._attended(note(self, self._matrix(x_BNC, grid)), x_BNC, grid, gates_BNM), {})
         runs = self.runs()
         fused = runs.fused and is_fused(runs.operation, self.backend, x_BNC)
         source, shares = stream_BNC if self.reads_stream else x_BNC, 1 if self.layout.summed else 2
@@ -110,12 +109,15 @@ class CrossShaped(Mixer):
             qkv_RTC = windows.split(F.linear(x_BNC, weight, bias), *grid[:2], size)
             compute = self.cores[i].fused if fused else self._in_pytorch(i)
             mixed.append(windows.merge(compute(qkv_RTC, Grid(*size), self.num_heads, **given), *grid[:2], size))
-        return Mixed(self._finish(mixed, gates_BNM), {})
+        o_BNC = self._joined(mixed)
+        if is_explaining() and self.has_matrix:
+            values = [v.detach() for v in self._values(x_BNC, grid)]
+            o_BNC = grafted(self, self._matrix(x_BNC, grid), lambda weights: self._read(weights, values), o_BNC)
+        return Mixed(self.proj(gated_heads(o_BNC, gates_BNM)), {})
 
-    def _finish(self, mixed: Sequence[Tensor], gates_BNM: Tensor | None) -> Tensor:
-        """What both directions give, (B, N, channels of a direction) each → (B, N, C)."""
-        o_BNC = mixed[0] + mixed[1] if self.layout.summed else torch.cat(list(mixed), dim=-1)
-        return self.proj(gated_heads(o_BNC, gates_BNM))
+    def _joined(self, mixed: Sequence[Tensor]) -> Tensor:
+        """The heads of both directions, (B, N, channels of a direction) each."""
+        return mixed[0] + mixed[1] if self.layout.summed else torch.cat(list(mixed), dim=-1)
 
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Weights (B, M, N, N) of every query on every key of the map, the heads of vertical stripes first.
@@ -123,15 +125,16 @@ class CrossShaped(Mixer):
         Where both directions have all heads there are 2·M. What a row lacks to its sum lies on what completes the map.
 
         Raises:
-            TypeError: a core has no matrix, or it is not all that is computed.
+            TypeError: the cores have none.
         """
         if not self.has_matrix:
-            raise TypeError(f"attention_matrix: {type(self.cores[0]).__name__} gives more than weights times values")
+            raise TypeError(no_matrix(type(self.cores[0]).__name__, self.without_matrix))
         return self._matrix(x_BNC if self.pre is None else self.pre(x_BNC, grid), grid)
 
     def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """What the mixer gives if its weights, as from `attention_matrix`, are these: (B, N, C)."""
-        return self._attended(weights, x_BNC if self.pre is None else self.pre(x_BNC, grid), grid, None)
+        """See `models.attention.Mixer`."""
+        x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
+        return self.proj(self._read(weights, self._values(x_BNC, grid)))
 
     def _matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         found = []
@@ -140,13 +143,19 @@ class CrossShaped(Mixer):
             found.append(spread(core.matrix(q, k, stripe, stripe), grid, stripe))
         return torch.cat(found, dim=1)
 
-    def _attended(self, weights: Tensor, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
-        mixed = []
-        for direction, weights_BMNN in enumerate(weights.chunk(2, dim=1)):
+    def _values(self, x_BNC: Tensor, grid: Grid) -> list[Tensor]:
+        """What the weights of each direction are multiplied with, (B, M, N, D) on the map."""
+        found = []
+        for direction, core in enumerate(self.cores):
             _, _, v, stripe = self._stripes(direction, x_BNC, grid)
-            v_BNC = windows.merge(merge_heads(v), *grid[:2], stripe[:2])
-            mixed.append(merge_heads(weights_BMNN @ split_heads(v_BNC, 1, self.num_heads)[0]))
-        return self._finish(mixed, gates_BNM)
+            v_BNC = windows.merge(merge_heads(core.valued(v, stripe)), *grid[:2], stripe[:2])
+            found.append(split_heads(v_BNC, 1, self.num_heads)[0])
+        return found
+
+    def _read(self, weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """The heads (B, N, C) that these weights give."""
+        directions = zip(self.cores, weights.chunk(2, dim=1), values, strict=True)
+        return self._joined([merge_heads(core.finished(own.to(v.dtype) @ v)) for core, own, v in directions])
 
     def _stripes(self, direction: int, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
         """Queries, keys and values (B·R, M, T, D) of the stripes of a direction, and the map of one."""

@@ -67,6 +67,7 @@ class ChannelCore(Core):
     """Attention of the D channels of each group on one another; the sum over tokens is taken in float32."""
 
     keys = frozenset({SAME, SCATTERED})
+    without_matrix = "the channels of a group attend to one another, not tokens"
 
     def __init__(self, head_dim: int, scale: str = "head_dim") -> None:
         super().__init__()
@@ -93,7 +94,8 @@ class Positioned(Mixer):
     def __init__(self, site: Site, position: nn.Module, mixer: Mixer) -> None:
         super().__init__(site, mixer.backend)
         self.position, self.mixer, self.accepts = position, mixer, mixer.accepts
-        self.has_matrix = mixer.has_matrix
+        self.has_matrix, self.without_matrix = mixer.has_matrix, mixer.without_matrix
+        self.row_stochastic, self.adds = mixer.row_stochastic, mixer.adds
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
@@ -105,6 +107,10 @@ class Positioned(Mixer):
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """See `MultiHead.attention_matrix`."""
         return self.mixer.attention_matrix(self.position(x_BNC, grid), grid)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        return self.mixer.attend(weights, self.position(x_BNC, grid), grid)
 
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """See `models.attention.Mixer`."""

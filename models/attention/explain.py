@@ -15,8 +15,10 @@ from models.attention.contract.explaining import explaining
 def explained(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Inside, forward passes compute the matrix of every place; afterwards they are there by the name of the mixer.
 
-    Each, (B, M, N, S) or (B·R, M, T, S) in groups, has its gradient in `.grad` after `backward`. The output is the same
-    to rounding; time and memory are quadratic in the tokens of a group.
+    Each, as the mixer's `attention_matrix`, has its gradient in `.grad` after `backward`; `over_tokens` of the mixer
+    puts both on the map. Of multi-head mixers they are in the graph, so that what they are made of has its gradient by
+    way of them; of others they stand beside it. The output is the same to rounding; time and memory are quadratic in
+    the tokens of a group.
 
         with explained(model) as matrices:
             logits = model(images)

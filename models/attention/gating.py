@@ -28,7 +28,9 @@ class Gating(Mixer):
         self.mixer = make(core, site)
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
         self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
-        self.has_matrix, self.ignores_grid = self.mixer.has_matrix, self.mixer.ignores_grid
+        self.has_matrix, self.without_matrix = self.mixer.has_matrix, self.mixer.without_matrix
+        self.row_stochastic, self.adds = self.mixer.row_stochastic, self.mixer.adds
+        self.ignores_grid = self.mixer.ignores_grid
         if not self.accepts.gates:
             inner = type(self.mixer).__name__
             raise Refused(f"{who} cannot gate the heads of {inner}", "choose another attention.core, e.g. softmax")
@@ -41,6 +43,10 @@ class Gating(Mixer):
     def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Of the gated attention, before the gates."""
         return self.mixer.attention_matrix(x_BNC, grid)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Of the gated attention, without the gates."""
+        return self.mixer.attend(weights, x_BNC, grid)
 
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """See `models.attention.Mixer`."""

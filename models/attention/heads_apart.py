@@ -7,6 +7,7 @@ Shapes: B = batch, N = tokens, C = channels, M = heads, D = channels per head.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from models.attention import AttentionFactory, Grid, Mixed, Mixer, Refused, Runs, Site, make
 from models.attention.contract import Accepts
-from models.attention.contract.heads import head_channels, split_heads
+from models.attention.contract.explaining import grafted, is_explaining, unnoted
+from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.multihead import MultiHead
 
 
@@ -33,6 +35,7 @@ class HeadsApart(Mixer):
     """
 
     has_queries = True
+    without_matrix = "heads of one kind have none, or parts change its values"
 
     def __init__(
         self,
@@ -56,6 +59,10 @@ class HeadsApart(Mixer):
         refusing = any(part.accepts.prefix == "refused" for part in self.parts)
         self.accepts = Accepts(prefix="refused" if refusing else "attended")
         self.reads_stream = any(part.reads_stream for part in self.parts)
+        changed = any(part.pre or part.transform or part.reduce for part in self.parts)
+        self.has_matrix = not changed and all(part.has_matrix for part in self.parts)
+        self.row_stochastic = all(part.row_stochastic for part in self.parts)
+        self.adds = any(part.adds for part in self.parts)
         for part, first in zip(self.parts, accumulate(self.heads, initial=0), strict=False):
             del part.qkv
             part.qkv, part.proj = Rows(self.qkv, self.num_heads, slice(first, first + part.num_heads)), nn.Identity()
@@ -78,11 +85,43 @@ class HeadsApart(Mixer):
         self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
     ) -> Mixed:
         gates = [None] * len(self.parts) if gates_BNM is None else gates_BNM.split(self.heads, dim=-1)
-        mixed = [part(x_BNC, grid, own, stream_BNC) for part, own in zip(self.parts, gates, strict=True)]
+        explain = is_explaining() and self.has_matrix
+        with unnoted() if explain else nullcontext():
+            mixed = [part(x_BNC, grid, own, stream_BNC) for part, own in zip(self.parts, gates, strict=True)]
         losses: dict[str, Tensor] = {}
         for name, loss in (item for part in mixed for item in part.losses.items()):
             losses[name] = losses.get(name, 0) + loss
-        return Mixed(self.proj(torch.cat([part.x for part in mixed], dim=-1)), losses)
+        o_BNC = torch.cat([part.x for part in mixed], dim=-1)
+        if explain:
+            matrix, v_BMND = self.attention_matrix(x_BNC, grid), self._values(x_BNC).detach()
+            o_BNC = grafted(
+                self, matrix, lambda weights: gated_heads(self._heads(weights, v_BMND, grid), gates_BNM), o_BNC
+            )
+        return Mixed(self.proj(o_BNC), losses)
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, N) of every query on every key of the map, in the order of the heads.
+
+        Raises:
+            TypeError: heads without a matrix, or whose values are not those of the tokens.
+        """
+        if not self.has_matrix:
+            return super().attention_matrix(x_BNC, grid)
+        return torch.cat([part.token_weights(x_BNC, grid).weights for part in self.parts], dim=1)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        return self.proj(self._heads(weights, self._values(x_BNC), grid))
+
+    def _heads(self, weights: Tensor, v_BMND: Tensor, grid: Grid) -> Tensor:
+        """The heads (B, N, M·D) that these weights give."""
+        kinds = zip(self.parts, weights.split(self.heads, dim=1), v_BMND.split(self.heads, dim=1), strict=True)
+        read = [part.core.finished(own @ part.core.valued(v, grid)) for part, own, v in kinds]
+        return torch.cat([merge_heads(o_BMND) for o_BMND in read], dim=-1)
+
+    def _values(self, x_BNC: Tensor) -> Tensor:
+        """Values (B, M, N, D) of the tokens."""
+        return split_heads(self.qkv(x_BNC), 3, self.num_heads)[2]
 
     def queries(self, x_BNC: Tensor) -> Tensor:
         """Queries (B, M, N, D) of the tokens."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conf import values
 from kernels.depthwise_conv import LARGEST, depthwise_conv
 from models.attention import Accepts, Grid, Mixed, Mixer, Runs, Site
+from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 
 INPUTS = ("x", "v")
@@ -27,6 +28,9 @@ class LePEAttention(Mixer):
         backend: of the convolution: "auto", "triton" or "torch". The attention is PyTorch's own fused kernel.
     """
 
+    has_matrix = True
+    row_stochastic = True
+
     def __init__(
         self,
         site: Site,
@@ -41,16 +45,32 @@ class LePEAttention(Mixer):
         self.num_heads, self.scale, self.lepe_input = site.num_heads, head_channels(site, even=True) ** -0.5, lepe_input
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
         self.lepe = depthwise(site.dim, lepe_kernel)
+        self.adds = self.lepe is not None
         self.proj = nn.Linear(site.dim, site.dim)
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         qkv_BNC = self.qkv(x_BNC)
         q, k, v = split_heads(qkv_BNC, 3, self.num_heads)
-        o = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+        if is_explaining():
+            o = merge_heads(note(self, self._weights(q, k)) @ v)
+        else:
+            o = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
         if self.lepe is not None:
             source = x_BNC if self.lepe_input == "x" else qkv_BNC.chunk(3, dim=-1)[2]
             o = enhance(self.lepe, source, grid, o, self.backend)
         return Mixed(self.proj(gated_heads(o, gates_BNM)), {})
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """The weights (B, M, N, N), without the convolution."""
+        q, k, _ = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+        return self._weights(q, k)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        return self.proj(merge_heads(weights @ split_heads(self.qkv(x_BNC), 3, self.num_heads)[2]))
+
+    def _weights(self, q_BMND: Tensor, k_BMND: Tensor) -> Tensor:
+        return (q_BMND @ k_BMND.mT * self.scale).softmax(-1)
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
@@ -67,6 +87,7 @@ class ConvMixer(Mixer):
     """
 
     accepts = Accepts(prefix="refused")
+    without_matrix = "it is a convolution, whose weights do not depend on what tokens hold"
 
     def __init__(self, site: Site, *, kernel_size: int = 5, backend: str = "auto") -> None:
         super().__init__(site, backend)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.dispatch import WIDEST_HEAD, is_fused
 from kernels.heads import gated
 from models.attention import flex
-from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site, TokenWeights
+from models.attention.contract import Accepts, Grid, Mixed, Mixer, Refused, Runs, Site, TokenWeights, no_matrix
 from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.layout import KEYS, SAME, SCATTERED, SURROUNDING, Groups, Layout
@@ -45,8 +45,9 @@ class Core(nn.Module):
         finds_windows: whether the kernel finds the windows of a map.
         reads_tokens: whether both ways of computing also take what `context` gives, as keywords.
         reads_stream: whether that is read from the input of the block, before its norm, instead of that of the layer.
-        adds: whether it gives more than `matrix` times values, such as a convolution.
+        adds: whether it gives more than `finished(matrix @ valued(v))`, such as a convolution.
         row_stochastic: whether the rows of the matrix sum to one.
+        without_matrix: why there is none, for people.
         ignores_grid: whether the two maps do not matter.
     """
 
@@ -58,6 +59,7 @@ class Core(nn.Module):
     reads_stream = False
     adds = False
     row_stochastic = False
+    without_matrix = ""
     ignores_grid = False
     flexible = False
 
@@ -80,7 +82,15 @@ class Core(nn.Module):
         Raises:
             TypeError: it has none.
         """
-        raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
+        raise TypeError(no_matrix(type(self).__name__, self.without_matrix))
+
+    def valued(self, v_BMSD: Tensor, kv_grid: Grid) -> Tensor:
+        """What its weights are multiplied with: the values, unless a core says otherwise."""
+        return v_BMSD
+
+    def finished(self, o_BMND: Tensor) -> Tensor:
+        """What it makes of that product: nothing more, unless a core says otherwise."""
+        return o_BMND
 
 
 class MultiHead(Resizable, Mixer):
@@ -129,6 +139,8 @@ class MultiHead(Resizable, Mixer):
         self.pre, self.transform, self.core, self.value = pre, transform, core, value
         self.reduce, self.content = self.layout.reduce, self.layout.content
         self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix
+        self.without_matrix, self.row_stochastic = core.without_matrix, core.row_stochastic
+        self.adds = core.adds
         self.accepts = accepts or Accepts(prefix="attended" if self.layout.takes_prefix else "refused")
         self.grid, self.usual_mask = site.grid, True
         stored = getattr(self.layout, "stored_mask", False)
@@ -285,13 +297,10 @@ class MultiHead(Resizable, Mixer):
         return self.core.matrix(groups.q, groups.k, groups.grid, groups.kv_grid, **groups.given)
 
     def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """What the mixer gives if its weights, as from `attention_matrix`, are these: (B, N, C).
-
-        What a core adds to weights times values (its `adds`) is left out.
-        """
+        """See `models.attention.Mixer`; what a value part adds is not left out."""
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         groups, v, kv_grid = self._groups(x_BNC, grid)
-        return self._finish(groups.back(weights @ groups.v), v, grid, kv_grid, None)
+        return self._finish(groups.back(self._read(weights, groups.v, groups.kv_grid)), v, grid, kv_grid, None)
 
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """See `models.attention.Mixer`: what the mixer does with values of one for each token in turn."""
@@ -317,11 +326,16 @@ class MultiHead(Resizable, Mixer):
         """As the core computes, by way of the matrix, which is noted."""
         placed = {name: value for name, value in given.items() if name in ("mask", "offsets")}
         matrix = note(self, self.core.matrix(q, k, grid, kv_grid, **placed))
-        o_BMND = matrix.to(v.dtype) @ v
+        o_BMND = self._read(matrix, v, kv_grid)
         if not self.core.adds:
             return o_BMND
-        added = self.core(q.detach(), k.detach(), v, grid, kv_grid, **given) - matrix.detach().to(v.dtype) @ v
+        added = self.core(q.detach(), k.detach(), v, grid, kv_grid, **given) - self._read(matrix.detach(), v, kv_grid)
         return o_BMND + added
+
+    def _read(self, matrix: Tensor, v: Tensor, kv_grid: Grid) -> Tensor:
+        """The heads of a group that these weights give."""
+        valued = self.core.valued(v, kv_grid)
+        return self.core.finished(matrix.to(valued.dtype) @ valued).to(v.dtype)
 
     def _context(self, x_BNC: Tensor, stream_BNC: Tensor | None, grid: Grid) -> dict[str, Tensor]:
         """What the core reads from the tokens: of the layer, or of the block where it reads the stream."""

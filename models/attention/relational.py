@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from conf import values
 from models.attention.contract import Grid, Mixed, Mixer, Refused, Runs, Site
+from models.attention.contract.explaining import is_explaining, note
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.options import check_flags, check_whole
 from models.attention.softmax import softmax_attention
@@ -40,6 +41,8 @@ class RelationalAttention(Mixer):
     Raises:
         Refused: fewer than two heads, relations that do not divide the channels, or more than `max_tokens`.
     """
+
+    has_matrix = row_stochastic = True
 
     def __init__(
         self,
@@ -77,9 +80,26 @@ class RelationalAttention(Mixer):
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Mixed:
         check_size(grid, self.max_tokens)
+        if is_explaining():
+            return Mixed(self._attended(note(self, self.attention_matrix(x_BNC, grid)), x_BNC, grid, gates_BNM), {})
         gates = (None, None) if gates_BNM is None else gates_BNM.split(self.heads, dim=-1)
         sensory = self.sensory(x_BNC, grid, gates[0]).x
         return Mixed(torch.cat([sensory, self.relational(x_BNC, grid, gates[1])], dim=-1), {})
+
+    def attention_matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Weights (B, M, N, N), those of the sensory heads first."""
+        return torch.cat([self.sensory.attention_matrix(x_BNC, grid), self.relational.weights(x_BNC)], dim=1)
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """See `models.attention.Mixer`."""
+        return self._attended(weights, x_BNC, grid, None)
+
+    def _attended(self, weights: Tensor, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        gates = (None, None) if gates_BNM is None else gates_BNM.split(self.heads, dim=-1)
+        of_sensory, of_relational = weights.split(self.heads, dim=1)
+        o_BMND = of_sensory @ split_heads(self.sensory.qkv(x_BNC), 3, self.heads[0])[2]
+        sensory = self.sensory.proj(gated_heads(merge_heads(o_BMND), gates[0]))
+        return torch.cat([sensory, self.relational.attended(of_relational, x_BNC, grid, gates[1])], dim=-1)
 
 
 class RelationalHeads(nn.Module):
@@ -111,8 +131,15 @@ class RelationalHeads(nn.Module):
         self.wo = nn.Linear(inner, inner, bias=False)
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None) -> Tensor:
+        return self.attended(self.weights(x_BNC), x_BNC, grid, gates_BNM)
+
+    def weights(self, x_BNC: Tensor) -> Tensor:
+        """α of every head, (B, M, N, N)."""
         q, k = (split_heads(layer(x_BNC), 1, self.num_heads)[0] for layer in (self.wq, self.wk))
-        weights_BMNN = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+    def attended(self, weights_BMNN: Tensor, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None) -> Tensor:
+        """What the heads give with these α."""
         related_BMND = self._relations(weights_BMNN, x_BNC) @ self.wr.to(x_BNC.dtype).mT
         o_BMND = self.symbols(weights_BMNN, x_BNC, grid, self.wv) + related_BMND
         return self.wo(gated_heads(merge_heads(o_BMND), gates_BNM))

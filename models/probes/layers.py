@@ -50,8 +50,9 @@ def chosen_layers(
     for name in names:
         if not has(mixers[name]):
             others = [other for other, mixer in mixers.items() if has(mixer)]
+            why = f", since {mixers[name].without_matrix}" if has is has_matrix else ""
             fix = f"choose of {_some(others)}" if others else "no layer of the model has"
-            raise UserError(f"{who}: {name} ({kind_of(mixers[name])}) has no {what}; {fix}")
+            raise UserError(f"{who}: {name} ({kind_of(mixers[name])}) has no {what}{why}; {fix}")
     return {name: mixers[name] for name in mixers if name in names}
 
 

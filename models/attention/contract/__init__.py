@@ -127,7 +127,10 @@ class Mixer(nn.Module):
         has_queries: whether `queries` gives the queries of every token, as a router may need.
         carries: whether it is given, as `carry`, what the mixer of the block before it returned in `Mixed.carry`: None
             in the first block of a stage, or of the model if `carries_across_stages`.
-        has_matrix: whether `attention_matrix` is there.
+        has_matrix: whether `attention_matrix` is there, and with it `attend`, `token_weights` and `over_tokens`.
+        without_matrix: why it is not, for people.
+        row_stochastic: whether its rows sum to one, on maps that nothing completes to whole windows.
+        adds: whether it gives more than `attend`, such as a convolution beside weights times values.
         ignores_grid: whether its result depends on the tokens alone, however they are laid out.
     """
 
@@ -138,6 +141,9 @@ class Mixer(nn.Module):
     carries = False
     carries_across_stages = False
     has_matrix = False
+    without_matrix = ""
+    row_stochastic = False
+    adds = False
     ignores_grid = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
@@ -162,7 +168,17 @@ class Mixer(nn.Module):
         Raises:
             TypeError: it has no matrix.
         """
-        raise TypeError(f"attention_matrix: {type(self).__name__} has no attention matrix")
+        raise TypeError(no_matrix(type(self).__name__, self.without_matrix))
+
+    def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """What the mixer gives if its weights, as from `attention_matrix`, are these: (B, N, C).
+
+        What it adds to weights times values is left out, see `adds`.
+
+        Raises:
+            TypeError: it has no matrix.
+        """
+        raise TypeError(no_matrix(type(self).__name__, self.without_matrix))
 
     def token_weights(self, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """What `attention_matrix` gives, of all tokens on all keys of the map, whatever groups they attend in.
@@ -175,6 +191,11 @@ class Mixer(nn.Module):
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """A matrix such as `attention_matrix` gives, or a gradient of it, of all tokens on all keys: linear in it."""
         return TokenWeights(matrix, grid, grid)
+
+
+def no_matrix(who: str, why: str) -> str:
+    """The sentence with which something refuses to give its attention matrix."""
+    return f"attention_matrix: {who} has no attention matrix" + (f": {why}" if why else "")
 
 
 AttentionFactory = Callable[[Site], Mixer]

@@ -68,7 +68,6 @@ class DifferentialCore(Core):
     """
 
     masks = True
-    adds = True  # a norm behind the weighted values
     ignores_grid = True
 
     def __init__(self, head_dim: int, layer: int, *, qk_norm: bool = False, dual_lambda: bool = False) -> None:
@@ -100,7 +99,11 @@ class DifferentialCore(Core):
             for q, k in self._halves(q_BMND, k_BMSD)
         )
         difference = first - self.difference().to(first.dtype) * second
-        return (self.norm(difference) * (1 - self.start)).to(v_BMSD.dtype)
+        return self.finished(difference).to(v_BMSD.dtype)
+
+    def finished(self, o_BMND: Tensor) -> Tensor:
+        """The norm behind the weighted values."""
+        return self.norm(o_BMND) * (1 - self.start)
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None = None) -> Tensor:
         """The difference of the weights (B, M, N, S), before the norm."""

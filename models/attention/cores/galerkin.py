@@ -94,7 +94,7 @@ class SoftmaxFree(Core):
 
 
 class GalerkinCore(SoftmaxFree):
-    """q (LN(k)ᵀ LN(v)) / S; no matrix of tokens, since the values are normalised first."""
+    """q (LN(k)ᵀ LN(v)) / S: weights q LN(k)ᵀ / S of normalised values."""
 
     def __init__(self, num_heads: int, head_dim: int, positions: bool = False) -> None:
         super().__init__(num_heads, head_dim, positions)
@@ -102,10 +102,18 @@ class GalerkinCore(SoftmaxFree):
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         with full_precision(q_BMND.device):
-            q = self.placed(wide(q_BMND), grid)
-            k, v = (self.placed(x, kv_grid) for x in (self.norm_k(k_BMSD), self.norm_v(v_BMSD)))
-            o_BMND = q @ (k.mT @ v / k.shape[2])
+            q, k = self.placed(wide(q_BMND), grid), self.placed(self.norm_k(k_BMSD), kv_grid)
+            o_BMND = q @ (k.mT @ self.valued(v_BMSD, kv_grid) / k.shape[2])
         return o_BMND.to(v_BMSD.dtype)
+
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The weights (B, M, N, S), of both signs: quadratic, for looking at and for tests."""
+        with full_precision(q_BMND.device):
+            return self.placed(wide(q_BMND), grid) @ self.placed(self.norm_k(k_BMSD), kv_grid).mT / k_BMSD.shape[2]
+
+    def valued(self, v_BMSD: Tensor, kv_grid: Grid) -> Tensor:
+        """Normalised values, with coordinates."""
+        return self.placed(self.norm_v(v_BMSD), kv_grid)
 
 
 class FourierCore(SoftmaxFree):
@@ -115,16 +123,15 @@ class FourierCore(SoftmaxFree):
         super().__init__(num_heads, head_dim, positions)
         self.norm_q, self.norm_k = HeadNorm(num_heads, head_dim), HeadNorm(num_heads, head_dim)
 
-    @property
-    def has_matrix(self) -> bool:
-        """Where values are without coordinates."""
-        return not self.positions
-
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         with full_precision(q_BMND.device):
             q, k = self._normed(q_BMND, k_BMSD, grid, kv_grid)
-            o_BMND = q @ (k.mT @ self.placed(wide(v_BMSD), kv_grid))
+            o_BMND = q @ (k.mT @ self.valued(v_BMSD, kv_grid))
         return o_BMND.to(v_BMSD.dtype)
+
+    def valued(self, v_BMSD: Tensor, kv_grid: Grid) -> Tensor:
+        """Values with coordinates."""
+        return self.placed(wide(v_BMSD), kv_grid)
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S), of both signs: quadratic, for looking at and for tests."""

@@ -55,14 +55,14 @@ def normalized_attention(
 class NormalizedCore(SoftmaxCore):
     """See the module's docstring; arguments as of `normalized_attention`."""
 
-    adds = True  # norm and GELU behind the weighted values
-
     def __init__(self, num_heads: int, head_dim: int, norm: bool, gelu: bool, max_tokens: int) -> None:
         super().__init__(num_heads, head_dim, weights=NormalizedWeights(num_heads, head_dim), max_tokens=max_tokens)
-        self.adds = norm or gelu
         self.norm = nn.LayerNorm(num_heads * head_dim, eps=1e-3) if norm else nn.Identity()
         self.gelu = nn.GELU("tanh") if gelu else nn.Identity()
 
     def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid, **given) -> Tensor:
-        o_BNC = merge_heads(super().forward(q_BMND, k_BMSD, v_BMSD, grid, kv_grid, **given))
-        return self.gelu(self.norm(o_BNC)).unflatten(2, (q_BMND.shape[1], -1)).transpose(1, 2)
+        return self.finished(super().forward(q_BMND, k_BMSD, v_BMSD, grid, kv_grid, **given))
+
+    def finished(self, o_BMND: Tensor) -> Tensor:
+        """Norm and GELU behind the weighted values."""
+        return self.gelu(self.norm(merge_heads(o_BMND))).unflatten(2, (o_BMND.shape[1], -1)).transpose(1, 2)

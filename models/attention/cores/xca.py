@@ -44,6 +44,7 @@ class CrossCovarianceCore(Core):
 
     keys = frozenset({SAME})  # its sums are over tokens that are queries and keys
     ignores_grid = True
+    without_matrix = "the channels of a head attend to one another, not tokens"
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

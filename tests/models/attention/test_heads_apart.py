@@ -52,11 +52,18 @@ def test_a_copy_has_a_projection_of_its_own(x: Tensor) -> None:
 
 
 def test_the_matrix_of_each_kind_is_explained(x: Tensor) -> None:
+    """One of all heads on the map: windows of one kind are put back on it."""
     apart = HeadsApart(SITE, [(partial(softmax_attention, window=(3, 4)), 1), (efficient_attention, 3)])
     expected = apart(x, MAP).x
     with explained(nn.ModuleDict({"attn": apart})) as matrices:
         torch.testing.assert_close(apart(x, MAP).x, expected)
-    assert [tuple(matrix.shape) for matrix in matrices["attn"]] == [(8, 1, 12, 12), (2, 3, 48, 48)]
+    (matrix,) = matrices["attn"]
+    windows, whole = (part.attention_matrix(x, MAP) for part in apart.parts)
+    assert [tuple(each.shape) for each in (windows, whole, matrix)] == [(8, 1, 12, 12), (2, 3, 48, 48), (2, 4, 48, 48)]
+    torch.testing.assert_close(matrix[:, 1:], whole)
+    first = matrix[:, :1].unflatten(-1, MAP[:2]).unflatten(2, MAP[:2])[:, :, :3, :4, :3, :4].flatten(4).flatten(2, 3)
+    torch.testing.assert_close(first, windows.unflatten(0, (2, 4))[:, 0])
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 4, 48))
 
 
 def test_a_head_sees_its_window() -> None:

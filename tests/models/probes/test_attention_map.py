@@ -81,7 +81,10 @@ def test_layers_by_number_and_name(swin):
         chosen_layers("x", swin, 8)
     with pytest.raises(UserError, match="no layer has an attention matrix, got DepthwiseConv"):
         chosen_layers("x", create_model("vit_32px", "conv", num_classes=5), "all")
-    with pytest.raises(UserError, match=r"x: .*attn \(ChannelCore\) has no attention matrix; choose of stages.0"):
+    why = "since the channels of a group attend to one another, not tokens"
+    with pytest.raises(
+        UserError, match=rf"x: .*attn \(ChannelCore\) has no attention matrix, {why}; choose of stages.0"
+    ):
         chosen_layers("x", create_model("davit_32px", num_classes=5), 1)
 
 

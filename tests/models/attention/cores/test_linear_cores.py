@@ -61,11 +61,11 @@ def test_the_matrix_is_what_is_computed(name: str) -> None:
     torch.testing.assert_close(mixer.attend(weights, x, GRID), mixer(x, GRID).x)
     one = torch.ones(2, 4, 30)
     assert torch.allclose(weights.sum(-1), one) == mixer.core.row_stochastic
-    assert bool((weights >= 0).all()) == (name != "fourier")
+    assert bool((weights >= 0).all()) == (name not in ("fourier", "galerkin"))
 
 
 def test_those_without_a_matrix() -> None:
-    assert {name for name in CORES if not made(name).has_matrix} == {"galerkin", "xca"}
+    assert {name for name in CORES if not made(name).has_matrix} == {"xca"}
 
 
 def test_hedgehog_starts_closer_to_softmax_than_nothing() -> None:
@@ -137,7 +137,9 @@ def test_positions_tell_tokens_apart(name: str) -> None:
     mixer, same = made(name, positions=True), torch.ones(1, GRID.tokens, 32)
     out = mixer(same, GRID).x.unflatten(1, GRID[:2])
     assert out[0, 0, 0].sub(out[0, 1, 0]).abs().max() > 1e-4 and out[0, 0, 0].sub(out[0, 0, 1]).abs().max() > 1e-4
-    assert not mixer.has_matrix and mixer(tokens(31), Grid(5, 6, prefix=1)).x.shape == (2, 31, 32)
+    assert mixer(tokens(31), Grid(5, 6, prefix=1)).x.shape == (2, 31, 32)
+    x = tokens()  # the weights pass on where values come from, too
+    torch.testing.assert_close(mixer.attend(mixer.attention_matrix(x, GRID), x, GRID), mixer(x, GRID).x)
     with pytest.raises(Refused, match=r"no value part has; leave out attention/value, or set"):
         made(name, positions=True, value=torch.nn.Identity)
 
