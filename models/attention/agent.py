@@ -174,9 +174,14 @@ class AgentCore(Core):
             return None, None
         return self.gather_bias(kv_grid, self.agents)[None], self.scatter_bias(grid, self.agents).mT[None]
 
-    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        """The weights (B, M, N, S) on the values, without the convolution; every row sums to one."""
+    def paths(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> tuple[Tensor, Tensor]:
+        """What every agent gathers of the keys, (B, M, A, S), and every query reads of the agents, (B, M, N, A)."""
         agents = pooled(q_BMND, grid, self.agents)
         gather, scatter = (0 if b is None else b.to(q_BMND.dtype) for b in self.biases(grid, kv_grid))
-        to_agents = (agents @ k_BMSD.mT * self.scale + gather).softmax(-1)
-        return (q_BMND @ agents.mT * self.scale + scatter).softmax(-1) @ to_agents
+        gathered = (agents @ k_BMSD.mT * self.scale + gather).softmax(-1)
+        return gathered, (q_BMND @ agents.mT * self.scale + scatter).softmax(-1)
+
+    def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        """The weights (B, M, N, S) on the values, without the convolution; every row sums to one."""
+        gathered, read = self.paths(q_BMND, k_BMSD, grid, kv_grid)
+        return read @ gathered

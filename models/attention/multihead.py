@@ -319,8 +319,16 @@ class MultiHead(Resizable, Mixer):
         v = self.layout.split(v_ND.expand(B, -1, -1), grid)[:, None].expand(-1, M, -1, -1)
         q, k, _, kv_grid = self._heads(self.layout.split(x_BNC, grid), between)
         groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
-        o_WMTD = groups.back(matrix @ groups.v)
-        return self.layout.merge(o_WMTD.transpose(1, 2).flatten(2), grid).unflatten(2, (M, -1)).transpose(1, 2)
+        return self.put_back(matrix @ groups.v, groups, grid)
+
+    def groups(self, x_BNC: Tensor, grid: Grid) -> Groups:
+        """Heads of the groups in which the tokens attend, as its core sees them."""
+        return self._groups(x_BNC if self.pre is None else self.pre(x_BNC, grid), grid)[0]
+
+    def put_back(self, o_WMTE: Tensor, groups: Groups, grid: Grid) -> Tensor:
+        """What the queries of `groups` have, any number of each head, as that of all tokens (B, M, N, E)."""
+        o_WNE = groups.back(o_WMTE).transpose(1, 2).flatten(2)
+        return self.layout.merge(o_WNE, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def _explained(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, **given: Any) -> Tensor:
         """As the core computes, by way of the matrix, which is noted."""
