@@ -40,10 +40,12 @@ class Pool(nn.Module):
         out_dim: C', which the head is made for.
         undecayed: names of its parameters without weight decay, such as queries.
         learns_from_labels: whether `Pooled.logits` are to be trained.
+        has_weights: whether it gives `Pooled.weights`.
     """
 
     undecayed: tuple[str, ...] = ()
     learns_from_labels = False
+    has_weights = True
 
     def __init__(self, out_dim: int) -> None:
         super().__init__()

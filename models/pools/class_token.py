@@ -23,6 +23,8 @@ class ClassToken(Pool):
         ValueError: there is no class token.
     """
 
+    has_weights = False
+
     def __init__(self, dim: int, grid: Grid, num_classes: int) -> None:
         if not grid.prefix:
             raise UserError(

@@ -18,6 +18,8 @@ class Mean(Pool):
         grid, num_classes: of the place; it depends on neither.
     """
 
+    has_weights = False
+
     def __init__(self, dim: int, grid: Grid, num_classes: int) -> None:
         super().__init__(dim)
 

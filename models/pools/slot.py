@@ -75,17 +75,21 @@ class SlotPool(Pool):
         self.norm_tokens, self.norm_slots, self.norm_mlp = (nn.LayerNorm(dim, eps=norm_eps) for _ in range(3))
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Pooled:
+        slots_BQC, shares_BQS = self.slots(x_BNC, grid)
+        x_BC = slots_BQC.flatten(1) if self.join == "concatenate" else slots_BQC.mean(1)
+        return Pooled(x_BC, _over_tokens(shares_BQS), {})
+
+    def slots(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The slots (B, Q, C), and the share that each had of every token in the last round (B, Q, S)."""
         x_BSC = self.norm_tokens(x_BNC[:, grid.prefix :])
         k_BSC, v_BSC, slots_BQC = self.k(x_BSC), self.v(x_BSC), self._start(len(x_BNC))
         for _ in range(self.rounds):
             q_BQC = self.q(self.norm_slots(slots_BQC))
             shares_BQS = (q_BQC @ k_BSC.mT * q_BQC.shape[-1] ** -0.5).softmax(1) + EPS
-            weights_BQS = shares_BQS / shares_BQS.sum(-1, keepdim=True)
-            updates_BQC = weights_BQS @ v_BSC
+            updates_BQC = _over_tokens(shares_BQS) @ v_BSC
             slots_BQC = self.gru(updates_BQC.flatten(0, 1), slots_BQC.flatten(0, 1)).view_as(slots_BQC)
             slots_BQC = slots_BQC + self.mlp(self.norm_mlp(slots_BQC))
-        x_BC = slots_BQC.flatten(1) if self.join == "concatenate" else slots_BQC.mean(1)
-        return Pooled(x_BC, weights_BQS, {})
+        return slots_BQC, shares_BQS
 
     def _start(self, batch: int) -> Tensor:
         """(B, Q, C): μ + σ · noise; training draws it anew, as dropout does its masks."""
@@ -93,3 +97,8 @@ class SlotPool(Pool):
         if self.training:
             return mean + self.log_sigma.exp() * torch.randn_like(mean)
         return mean + self.log_sigma.exp() * self.noise if self.shared else mean
+
+
+def _over_tokens(shares_BQS: Tensor) -> Tensor:
+    """Of shares of tokens, the weights of a mean over tokens."""
+    return shares_BQS / shares_BQS.sum(-1, keepdim=True)
