@@ -77,4 +77,4 @@ def _some(names: list[str]) -> str:
 
 
 def _article(what: str) -> str:
-    return what if what.endswith("s") else f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+    return what if what.split()[0].endswith("s") else f"{'an' if what[0] in 'aeiou' else 'a'} {what}"

@@ -11,14 +11,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from conf import looking
 from conf.errors import UserError
+from conf.looking import Point
 from conf.values import whole
 from models.attention.biformer import BiLevelRoutingAttention, Regions
 from models.attention.contract import Grid, Mixer
 from models.attention.gating import ungated
 from models.attention.recording import recorded
 from models.probes import Report, Subject
-from models.probes.attention_map import Point, checked_point, token_at
+from models.probes.attention_map import token_at
 from models.probes.images import Images, first_images
 from models.probes.layers import chosen_layers
 from models.probes.overlays import enlarged, sheet
@@ -59,7 +61,7 @@ def routing_map(
     Raises:
         UserError: an option that has no meaning, or a model or layer without routes.
     """
-    place = checked_point(point)
+    place = looking.point(point)
     if every is not None:
         whole("probe", "every", every, fix="set probe.every=8, or null for the region at a point")
         if place is not None:
