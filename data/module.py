@@ -23,7 +23,8 @@ from data.cautions import cautions
 from data.checks import data_problems, setting_problems, trainer_problems
 from data.dataset import Carried, Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
-from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
+from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
+from data.order.spread import spread_over
 from data.sources import Source
 from data.sources.form import Form, per_channel
 from data.sources.part import Part, subset_problems
@@ -197,6 +198,15 @@ class ImageData(pl.LightningDataModule):
         return self._loader(samples, EvaluationBatchSampler(len(split), self.batch_size, *self._place()))
 
     test_dataloader = val_dataloader
+
+    def evaluated(self, places: Sequence[int]) -> Batch:
+        """Images of validation by their places in the split, as evaluation gives them to a model."""
+        samples = self.val_dataloader().dataset.__getitems__([Draw(0, place) for place in places])
+        return self._stage(delivered(collate_carried(samples)), training=False)
+
+    def spread(self, count: int) -> list[int]:
+        """So many places at equal distance in the split of validation, which often comes class by class."""
+        return spread_over(len(self.source.val), count)
 
     def _train_sampler(self, rank: int, world: int) -> EpochBatchSampler:
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0

@@ -1,15 +1,14 @@
 """What each stage and block of a model costs: parameters, multiply-adds and activations of one image."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from models.attention.parts import places
 from models.cost import costs_of_modules, parameters
 from models.probes import Report, Subject
 
 DEPTH = 2  # lists within lists: stages, and their blocks
-LISTED = (nn.ModuleList, nn.Sequential)
 
 
 def cost(network: nn.Module, subject: Subject, blocks: bool = True) -> Report:
@@ -24,7 +23,7 @@ def cost(network: nn.Module, subject: Subject, blocks: bool = True) -> Report:
     size = subject.config["image_size"]
     size = [size, size] if isinstance(size, int) else list(size)
     counted, modules = costs_of_modules(network, size), dict(network.named_modules())
-    rows = [_row(path, modules[path], *counted[path]) for path in _places(network, DEPTH if blocks else 1)]
+    rows = [_row(path, modules[path], *counted[path]) for path in places(network, DEPTH if blocks else 1)]
     rows = [row for row in rows if row["parameters"] or row["multiply_adds"]]
     flops, activations = counted[""]
     figures = {"parameters": parameters(network), "flops": flops, "activations": activations}
@@ -32,31 +31,6 @@ def cost(network: nn.Module, subject: Subject, blocks: bool = True) -> Report:
     shown = {_indented(row["part"]): _shown(*list(row.values())[2:]) for row in rows}
     said = f"of one image of {size[0]} x {size[1]}: parameters, multiply-adds, activations"
     return Report(figures, total | shown, tables={"parts": rows}, lines=[said])
-
-
-def _places(module: nn.Module, depth: int, path: str = "") -> Iterator[str]:
-    """Paths of the parts of a module; those in lists one by one, down to this depth of lists."""
-    for name, child in module.named_children():
-        place = f"{path}{name}"
-        items = list(child.named_children()) if isinstance(child, LISTED) else []
-        if not (isinstance(child, nn.ModuleList) or (items and depth and _is_list_of_stages(child))):
-            yield place
-            continue
-        for number, item in items:
-            yield f"{place}.{number}"
-            if depth > 1:
-                yield from _inside(item, depth - 1, f"{place}.{number}.")
-
-
-def _inside(stage: nn.Module, depth: int, path: str) -> Iterator[str]:
-    """The blocks of a stage, where it has a list of them; nothing of a block."""
-    for name, child in stage.named_children():
-        if isinstance(child, LISTED) and name in ("blocks", "layers"):
-            yield from (f"{path}{name}.{number}" for number, _ in child.named_children())
-
-
-def _is_list_of_stages(module: nn.Module) -> bool:
-    return any(isinstance(part, LISTED) for child in module.children() for part in child.children())
 
 
 def _row(path: str, module: nn.Module, flops: int, activations: int) -> dict[str, Any]:

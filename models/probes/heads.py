@@ -19,7 +19,7 @@ from models.probes import Report
 from models.probes.charts import canvas
 from models.probes.head_gates import Heads, Spread, measured, spreads
 from models.probes.head_loads import Loads, chart_of_classes
-from models.probes.images import first_images, prepared, spread_over
+from models.probes.images import first_images
 from models.probes.layers import chosen_layers
 from models.tasks.multilabel import check_labels
 
@@ -103,9 +103,9 @@ def table_of(mixers: dict[str, Mixer], found: Heads, spread: dict[str, Spread], 
 
 def _batches(data: pl.LightningDataModule, limit: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Images of validation, spread over it, and their labels."""
-    chosen = spread_over(len(data.source.val), limit)
+    chosen = data.spread(limit)
     for first in tqdm(range(0, len(chosen), data.batch_size), desc=WHO, leave=False, disable=None):
-        batch = prepared(data, chosen[first : first + data.batch_size])
+        batch = data.evaluated(chosen[first : first + data.batch_size])
         yield batch.images.to(device), batch.labels.to(device)
 
 

@@ -1,7 +1,6 @@
 """The first images of an evaluation: as a model is given them, and as people see them."""
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.values import whole
-from data.batch import Batch
-from data.dataset import collate_carried, delivered
-from data.order.sampler import Draw
+from data.order.spread import spread_over
 from data.sources.pictures import PictureSplit
 from models.probes.show_data import visible
 
@@ -39,7 +36,7 @@ def first_images(data: pl.LightningDataModule, count: int, device: torch.device 
     split = data.source.val
     own = isinstance(split, PictureSplit)
     places = list(range(min(count, len(split)))) if own else spread_over(len(split), count)
-    batch = prepared(data, places)
+    batch = data.evaluated(places)
     for index in places if own else ():
         if split.unreadable[index]:
             raise UserError(
@@ -48,17 +45,6 @@ def first_images(data: pl.LightningDataModule, count: int, device: torch.device 
     shown = [_picture(image) for image in visible(batch.images, data.mean, data.std)]
     names = [split.files[i] if own else str(i) for i in places]
     return Images(batch.images.to(device), shown, _told_apart(names), None if own else batch.labels.tolist())
-
-
-def spread_over(total: int, count: int) -> list[int]:
-    """So many different numbers below `total`, at most all, evenly spread: the first and the last are among them."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
-
-
-def prepared(data: pl.LightningDataModule, places: Sequence[int]) -> Batch:
-    """The validation images at these places, as an evaluation prepares them."""
-    samples = data.val_dataloader().dataset
-    return data._stage(delivered(collate_carried(samples.__getitems__([Draw(0, i) for i in places]))), training=False)
 
 
 def _picture(image: np.ndarray) -> Image.Image:

@@ -87,6 +87,10 @@ class Task(pl.LightningModule):
         """Updates `self.metrics[weights]` with what `model` makes of a batch."""
         raise NotImplementedError
 
+    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """What the model is called with for a batch of validation."""
+        return (batch.images,)
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.prepare(self.trainer.datamodule)

@@ -103,13 +103,24 @@ class Generation(Task):
         return loss + self.auxiliary_loss(losses, size)
 
     def measure(self, weights: str, model: nn.Module, batch: Any) -> None:
+        x0, step_B, noise = self._draws(batch)
+        prediction, _, noise_B, x = self._predict(model, x0, step_B, batch.labels, noise)
+        parts = training_losses(self.diffusion, prediction, x0, x, step_B, noise_B)
+        self.metrics[weights]["loss"].update(sum(parts.values()))
+
+    @torch.no_grad()
+    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Latents with the noise of validation on them, timesteps and labels."""
+        x0, step_B, noise = self._draws(batch)
+        return self.diffusion.noised(x0, step_B, noise), self.diffusion.timesteps[step_B], batch.labels
+
+    def _draws(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, timesteps and noise that belong to the images."""
         noise = Noise(self.seed, batch.indices.tolist(), (self.model.in_channels, *self._map(batch.images)))
         device = batch.images.device
         x0 = self.latents.encode(batch.images, lambda mean: noise().to(device))
         step_B = ((batch.indices + 1).double() * MIDDLE % 1 * len(self.diffusion)).long()
-        prediction, _, noise_B, x = self._predict(model, x0, step_B, batch.labels, noise().to(device))
-        parts = training_losses(self.diffusion, prediction, x0, x, step_B, noise_B)
-        self.metrics[weights]["loss"].update(sum(parts.values()))
+        return x0, step_B, noise().to(device)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
