@@ -7,20 +7,33 @@ from omegaconf import DictConfig, OmegaConf
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements-extra.txt"
 # the setting, the value that needs the package (None: any), and the package
-NEEDS = (("logger.name", "tensorboard", "tensorboard"), ("task.autoencoder", None, "diffusers"))
+NEEDS = (
+    ("logger", "tensorboard", "tensorboard"),
+    ("task.autoencoder", None, "diffusers"),
+    ("probe", "gradcam", "captum"),
+    ("probe", "integrated_gradients", "captum"),
+)
 
 
 def missing(cfg: DictConfig) -> list[str]:
     """One sentence per package that these settings need and that is not installed."""
     sentences = []
     for key, needing, package in NEEDS:
-        value = OmegaConf.select(cfg, key)
+        value = _chosen(cfg, key)
         if value is not None and needing in (None, value) and find_spec(package) is None:
             sentences.append(
-                f"{key.removesuffix('.name')}={value} needs the package {package}, which is not installed; "
+                f"{key}={value} needs the package {package}, which is not installed; "
                 f"run: python -m pip install '{requirement(package)}'"
             )
     return sentences
+
+
+def _chosen(cfg: DictConfig, key: str) -> str | None:
+    """The value of a setting, of a group its name or that of its function."""
+    value = OmegaConf.select(cfg, key)
+    if not isinstance(value, DictConfig):
+        return value
+    return value.get("name") or str(value.get("_target_")).rpartition(".")[2]
 
 
 def requirement(package: str) -> str:

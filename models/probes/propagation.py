@@ -14,6 +14,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.attention.contract import Grid
 from models.attention.contract.heads import merge_heads, split_heads
 from models.attention.contract.layout import Layout
 from models.attention.explain import explained
@@ -28,12 +29,14 @@ class Relevance(NamedTuple):
 
     matrices: of the attention matrix of each block, (B, M, N, N), the first block first. gradients: of the logit by
     these. pixels: (B, H, W), summed over channels. sums: (B, blocks), all relevance that reaches the input of a block.
+    grid: the map of the tokens.
     """
 
     matrices: list[Tensor]
     gradients: list[Tensor]
     pixels: Tensor
     sums: Tensor
+    grid: Grid
 
 
 def check_propagates(who: str, model: nn.Module) -> None:
@@ -114,7 +117,8 @@ def propagate(model: ViT, images_BCHW: Tensor, targets_B: Tensor, coupled: bool 
             sums.insert(0, relevance.flatten(1).sum(1))
         pixels = _of_pixels(model, calls, relevance, coupled)
     height, width = images_BCHW.shape[2:]
-    return Relevance(found, list(gradients), pixels[:, :height, :width], torch.stack(sums, 1))
+    grid = Grid(*calls[model.stem.patch_embed.proj][1].shape[2:], model.stem.prefix)
+    return Relevance(found, list(gradients), pixels[:, :height, :width], torch.stack(sums, 1), grid)
 
 
 def attribution_map(relevance: Relevance, start: int = 0) -> Tensor:
@@ -130,6 +134,13 @@ def attribution_map(relevance: Relevance, start: int = 0) -> Tensor:
         step = weighed + torch.eye(weighed.shape[-1], device=weighed.device, dtype=weighed.dtype)
         joint = step if joint is None else step @ joint
     return joint
+
+
+def of_cells(relevance: Relevance, of_tokens_BNN: Tensor) -> Tensor:
+    """(B, Y, X): what such a matrix has of the map for the class token, or for the mean of the tokens without one."""
+    prefix = relevance.grid.prefix
+    read_BN = of_tokens_BNN[:, 0] if prefix else of_tokens_BNN.mean(1)
+    return read_BN[:, prefix:].unflatten(1, relevance.grid[:2])
 
 
 def last_layer_map(relevance: Relevance) -> Tensor:

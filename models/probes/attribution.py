@@ -1,0 +1,85 @@
+"""Transformer attribution: attention weighed by the relevance of a class that goes through it, and by its gradient.
+
+Source: Chefer et al., Transformer Interpretability Beyond Attention Visualization, CVPR 2021, arXiv:2012.09838; see
+`models.probes.propagation`. The authors' code sums over the batch, so that an image's map depends on its neighbours;
+here every image stands for itself, unless `coupled`.
+Shapes: B = batch, N = prefix + H·W tokens, Y X = map.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.values import choice, flag, refuse, whole
+from models.backbones.vit import ViT
+from models.probes import Report, Subject
+from models.probes.explanations import Explained, explained_images, report_of
+from models.probes.propagation import attribution_map, check_propagates, last_layer_map, of_cells, propagate
+
+WHO = "attribution"
+METHODS = ("transformer_attribution", "last_layer", "full")
+FINEST = 56  # cells along a side of a map of pixels
+
+
+def attribution(
+    model: nn.Module,
+    data: pl.LightningDataModule,
+    subject: Subject,
+    input: Any = None,
+    images: int = 4,
+    method: str = "transformer_attribution",
+    start: int = 0,
+    target: str | int = "top",
+    coupled: bool = False,
+    deletion: bool = True,
+) -> Report:
+    """A map of each image, and the deletion test.
+
+    Args:
+        model, data, subject, input: see `models.probes`.
+        images: how many.
+        method: "transformer_attribution", the paper's; "last_layer", relevance of the last attention alone; "full",
+            relevance of the pixels.
+        start: the first block that the paper's method takes.
+        target: the class, see `models.probes.targets`.
+        coupled: sums over all images, as the authors' code has them.
+        deletion: the test too.
+
+    Raises:
+        UserError: options that are wrong, or a model with a part that has no rule.
+    """
+    choice("probe", "method", method, METHODS, fix=f"set probe.method={METHODS[0]}")
+    flag("probe", "coupled", coupled, fix="set probe.coupled=true or false")
+    flag("probe", "deletion", deletion, fix="set probe.deletion=true or false")
+    check_propagates(WHO, model)
+    _check_start(start, sum(len(stage.blocks) for stage in model.stages))
+
+    def explain(image_1CHW: Tensor, target_1: Tensor) -> Explained:
+        return Explained(attribution_maps(model, image_1CHW, target_1, method, start), {})
+
+    found = explained_images(WHO, model, data, images, explain, target, labelled=input is None)
+    if coupled:
+        maps = attribution_maps(model, found.images.batch, found.targets, method, start, coupled=True)
+        found = found._replace(explained=[Explained(map_1YX, {}) for map_1YX in maps.split(1)])
+    return report_of(WHO, model, data, subject, found, deletion=deletion)
+
+
+def attribution_maps(
+    model: ViT, images_BCHW: Tensor, targets_B: Tensor, method: str, start: int = 0, coupled: bool = False
+) -> Tensor:
+    """(B, Y, X), of the patches, or of pixels, see `attribution`."""
+    relevance = propagate(model, images_BCHW, targets_B, coupled)
+    if method == "full":
+        sides = tuple(min(side, FINEST) for side in relevance.pixels.shape[1:])
+        return F.adaptive_avg_pool2d(relevance.pixels.clamp(min=0)[:, None], sides)[:, 0]
+    of_tokens = last_layer_map(relevance) if method == "last_layer" else attribution_map(relevance, start)
+    return of_cells(relevance, of_tokens)
+
+
+def _check_start(start: int, blocks: int) -> None:
+    """Refuses a block that is none."""
+    whole("probe", "start", start, 0, fix="set probe.start=0")
+    if start >= blocks:
+        refuse("probe", "start", f"a block from 0 to {blocks - 1}", start, "set probe.start=0")
