@@ -308,8 +308,10 @@ class MultiHead(Resizable, Mixer):
         if self.reduce is not None:
             return TokenWeights(matrix, grid, self.reduce.reduced(grid))
         N, D = grid.tokens, self.head_dim
-        each = F.pad(torch.eye(N, dtype=x_BNC.dtype, device=x_BNC.device), (0, -N % D))
-        none = self._passed_on(matrix, x_BNC, grid, x_BNC.new_zeros(N, D))  # what keys that are no tokens give
+        if type(self.layout) is Layout and matrix.shape[-1] == N:
+            return TokenWeights(matrix, grid, grid)
+        each = F.pad(torch.eye(N, dtype=matrix.dtype, device=matrix.device), (0, -N % D))
+        none = self._passed_on(matrix, x_BNC, grid, matrix.new_zeros(N, D))  # what keys that are no tokens give
         found = [self._passed_on(matrix, x_BNC, grid, columns) - none for columns in each.split(D, dim=1)]
         return TokenWeights(torch.cat(found, dim=-1)[..., :N], grid, grid)
 
@@ -317,7 +319,10 @@ class MultiHead(Resizable, Mixer):
         """What all tokens get, (B, M, N, D), of these values, the same in all heads; what completes the map has 0."""
         B, M, between = len(x_BNC), self.num_heads, self.layout.between(grid)
         v = self.layout.split(v_ND.expand(B, -1, -1), grid)[:, None].expand(-1, M, -1, -1)
-        q, k, _, kv_grid = self._heads(self.layout.split(x_BNC, grid), between)
+        q, k, _, kv_grid = self._project(self.layout.split(x_BNC, grid), between)
+        if self.transform is not None:
+            q, k, seen = self.transform(q, k, v, between, kv_grid)
+            v = seen if getattr(self.transform, "drops_keys", False) else v
         groups = self.layout.gather(q, k, v, between, kv_grid, self.content)
         return self.put_back(matrix @ groups.v, groups, grid)
 

@@ -86,9 +86,13 @@ def attention_map(
 
 @torch.no_grad()
 def row_of(mixer: Mixer, call: Call, point: Point | None) -> Row:
-    """The weights of the token at a point, or of the first class token, else of the centre."""
-    found, grid = mixer.token_weights(*call), call.grid
-    row_BMN = found.on_tokens()[:, :, token_at(point, grid)].float()
+    """The weights of the token at a point, or of the first class token, else of the centre.
+
+    Image by image, since those of all other tokens come with them.
+    """
+    grid, token = call.grid, token_at(point, call.grid)
+    rows = [mixer.token_weights(x[None], grid).on_tokens()[:, :, token] for x in call.x_BNC]
+    row_BMN = torch.cat(rows).float()
     return Row(row_BMN[..., grid.prefix :].unflatten(-1, grid[:2]), row_BMN[..., : grid.prefix].sum(-1))
 
 

@@ -32,7 +32,7 @@ from models.attention.layouts.neighborhood import keys_along
 from models.attention.multihead import Core, MultiHead
 from models.attention.softmax import softmax_attention
 from models.factory import compose_model, instantiate
-from tests.contract.test_layouts import cores, layouts, read
+from tests.contract.test_layouts import SHIFTED, cores, layouts, read
 
 FITS = Grid(14, 7)  # divides into windows of 7 and regions
 GRIDS = {"fits": FITS, "padded": Grid(9, 10)}
@@ -252,12 +252,19 @@ def in_neighbourhood(grid: Grid) -> Tensor:
     return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1) > 0
 
 
+def in_rolled_window(q: Tensor, k: Tensor) -> Tensor:
+    """Windows of 7 rolled by 3 rows, not by columns, of which the site has no more than one window."""
+    rolled = [torch.stack([(place[..., 0] - 3) % 14, place[..., 1]], dim=-1) // 7 for place in (q, k)]
+    return (rolled[0] == rolled[1]).all(-1) & ((q < 3) == (k < 3))[..., 0]
+
+
 BLOCK = torch.tensor([8, 7])  # cut to the map of the site
 
 
 VISIBLE = {
     "whole": lambda q, k, grid: torch.ones(grid.cells, grid.cells, dtype=torch.bool),
     "window": lambda q, k, grid: (q // 7 == k // 7).all(-1),
+    SHIFTED: lambda q, k, grid: in_rolled_window(q, k),
     "grid": lambda q, k, grid: (q % (-(-torch.tensor(grid[:2]) // 7)) == k % (-(-torch.tensor(grid[:2]) // 7))).all(-1),
     "halo": lambda q, k, grid: ((k >= q // BLOCK * BLOCK - 3) & (k < q // BLOCK * BLOCK + BLOCK + 3)).all(-1),
     "neighborhood": lambda q, k, grid: in_neighbourhood(grid),
@@ -287,6 +294,25 @@ def test_class_tokens_of_windows_see_all_windows_and_are_seen_in_each():
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
     v = split_heads(mixer.qkv(x), 3, 4)[2]
     torch.testing.assert_close(mixer.proj(merge_heads(weights @ v)), mixer(x, grid).x, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_keys_that_a_step_drops_have_no_weight():
+    """Random keys, in training; in evaluation all have some."""
+    made = partial(softmax_attention, layout=layouts()["whole"], transform=read("attention/transform")["random_keys"])
+    mixer, x = make(made, SITE), tokens(FITS)
+    seen = mixer.token_weights(x, FITS).weights.sum((0, 1, 2)) > 0
+    assert seen.sum() == FITS.tokens // 2 and seen.nonzero().flatten().equal(mixer.transform.kept(FITS))
+    assert (mixer.eval().token_weights(x, FITS).weights > 0).all()
+
+
+@pytest.mark.parametrize("name", ["window", "hedgehog"])
+@torch.no_grad()
+def test_in_half_precision(name):
+    mixer, x = mixer_of(name, "block 1"), tokens(FITS)
+    half = copy.deepcopy(mixer).to(torch.bfloat16)
+    found, usual = half.token_weights(x.bfloat16(), FITS).weights, mixer.token_weights(x, FITS).weights
+    torch.testing.assert_close(found.float(), usual, rtol=0.1, atol=0.02)
 
 
 @torch.no_grad()
