@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # pictures are drawn by those who draw
     from matplotlib.figure import Figure
     from PIL.Image import Image
+    from torch import Tensor
 
 
 class Subject(NamedTuple):
@@ -46,9 +47,9 @@ class Report:
 
     figures: plain values by name, accuracies as fractions, for the JSON file. rows: what people are shown of them, by
     their words for it; None for all figures. tables: a CSV file for each. pictures: a PNG file for each; where there
-    are some, all of this is a page too. captions: a sentence for some pictures. pages: further HTML files. lines:
-    sentences, printed below the table. score: what a sweep would choose by. measured: images that were measured and how
-    many there are, where a published result can be compared.
+    are some, all of this is a page too. captions: a sentence for some pictures. pages: further HTML files. tensors: a
+    safetensors file for each. lines: sentences, printed below the table. score: what a sweep would choose by. measured:
+    images that were measured and how many there are, where a published result can be compared.
     """
 
     figures: dict[str, Any]
@@ -57,6 +58,7 @@ class Report:
     pictures: dict[str, Figure | Image] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
     pages: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     score: float | None = None
     measured: tuple[int, int] | None = None

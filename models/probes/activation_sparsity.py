@@ -157,7 +157,7 @@ def chart(rows: list[dict[str, Any]]) -> Any:
     upper.set(title="behind the activation functions", ylabel="share of all numbers", ylim=(-0.02, 1.02))
     upper.legend(loc="best", fontsize=8)
     lower.bar(places, [row["dead_channels"] / row["channels"] for row in rows], color="0.4")
-    lower.set(ylabel="dead channels", ylim=(0, 1))
+    lower.set(ylabel="dead channels", ylim=(0, max(0.05, *(row["dead_channels"] / row["channels"] for row in rows))))
     if len(rows) <= 40:
         lower.set_xticks(places, [_short(row["layer"]) for row in rows], rotation=90, fontsize=7)
     return figure

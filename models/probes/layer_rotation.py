@@ -162,5 +162,5 @@ def chart(rows: list[dict[str, Any]]) -> Any:
     axis.set(title="rotation of weight tensors: 1 − cosine to the start", ylim=(len(rows) - 0.4, -0.6))
     axis.set_xlabel("orange: of attention" if any(of_attention) else "")
     axis.set_yticks(range(len(rows)) if named else [], [row["tensor"] for row in rows] if named else [], fontsize=6)
-    axis.axvline(1.0, color="0.7", linewidth=1)
+    axis.set_xlim(0, max(1.1 * max(row["rotation"] for row in rows), 0.01))
     return figure

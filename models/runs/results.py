@@ -68,8 +68,13 @@ def _reserved(folder: Path, name: str) -> tuple[Path, list[str]]:
 
 def _beside(report: Report, folder: Path) -> Iterator[str]:
     """Writes tables, pictures and pages; their names."""
-    contents = (("csv", report.tables, _write_table), ("png", report.pictures, _write_picture))
-    for suffix, parts, write in (*contents, ("html", report.pages, _write_page)):
+    contents = (
+        ("csv", report.tables, _write_table),
+        ("png", report.pictures, _write_picture),
+        ("html", report.pages, _write_page),
+        ("safetensors", report.tensors, _write_tensors),
+    )
+    for suffix, parts, write in contents:
         for name, content in parts.items():
             folder.mkdir(exist_ok=True)
             write(folder / f"{name}.{suffix}", content)
@@ -108,6 +113,12 @@ def _write_picture(path: Path, picture: Any) -> None:
         picture.savefig(path, dpi=120, bbox_inches="tight")
     else:
         picture.save(path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
 
 
 def _write_page(path: Path, text: str) -> None:
