@@ -48,10 +48,7 @@ def entropy_of(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> float | None:
         return None
     means = []
     for x_1NC in x_BNC.split(1):
-        try:
-            weights = mixer.attention_matrix(x_1NC, grid).float().abs()
-        except TypeError:  # what it is set to do has none
-            return None
+        weights = mixer.attention_matrix(x_1NC, grid).float().abs()
         shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         means.append(torch.special.entr(shares).sum(-1).mean() / math.log(max(2, weights.shape[-1])))
     return float(torch.stack(means).mean())

@@ -82,8 +82,11 @@ def followed(who: str, model: nn.Module, stages: str, stochastic: bool = False, 
         mixer, kind = mixers[name], kind_of(mixers[name])
         other = ", or set probe.stages=last" if stages == "all" and name not in _on_the_last_map(mixers) else ""
         if not mixer.has_matrix:
-            raise UserError(f"{who}: {name} ({kind}) has no attention matrix; choose e.g. attention=softmax{other}")
-        if stochastic and not sums_to_one(mixer):
+            why = mixer.without_matrix
+            raise UserError(
+                f"{who}: {name} ({kind}) has no attention matrix, since {why}; choose e.g. attention=softmax{other}"
+            )
+        if stochastic and not mixer.row_stochastic:
             raise UserError(
                 f"{who}: the weights of {name} ({kind}) do not sum to one; choose probe=relevance, "
                 f"or e.g. attention=softmax{other}"
@@ -99,15 +102,6 @@ def _on_the_last_map(mixers: dict[str, Mixer]) -> list[str]:
     sides = [mixer.site.grid[:2] for mixer in mixers.values()]
     same = next((i for i, side in enumerate(reversed(sides)) if side != sides[-1]), len(sides))
     return list(mixers)[len(sides) - same :]
-
-
-def sums_to_one(mixer: nn.Module) -> bool:
-    """Whether the rows of its matrix are known to sum to one."""
-    while not hasattr(mixer, "row_stochastic"):
-        mixer = getattr(mixer, "mixer", None) or getattr(mixer, "core", None)
-        if mixer is None:
-            return False
-    return mixer.row_stochastic
 
 
 @torch.no_grad()

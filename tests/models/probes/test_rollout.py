@@ -131,7 +131,12 @@ def test_what_the_classifier_reads():
             "last",
             r"the weights of stages.0.blocks.0.attn \(Soft\w+\) do not",
         ),
-        ("davit_32px", {}, "all", r"has no attention matrix; choose e.g. attention=softmax"),
+        (
+            "davit_32px",
+            {},
+            "all",
+            r"has no attention matrix, since the channels of a group .*; choose e.g. attention=softmax",
+        ),
         (
             "vit_32px",
             {"reducer": "top"},
