@@ -30,11 +30,14 @@ def fetch(path: str | os.PathLike) -> Path:
     Raises:
         ValueError: the hub has nothing under that name, or cannot be reached.
     """
-    if is_name(path):
-        return _of_hub(str(path))
+    return _of_hub(str(path)) if is_name(path) else downloaded(path) or Path(path)
+
+
+def downloaded(path: str | os.PathLike) -> Path | None:
+    """The weights in a folder as the hub has them; None for anything else."""
     folder = Path(path)
     here = (folder / name for name in _USUAL if (folder / CONFIG).is_file() and not (folder / "manifest.json").exists())
-    return next((file for file in here if file.is_file()), folder)
+    return next((file for file in here if file.is_file()), None)
 
 
 def _of_hub(name: str) -> Path:

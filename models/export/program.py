@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from conf.errors import UserError
 from models.export.subject import Subject
 
+_TALKATIVE = ("torch.onnx", "torch.export", "torch._inductor", "torch.utils.cpp_extension", "onnxscript")
 LARGEST = 2**15  # images in a batch, which the exporter wants to be told
 
 
@@ -65,7 +66,7 @@ def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = 
 @contextmanager
 def silence() -> Iterator[None]:
     """Without the exporters' notes about themselves, which no user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._inductor", "onnxscript")]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from conf.compose import compose_run
 from conf.errors import UserError
 from conf.folders import layout
 from conf.names import PLACES, choosable, options
+from models.checkpoints.packed import config_of
 from models.runs.useful import OF_MODEL, is_weights, refuse_useless
 
 CHOICES = ("recipe", "model", "attention", "data")
@@ -91,9 +92,11 @@ def _runs() -> str:
 def _evaluated(arguments: dict[str, str], probe: str | None) -> dict:
     """Model and data of an evaluation, as plain data with interpolations; None: of what is only looked at."""
     recipe = arguments.get("recipe")
-    if is_weights(arguments["ckpt"]):
+    alone = is_weights(arguments["ckpt"])
+    carried = config_of(arguments["ckpt"]) if alone and not {"recipe", "model"} & arguments.keys() else None
+    if alone and carried is None:
         return _of_file(arguments)
-    saved = _of_checkpoint(arguments, probe)
+    saved = _of_checkpoint(arguments, probe, carried)
     if recipe is None:
         return saved
     judged = _composed(arguments)
@@ -194,13 +197,16 @@ def _lists(split: str | None, root: str) -> bool:
     return bool(names) and all(Path(root, name).is_file() for name in names)
 
 
-def _of_checkpoint(arguments: dict[str, str], probe: str | None) -> dict:
-    """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line."""
+def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict | None = None) -> dict:
+    """What evaluation takes from a checkpoint: model and data as they were, at the image size of the command line.
+
+    `carried` is the configuration of exported weights, which have no task of their own where none was known.
+    """
     from models.checkpoints import check_config, read_config
     from models.checkpoints.normalisation import KEYS
 
     try:
-        saved = read_config(arguments["ckpt"])
+        saved = read_config(arguments["ckpt"]) if carried is None else {"task": {}} | carried
         kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
         kept |= _of_generation(saved["task"])
     except OSError as error:
@@ -210,7 +216,7 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None) -> dict:
             f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
         ) from error
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
-    run["task"] = _task_of(saved["task"])
+    run["task"] = _task_of(saved["task"]) or saved["run"].get("task")
     if fit := saved.get("run", {}).get("fit"):
         run["fit"] = fit
     for group in set(OF_MODEL) & set(arguments):
@@ -236,8 +242,8 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None) -> dict:
     if "root" in data and source.get("root", "") == data["root"]:
         source["root"] = "${data.root}"
     if "split" in source:
-        split = _split_of(arguments["ckpt"]) or data.get("split")
-        if "data.root" in arguments and not _lists(split, arguments["data.root"]):
+        split = (_split_of(arguments["ckpt"]) if carried is None else None) or data.get("split")
+        if "data.root" in arguments and carried is None and not _lists(split, arguments["data.root"]):
             # other images, of which none was trained on: all of them, or those for validation where these lie apart
             split, data["val_fraction"] = None, None if _has_validation(arguments["data.root"]) else 1
         data["split"], source["split"] = split, "${data.split}"

@@ -17,6 +17,7 @@ from data.sources.relabelled import Relabelled
 from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
 from models.checkpoints.format.directory import of_run
 from models.checkpoints.hub import is_name
+from models.checkpoints.packed import config_of
 from models.probes import Subject
 from models.runs.initial import in_our_names
 from models.runs.machine import check_accelerator
@@ -97,6 +98,8 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
     path, classes = Path(cfg.ckpt), given["model"]["num_classes"]
+    carried = config_of(cfg.ckpt) or {}
+    check_config({key: carried[key] for key in ("attention", "model", "augment", "data") if key in carried})
     if is_name(cfg.ckpt):  # results go to the working directory
         path = Path(path.name.rpartition(":")[2])
 
@@ -114,7 +117,7 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
 
     known = {"checkpoint": str(cfg.ckpt), "model": given["run"]["model"]}
     latest = path.with_name(f"{path.name}.metrics.json")
-    return Weights(f"{title(given)}, {path.name}", known, path, latest, load)
+    return Weights(f"{title(given)}, {path.name}", known, path, latest, load, classes=carried.get("classes"))
 
 
 class Parts:

@@ -10,15 +10,19 @@ from conf import probes, text
 from conf.errors import UserError
 from conf.inputs import images_of
 from conf.names import CONF, PARTS, PLACES, choosable, nearest, options
-from models.checkpoints.hub import is_name
+from models.checkpoints.hub import downloaded, is_name
 
 OF_MODEL = ("model", "attention", *PLACES, *(f"attention/{part}" for part in PARTS))
 OF_WEIGHTS = ("weights", "compile", "channels_last", "backend")
 
 
 def is_weights(ckpt: str) -> bool:
-    """Whether it is a file of weights, here or on the hub, and no pointer to a checkpoint."""
-    return is_name(ckpt) or (Path(ckpt).is_file() and Path(ckpt).name not in ("best", "last"))
+    """Whether it is a file of weights, here or on the hub or in a folder from there, and no pointer to a checkpoint."""
+    return (
+        is_name(ckpt)
+        or downloaded(ckpt) is not None
+        or (Path(ckpt).is_file() and Path(ckpt).name not in ("best", "last"))
+    )
 
 
 def refuse_useless(arguments: Mapping[str, str], node: Mapping[str, Any], probe: str) -> None:

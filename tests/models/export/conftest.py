@@ -15,7 +15,7 @@ from models.factory import instantiate
 TINY = ("model=vit_32px", "model.depth=1", "model.dim=32", "model.num_heads=2", "data=digits", "data.workers=0")
 
 
-def run_of(folder: Path, *arguments: str) -> Path:
+def run_of(folder: Path, *arguments: str, spread: float = 0.25) -> Path:
     """A run's folder with one checkpoint: of its raw weights, and of averaged ones that are others."""
     cfg, choices = compose_run([*arguments, "run.name=mine", "logger=none"])
     with open_dict(cfg):
@@ -24,7 +24,9 @@ def run_of(folder: Path, *arguments: str) -> Path:
     torch.manual_seed(0)
     config = OmegaConf.to_container(cfg, resolve=True)
     state = instantiate(OmegaConf.create(config["model"])).state_dict()
-    state = {name: torch.randn_like(value) / 4 if value.is_floating_point() else value for name, value in state.items()}
+    state = {
+        name: torch.randn_like(value) * spread if value.is_floating_point() else value for name, value in state.items()
+    }
     averaged = {name: value / 2 if value.is_floating_point() else value for name, value in state.items()}
     config["classes"] = [str(label) for label in range(config["model"]["num_classes"])]
     manifest = {"step": 7, "epoch": 1, "metrics": {"val/top1": 0.5, "val/top1_ema": 0.75}, "versions": {}}

@@ -1,6 +1,7 @@
 """Every format holds the model: what is written computes the same on real images, or nothing is left."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from models.checkpoints import create_from, load_weights
 from models.export import job
@@ -49,7 +51,7 @@ def test_onnx(export, run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.onnx", "mine.onnx.json"]
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("weights", [pytest.param("raw", marks=pytest.mark.full), "ema"])
 def test_safetensors(export, run, weights):
     status, output, errors = export(f"ckpt={run}", "format=safetensors", "-o", "mine.safetensors", f"weights={weights}")
     assert (status, errors) == (0, ""), errors
@@ -102,6 +104,7 @@ def test_what_cannot_be_held_is_named_and_not_left(export, run, tmp_path, monkey
     assert "No ONNX function found for aten.sort; choose" in errors and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_torchscript(export, run):
     status, _, errors = export(f"ckpt={run}", "format=torchscript", "-o", "mine.pt")
     assert (status, errors) == (0, ""), errors
@@ -137,11 +140,50 @@ def test_any_size(export, run, form):
 
 @pytest.mark.full
 def test_a_model_that_generates(export, tmp_path):
-    arguments = ("task=generation", "model=dit_32px", "model.depth=1", "data=digits")
-    run = run_of(tmp_path / "outputs", *arguments)
+    arguments = ("task=generation", "model=dit_s_2", "model.depth=1", "data=digits", "data.workers=0")
+    run = run_of(tmp_path / "outputs", *arguments, spread=0.05)
     status, output, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
     assert (status, errors) == (0, ""), errors
     assert "latents (batch, " in output and "timesteps (batch), labels (batch) → prediction" in output
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["safetensors", "hf"])
+def test_what_was_exported_is_evaluated_as_the_run(export, run, command, tmp_path, form):
+    """Its data, its preparation, its class names, its figures; and weights of a new run."""
+    place = "mine.safetensors" if form == "safetensors" else "mine"
+    assert export(f"ckpt={run}", f"format={form}", "-o", place, "weights=raw")[0] == 0
+    small = ("probe.charts=false", "+trainer.limit_val_batches=1", "trainer.accelerator=cpu")
+    found = []
+    for ckpt in (run, tmp_path / place):
+        status, output, errors = command("eval", f"ckpt={ckpt}", f"output={tmp_path / 'found'}", "weights=raw", *small)
+        assert status == 0, errors
+        found.append(json.loads(next(Path("found").glob("*.json")).read_text()))
+        shutil.rmtree("found")
+    assert found[0]["val/loss"] == found[1]["val/loss"] and found[0]["val/top1"] == found[1]["val/top1"]
+    assert "vit_32px with softmax attention on digits, mine" in output
+    status, _, errors = command("eval", f"ckpt={place}", "attention=agent")
+    assert status == 2 and "this command asks for attention=agent; leave attention= out" in errors
+
+
+def test_a_configuration_that_names_what_is_not_ours_is_refused(export, run):
+    assert export(f"ckpt={run}", "format=hf", "-o", "mine")[0] == 0
+    config = json.loads(Path("mine/config.json").read_text())
+    config["model"]["_target_"] = "os.system"
+    Path("mine/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.model\._target_: .* got 'os\.system'"):
+        create_from("mine")
+    status, _, errors = export("ckpt=mine", "format=hf", "-o", "again")
+    assert status == 2 and "'os.system'" in errors
+
+
+def test_weights_without_a_configuration_make_no_model(run, tmp_path):
+    save_file({"head.weight": torch.zeros(2, 2)}, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"^create_from: these weights carry no configuration, got .*bare.safetensors"):
+        create_from(tmp_path / "bare.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0 no JSON")
+    with pytest.raises(ValueError, match=r"^load_weights: not a valid safetensors file, got .*broken.safetensors"):
+        create_from(tmp_path / "broken.safetensors")
 
 
 @pytest.mark.full
