@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Grid, Mixer, mixers_of
+from models.attention.agent import AgentCore
+from models.attention.gating import ungated
 from models.attention.head_router import HeadRouter
+from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
 
 
@@ -35,6 +38,7 @@ def figures_of(model: nn.Module, *inputs: Tensor) -> tuple[dict[str, dict[str, f
             x_BNC, grid = calls[name]
             if (entropy := entropy_of(mixer, x_BNC, grid)) is not None:
                 figures["entropy"] = entropy
+            figures |= agents_of(mixer, x_BNC, grid)
             if (chosen := routes_of(mixer, x_BNC, grid)) is not None:
                 routes[name] = chosen
                 figures["routes_used"] = _used(chosen)
@@ -48,10 +52,25 @@ def entropy_of(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> float | None:
         return None
     means = []
     for x_1NC in x_BNC.split(1):
-        weights = mixer.attention_matrix(x_1NC, grid).float().abs()
-        shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        means.append(torch.special.entr(shares).sum(-1).mean() / math.log(max(2, weights.shape[-1])))
-    return float(torch.stack(means).mean())
+        means.append(_evenness(mixer.attention_matrix(x_1NC, grid)))
+    return sum(means) / len(means)
+
+
+def agents_of(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> dict[str, float]:
+    """See the module's docstring; {} without agents."""
+    inside = ungated(mixer)
+    if not (isinstance(inside, MultiHead) and isinstance(inside.core, AgentCore)):
+        return {}
+    groups = inside.groups(x_BNC, grid)
+    gathered, read = inside.core.paths(groups.q, groups.k, groups.grid, groups.kv_grid)
+    return {"agents_gathered": _evenness(gathered), "agents_read": _evenness(read)}
+
+
+def _evenness(weights: Tensor) -> float:
+    """The mean entropy of the last axis, in units of the logarithm of its length."""
+    sizes = weights.float().abs()
+    shares = sizes / sizes.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(torch.special.entr(shares).sum(-1).mean()) / math.log(max(2, weights.shape[-1]))
 
 
 def routes_of(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> Tensor | None:

@@ -193,6 +193,7 @@ def _report(rows: list[dict[str, Any]], bench: Bench, batches: list[int], chosen
     where = environment() | {"precision": bench.precision, "threads": torch.get_num_threads()}
     figures: dict[str, Any] = dict(where)
     table, pictures, lines = [], {}, []
+    said = f"time and memory as maps grow; circles: where {names[0]} and another take the same time"
     for batch in batches:
         of_batch = [row for row in rows if row["batch"] == batch]
         named = "" if len(batches) == 1 else f"batch {batch}: "
@@ -204,20 +205,21 @@ def _report(rows: list[dict[str, Any]], bench: Bench, batches: list[int], chosen
         title = f"one mixer, {bench.dim} channels, {bench.heads} heads, batch {batch}, {where['device']}"
         pictures[picture] = scaling_chart(title, of_batch, with_first, bench.parts)
         for name in names[1:]:
-            said = ", ".join(f"{part} {verdict(name, names[0], curves[part])}" for part in bench.parts)
-            lines.append(f"{named}{name} against {names[0]}: {said}")
+            told = ", ".join(f"{part} {verdict(name, names[0], curves[part])}" for part in bench.parts)
+            lines.append(f"{named}{name} against {names[0]}: {told}")
     for row in rows:
         place = f"{row['attention']}/{row['batch']}x{row['side']}x{row['side']}"
         figures |= {f"{place}/{key}": row[key] for key in row if key.endswith(("_ms", "_bytes"))}
     if hasattr(os, "getloadavg") and not bench.cuda and os.getloadavg()[0] > (os.cpu_count() or 1):
         lines.append("others compute on this machine too: times and crossings are not its own")
-    told = "measured" if bench.cuda else "counted from the graph of a call"
+    memory = "measured" if bench.cuda else "counted from the graph of a call"
     lines.append(
         f"{where['device']}, {where['threads']} threads, precision {bench.precision}; "
-        f"peak memory besides weights and tokens is {told}"
+        f"peak memory besides weights and tokens is {memory}"
     )
     tables = {"benchmark": rows} | ({"crossings": table} if table else {})
-    return Report(figures, _shown(rows, bench.parts, len(batches) > 1), tables, pictures, lines=lines)
+    captions = dict.fromkeys(pictures, said)
+    return Report(figures, _shown(rows, bench.parts, len(batches) > 1), tables, pictures, captions, lines=lines)
 
 
 def _curves(rows: list[dict[str, Any]], names: list[str], part: str) -> dict[str, dict[int, Spread]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models import create_model, list_attentions
 from models.attention import Grid, Mixed, Mixer, Site, make
+from models.attention.agent import agent_attention
 from models.attention.figures import changed, figures_of
 from models.factory import compose_model, factory
 
@@ -65,6 +66,16 @@ def test_entropies_of_known_weights(weights, entropy):
 def test_routes_that_were_none_before_have_changed():
     before = torch.tensor([[[0, 1], [2, 3]]])
     assert changed(before, before.flip(-1)) == 0 and changed(before, torch.tensor([[[0, 2], [1, 0]]])) == 0.75
+
+
+def test_agents_without_logits_gather_and_are_read_evenly():
+    mixer = agent_attention(SITE, agent_tokens=9, bias=False, window=4).eval()
+    x = torch.randn(2, 64, 16)
+    drawn = figures_of(One(mixer), x)[0]["mixer"]
+    assert 0 < drawn["agents_gathered"] < 1 and 0 < drawn["agents_read"] < 1
+    nn.init.zeros_(mixer.qkv.weight)
+    nn.init.zeros_(mixer.qkv.bias)
+    assert figures_of(One(mixer), x)[0]["mixer"] == pytest.approx(dict.fromkeys(drawn, 1.0))
 
 
 def test_loads_are_those_of_the_last_pass_and_nobody_watches_on():
