@@ -173,7 +173,8 @@ def chart(plane: np.ndarray, labels: np.ndarray, names: list[str]) -> Any:
         dots = plane[labels == label]
         colour = palette(number if len(present) <= 20 else number / len(present))
         axis.scatter(dots[:, 0], dots[:, 1], s=9, color=colour, label=names[label], linewidths=0)
-    axis.set(title="t-SNE of the features", xticks=[], yticks=[], aspect="equal")
+    axis.set(title="t-SNE of the features", xticks=[], yticks=[])
+    axis.set_aspect("equal", adjustable="datalim")
     if len(present) <= NAMED:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
     return figure

@@ -116,9 +116,9 @@ def _write_picture(path: Path, picture: Any) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
+    from models.checkpoints.format.write import save_tensors
 
-    save_file(tensors, path)
+    save_tensors(tensors, path)
 
 
 def _write_page(path: Path, text: str) -> None:

@@ -119,6 +119,16 @@ def test_what_cannot_be_shown_is_said_before_work(digits):
         assert str(error.value).startswith(said)
 
 
+@pytest.mark.full
+def test_features_of_digits_have_their_class_beside_them(digits_vit):
+    """Measured 95.6 % where they are, 93.6 % on the plane."""
+    model, images, labels = digits_vit
+    with torch.no_grad():
+        found = model.forward_pooled(images).x.numpy()
+    near, drawn = nearest_of_class(found, labels.numpy()), nearest_of_class(plane_of(found), labels.numpy())
+    assert near > 0.9 and drawn > 0.85
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_from_the_command_line(command, tmp_path):

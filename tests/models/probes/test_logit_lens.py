@@ -1,6 +1,7 @@
 """What the head makes of each layer: the last is the model's own answer."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import pytorch_lightning as pl
@@ -98,3 +99,17 @@ def test_what_cannot_be_read_is_said_before_work(model, given, said, digits):
 def test_a_model_of_timm_has_no_lens(digits):
     with pytest.raises(UserError, match="logit_lens: ResNet has no head that reads tokens of its layers; choose"):
         logit_lens(create_model("timm/resnet10t", num_classes=10), digits, None)
+
+
+@pytest.mark.full
+def test_layers_come_to_know_the_digits(digits_vit):
+    """Measured 36.9 %, 88.3 %, 96.4 %: none is more than two points behind the one before it."""
+    model, images, labels = digits_vit
+    lens = Lens(model, _places(model)[0], tokens=True)
+    with torch.no_grad():
+        lens.look(Batch(images, labels, torch.arange(len(labels)), 0, 0))
+        top1 = float((model(images).argmax(1) == labels).double().mean())
+    rows = lens.rows(len(labels))
+    known = [row["top1"] for row in rows]
+    assert known[-1] == top1 > 0.9 and all(after > before - 0.02 for before, after in pairwise(known))
+    assert rows[-1]["identifiability"] > rows[0]["identifiability"] > 0.5

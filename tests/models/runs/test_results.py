@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from conf import places
 from models.probes import Report
@@ -26,6 +28,13 @@ def test_nothing_is_overwritten(tmp_path):
         assert (path / "classes.csv").read_text("utf-8").split() == ["class,f1", f"ä,{value}"]
     keep_table([{"ckpt": "a", "top-1": 1}, {"ckpt": "b", "loss": 2}], tmp_path)
     assert (tmp_path / "table.csv").read_text().split() == ["ckpt,top-1,loss", "a,1,", "b,,2"]
+
+
+def test_tensors_are_a_file_that_others_may_read(tmp_path):
+    keep(Report({}, tensors={"vectors": {"a": torch.arange(3)}}), tmp_path, "mine", {})
+    path = tmp_path / "mine/vectors.safetensors"
+    assert load_file(path)["a"].tolist() == [0, 1, 2]
+    assert path.stat().st_mode == (tmp_path / "mine.json").stat().st_mode
 
 
 @pytest.mark.parametrize("place", ["file/evaluation", "full"])
