@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conf import values
+from kernels.precision import wide
 from models.attention.contract import Grid, Refused, Site
 from models.layers.gated import Gate, Gated
 
@@ -49,12 +50,12 @@ class GaussianAdaptive(Gate):
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Gated:
         x_BNMD = x_BNC.unflatten(2, (len(self.offset), -1))
-        densities = self.log_densities(x_BNMD)
+        densities = self.log_densities(wide(x_BNMD))  # the square of a small variance is none in half precision
         if self.scale == "size":
             weights = densities.softmax(3) * x_BNMD.shape[3]
         else:
             weights = (densities - densities.logsumexp(3, keepdim=True).clamp(min=math.log(1e-8))).exp()
-        return Gated((x_BNMD * weights).flatten(2), {})
+        return Gated((x_BNMD * weights.to(x_BNMD.dtype)).flatten(2), {})
 
     def log_densities(self, x_BNMD: Tensor) -> Tensor:
         """Of every feature in the product of the Gaussians, which is one: with the sum of their precisions."""

@@ -82,7 +82,7 @@ class SlotPool(Pool):
     def slots(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """The slots (B, Q, C), and the share that each had of every token in the last round (B, Q, S)."""
         x_BSC = self.norm_tokens(x_BNC[:, grid.prefix :])
-        k_BSC, v_BSC, slots_BQC = self.k(x_BSC), self.v(x_BSC), self._start(len(x_BNC))
+        k_BSC, v_BSC, slots_BQC = self.k(x_BSC), self.v(x_BSC), self._start(x_BNC)
         for _ in range(self.rounds):
             q_BQC = self.q(self.norm_slots(slots_BQC))
             shares_BQS = (q_BQC @ k_BSC.mT * q_BQC.shape[-1] ** -0.5).softmax(1) + EPS
@@ -91,9 +91,11 @@ class SlotPool(Pool):
             slots_BQC = slots_BQC + self.mlp(self.norm_mlp(slots_BQC))
         return slots_BQC, shares_BQS
 
-    def _start(self, batch: int) -> Tensor:
+    def _start(self, x_BNC: Tensor) -> Tensor:
         """(B, Q, C): μ + σ · noise; training draws it anew, as dropout does its masks."""
-        mean = self.mu.repeat(batch, self.num_slots // self.mu.shape[1], 1)  # a view fails in FlopCounterMode
+        B, Q, C = len(x_BNC), self.num_slots, self.mu.shape[2]
+        mean = self.mu.repeat(B, Q // self.mu.shape[1], 1)  # a view fails in FlopCounterMode
+        mean = mean + x_BNC.new_zeros(B, Q, C, dtype=mean.dtype)  # under vmap of every image, which GRUCell asks for
         if self.training:
             return mean + self.log_sigma.exp() * torch.randn_like(mean)
         return mean + self.log_sigma.exp() * self.noise if self.shared else mean

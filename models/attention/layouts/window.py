@@ -59,7 +59,7 @@ class Windows(Layout):
             x, arranged = self.arrange(x_BNC, grid)
             return windows.split(x, arranged.height, arranged.width, self.window_on(grid), self.shift)
         x_WTC = self.split(x_BNC[:, grid.prefix :], grid._replace(prefix=0))
-        prefix_WPC = x_BNC[:, : grid.prefix].repeat_interleave(len(x_WTC) // len(x_BNC), 0)
+        prefix_WPC = x_BNC[:, : grid.prefix].repeat_interleave(self.count(grid), 0)
         return torch.cat([prefix_WPC, x_WTC], dim=1)
 
     def merge(self, x_BNC: Tensor, grid: Grid) -> Tensor:
@@ -68,7 +68,12 @@ class Windows(Layout):
             merged = windows.merge(x_BNC, arranged.height, arranged.width, self.window_on(grid), self.shift)
             return self.restore(merged, grid)
         x_BNC, prefix_WPC = self.merge(x_BNC[:, grid.prefix :], grid._replace(prefix=0)), x_BNC[:, : grid.prefix]
-        return torch.cat([prefix_WPC.unflatten(0, (len(x_BNC), -1)).mean(1), x_BNC], dim=1)
+        return torch.cat([prefix_WPC.unflatten(0, (-1, self.count(grid))).mean(1), x_BNC], dim=1)
+
+    def count(self, grid: Grid) -> int:
+        """Windows of a map."""
+        rows, columns = (-(-side // size) for side, size in zip(grid[:2], self.window_on(grid), strict=True))
+        return rows * columns
 
     def arranged(self, grid: Grid) -> Grid:
         """The size of what `arrange` gives."""
