@@ -36,6 +36,7 @@ def deletion_curve(
     maps_BYX: Tensor,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
+    several: bool = False,
 ) -> dict[str, list[float]]:
     """The mean probability of the classes with these fractions of the cells taken away, for each of `ORDERS`.
 
@@ -46,6 +47,7 @@ def deletion_curve(
         maps_BYX: how relevant each cell is; among equals chance decides.
         fractions: of the cells.
         seed: of the random orders.
+        several: whether each class may be true by itself.
     """
     maps_BYX = _coarse(maps_BYX.detach().float().cpu())
     random_DBN = _random_orders(maps_BYX, seed)
@@ -58,18 +60,21 @@ def deletion_curve(
         for fraction in fractions:
             count = round(fraction * order_DBN.shape[-1])
             draws = order_DBN if 0 < count < order_DBN.shape[-1] else order_DBN[:1]  # none and all are the same
-            found = [_probability(model, images_BCHW, targets_B, _gone(maps_BYX, order, count)) for order in draws]
+            gone = [_gone(maps_BYX, order, count) for order in draws]
+            found = [_probability(model, images_BCHW, targets_B, cells, several) for cells in gone]
             curves[name].append(sum(found) / len(found))
     return curves
 
 
-def deletion_test(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, maps_BYX: Tensor) -> Report:
+def deletion_test(
+    model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, maps_BYX: Tensor, several: bool = False
+) -> Report:
     """The test as a part of a report: figures, the table and picture `deletion`, and a sentence; see `deletion_curve`.
 
     Figures are `deletion/<order>`, the probability without a quarter of the cells, `deletion/<order>_area`, the mean
     over what is taken away, and `deletion/whole`, the probability of the whole pictures.
     """
-    curves = deletion_curve(model, images_BCHW, targets_B, maps_BYX)
+    curves = deletion_curve(model, images_BCHW, targets_B, maps_BYX, several=several)
     told = {order: curve[FRACTIONS.index(TOLD)] for order, curve in curves.items()}
     whole = curves["most"][0]
     figures = {"deletion/whole": whole} | {f"deletion/{order}": value for order, value in told.items()}
@@ -84,6 +89,11 @@ def deletion_test(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, maps
         f"{told['random']:.3f}, without the least relevant {told['least']:.3f} (whole picture: {whole:.3f})"
     )
     return Report(figures, tables={"deletion": rows}, pictures={"deletion": chart_of(curves)}, lines=[line])
+
+
+def probabilities(logits_BK: Tensor, several: bool) -> Tensor:
+    """Of the classes, (B, K); with `several` each may be true by itself."""
+    return logits_BK.float().sigmoid() if several else logits_BK.float().softmax(-1)
 
 
 def chart_of(curves: dict[str, list[float]]) -> Figure:
@@ -120,13 +130,13 @@ def _gone(maps_BYX: Tensor, order_BN: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _probability(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, gone_B1YX: Tensor) -> float:
+def _probability(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, gone_B1YX: Tensor, several: bool) -> float:
     """The mean probability of the classes without these cells."""
     total = 0.0
     for images, targets, gone in _parts(images_BCHW, targets_B, gone_B1YX):
         hidden = F.interpolate(gone.to(images), size=images.shape[2:], mode="nearest") > 0.5
         changed = torch.where(hidden, images.mean((2, 3), keepdim=True), images)
-        probabilities_BK = model(changed).float().softmax(-1)
+        probabilities_BK = probabilities(model(changed), several)
         total += probabilities_BK.gather(1, targets.to(images.device)[:, None]).sum().item()
     return total / len(images_BCHW)
 

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
+from conf.errors import UserError
+from conf.looking import Point
 from models.probes import Report, Subject
-from models.probes.deletion import deletion_test
+from models.probes.deletion import deletion_test, probabilities
 from models.probes.images import Images, first_images
 from models.probes.overlays import enlarged, overlay, sheet
 from models.probes.targets import check_target, target_classes
@@ -36,12 +39,12 @@ class Explained(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Images, what explains each, the class that is explained, (B,), and the probabilities, (B, K)."""
+    """Images, what explains each, the class that is explained, (B,), and the logits, (B, K)."""
 
     images: Images
     explained: list[Explained]
     targets: Tensor
-    probabilities: Tensor
+    logits: Tensor
 
 
 def explained_images(
@@ -62,7 +65,14 @@ def explained_images(
         explain: `(image (1, C, H, W), class (1,)) -> Explained`.
         target: the class, see `models.probes.targets`.
         labelled: whether the images have labels.
+
+    Raises:
+        UserError: a model that generates images, a class that there is not, or an image that cannot be read.
     """
+    if getattr(model, "generates", False):
+        raise UserError(
+            f"{who}: {type(model).__name__} generates images and has no class to explain; give a classifier"
+        )
     check_target(who, target, data, labelled)
     images = first_images(data, count, next(model.parameters()).device)
     with torch.no_grad():
@@ -70,23 +80,31 @@ def explained_images(
     targets = target_classes(who, target, data, logits_BK, images.labels)
     pairs = zip(images.batch.split(1), targets.split(1), strict=True)
     explained = [explain(*pair) for pair in track(pairs, who, len(targets), transient=True)]
-    return Found(images, explained, targets, logits_BK.softmax(-1))
+    return Found(images, explained, targets, logits_BK)
 
 
 def report_of(
-    who: str, model: nn.Module, data: pl.LightningDataModule, subject: Subject, found: Found, deletion: bool = True
+    who: str,
+    model: nn.Module,
+    data: pl.LightningDataModule,
+    subject: Subject,
+    found: Found,
+    deletion: bool = True,
+    point: Point | None = None,
 ) -> Report:
-    """A picture of each image, the tables `images` and `map`, and the deletion test."""
+    """A picture of each image, the tables `images` and `map`, and the deletion test; `point` is marked."""
+    several = (subject.config.get("run") or {}).get("task") == "multilabel"
     maps = [explained.map_BYX[0].float().cpu() for explained in found.explained]
     test = Report({})
     if deletion:
-        test = deletion_test(model, found.images.batch, found.targets, torch.stack(maps))
-    rows = _rows(found, data)
+        test = deletion_test(model, found.images.batch, found.targets, torch.stack(maps), several)
+    rows = _rows(found, data, several)
     pictures, captions = {}, {}
     for i, row in enumerate(rows[:DRAWN]):
         name, said = row["image"], f"{row['class']} ({row['probability']:.1%})"
-        pictures[name] = _picture(found.images.shown[i], found.explained[i], maps[i], said)
-        captions[name] = f"{name}: what counts for {said}, by {who}; the least of each map is left dark."
+        pictures[name] = _picture(found.images.shown[i], found.explained[i], maps[i], said, point)
+        what = f"what counts for {said}" if point is None else "where the marked point comes from"
+        captions[name] = f"{name}: {what}, by {who}; the least of each map is left dark."
     table = [
         {"image": row["image"], "row": y, "column": x, "weight": f"{value:.6g}"}
         for row, weights in zip(rows, maps, strict=True)
@@ -105,23 +123,23 @@ def report_of(
     )
 
 
-def _rows(found: Found, data: pl.LightningDataModule) -> list[dict[str, Any]]:
+def _rows(found: Found, data: pl.LightningDataModule, several: bool) -> list[dict[str, Any]]:
     names = list(map(str, data.class_names)) + [f"class {i}" for i in range(len(data.class_names), data.num_classes)]
-    rows = []
+    chances, rows = probabilities(found.logits, several), []
     for i, target in enumerate(found.targets.tolist()):
         row = {"image": found.images.names[i], "class": names[target]}
-        row["probability"] = round(found.probabilities[i, target].item(), 6)
+        row["probability"] = round(chances[i, target].item(), 6)
         if found.images.labels is not None:
             row["label"] = names[found.images.labels[i]]
         rows.append(row)
     return rows
 
 
-def _picture(shown: Any, explained: Explained, weights_YX: Tensor, said: str) -> Any:
+def _picture(shown: Image.Image, explained: Explained, weights_YX: Tensor, said: str, point: Point | None) -> Any:
     """The picture, what is read at layers from the last on, and the map."""
     steps = list(explained.before.items())
     kept = [(f"at {_short(name)}", maps_BYX[0]) for name, maps_BYX in steps[:: max(1, -(-len(steps) // PANELS))]]
-    drawn = [(overlay(shown, map_YX - map_YX.min()), word) for word, map_YX in (*kept, (said, weights_YX))]
+    drawn = [(overlay(shown, map_YX - map_YX.min(), point=point), word) for word, map_YX in (*kept, (said, weights_YX))]
     return sheet([[(enlarged(shown), "picture"), *drawn]])
 
 

@@ -14,6 +14,8 @@ import torch
 from networkx.algorithms.flow import build_residual_network, shortest_augmenting_path
 from torch import Tensor, nn
 
+from conf import looking
+from conf.looking import Point
 from conf.values import flag
 from models.attention import Mixer
 from models.probes import Report, Subject
@@ -32,6 +34,7 @@ def flow(
     input: Any = None,
     images: int = 1,
     heads: str = "mean",
+    point: Any = None,
     deletion: bool = True,
 ) -> Report:
     """A map of each image of the last stages with one map, of at most 64 cells, and the deletion test of all.
@@ -40,28 +43,32 @@ def flow(
         model, data, subject, input: see `models.probes`.
         images: how many; each takes from seconds to minutes.
         heads: how they become one matrix: "mean", "max" or "min".
-        deletion: the test too.
+        point: fractions from the left and from the top: of the token there instead of what the classifier reads.
+        deletion: the test too, which a map of a point is not given.
 
     Raises:
         UserError: options that are wrong, a layer without a matrix whose rows sum to one, or too many cells.
     """
     check_heads(heads)
     flag("probe", "deletion", deletion, fix="set probe.deletion=true or false")
+    point = looking.point(point)
     layers = followed(WHO, model, "last", stochastic=True, most=MOST)
 
     def explain(image_1CHW: Tensor, _: Tensor) -> Explained:
-        return Explained(flow_map(model, image_1CHW, layers, heads), {})
+        return Explained(flow_map(model, image_1CHW, layers, heads, point), {})
 
     found = explained_images(WHO, model, data, images, explain, labelled=input is None)
-    return report_of(WHO, model, data, subject, found, deletion)
+    return report_of(WHO, model, data, subject, found, deletion and point is None, point)
 
 
 @torch.no_grad()
-def flow_map(model: nn.Module, image_1CHW: Tensor, layers: dict[str, Mixer], heads: str = "mean") -> Tensor:
+def flow_map(
+    model: nn.Module, image_1CHW: Tensor, layers: dict[str, Mixer], heads: str = "mean", point: Point | None = None
+) -> Tensor:
     """The map (1, Y, X) of one image; see `flow`."""
     calls = called(model, image_1CHW, layers)
     grid = next(iter(calls.values())).grid
-    reads_N = readers(model, image_1CHW, grid)[0, 0]
+    reads_N = readers(model, image_1CHW, grid, point)[0, 0]
     matrices = [with_residual(layers[name], name, call, heads, 0.0, WHO)[0] for name, call in calls.items()]
     flows_N = flows(torch.stack(matrices), reads_N)
     return as_map((flows_N / flows_N.sum())[None, None], grid)[:, 0]

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.looking import Point
 from conf.values import choice
 from models.attention import Grid, Mixer, mixers_of
 from models.attention.recording import Call
 from models.pools.mean import Mean
+from models.probes.attention_map import token_at
 from models.probes.layers import kind_of
 
 STAGES = ("last", "all")
@@ -79,18 +81,12 @@ def followed(who: str, model: nn.Module, stages: str, stochastic: bool = False, 
         raise UserError(f"{who}: the tokens that are left make up no map, got a reducer; choose a model without one")
     names = list(mixers) if stages == "all" else _on_the_last_map(mixers)
     for name in names:
-        mixer, kind = mixers[name], kind_of(mixers[name])
-        other = ", or set probe.stages=last" if stages == "all" and name not in _on_the_last_map(mixers) else ""
-        if not mixer.has_matrix:
-            why = mixer.without_matrix
-            raise UserError(
-                f"{who}: {name} ({kind}) has no attention matrix, since {why}; choose e.g. attention=softmax{other}"
-            )
-        if stochastic and not mixer.row_stochastic:
-            raise UserError(
-                f"{who}: the weights of {name} ({kind}) do not sum to one; choose probe=relevance, "
-                f"or e.g. attention=softmax{other}"
-            )
+        if (lack := _lack(mixers[name], stochastic)) is not None:
+            last = [mixers[other] for other in _on_the_last_map(mixers)]
+            less = stages == "all" and all(_lack(mixer, stochastic) is None for mixer in last)
+            other = "relevance" if mixers[name].has_matrix else "normgrad"
+            fix = "set probe.stages=last" if less else f"choose e.g. probe={other}"
+            raise UserError(f"{who}: {name} ({kind_of(mixers[name])}) has no {lack}; {fix}")
     cells = mixers[names[0]].site.grid.cells
     if cells > most:
         fix = "set probe.stages=last" if stages == "all" else "choose a smaller image_size or model"
@@ -104,16 +100,25 @@ def _on_the_last_map(mixers: dict[str, Mixer]) -> list[str]:
     return list(mixers)[len(sides) - same :]
 
 
+def _lack(mixer: Mixer, stochastic: bool) -> str | None:
+    """What a layer would need; None for nothing."""
+    if not mixer.has_matrix:
+        return f"attention matrix, since {mixer.without_matrix}"
+    return "attention matrix whose rows sum to one" if stochastic and not mixer.row_stochastic else None
+
+
 @torch.no_grad()
-def readers(model: nn.Module, images_BCHW: Tensor, grid: Grid) -> Tensor:
-    """How much the classifier takes of each token of the last layer, (B, 1, N).
+def readers(model: nn.Module, images_BCHW: Tensor, grid: Grid, point: Point | None = None) -> Tensor:
+    """How much the classifier takes of each token of the last layer, (B, 1, N); with a point, all of the token there.
 
     All of the class token where there is one; else what the weights of the pool say, or the same of every cell.
     """
     reads_BN = images_BCHW.new_zeros(len(images_BCHW), grid.tokens)
     pooling = getattr(model, "pooling", None)
-    weights = None if pooling is None else model.forward_pooled(images_BCHW).weights
-    if weights is not None:
+    weights = None if pooling is None or point is not None else model.forward_pooled(images_BCHW).weights
+    if point is not None:
+        reads_BN[:, token_at(point, grid)] = 1
+    elif weights is not None:
         reads_BN[:, grid.prefix :] = weights.mean(1)[:, -grid.cells :]
     elif grid.prefix and not isinstance(pooling, Mean):
         reads_BN[:, 0] = 1

@@ -14,7 +14,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from conf import looking
 from conf.errors import UserError
+from conf.looking import Point
 from conf.values import choice, flag, is_number, refuse
 from models.attention import Mixer
 from models.attention.recording import Call, recorded
@@ -37,6 +39,7 @@ def rollout(
     heads: str = "mean",
     discard: float = 0.0,
     stages: str = "last",
+    point: Any = None,
     deletion: bool = True,
 ) -> Report:
     """A map of each image, how it comes about layer by layer, and the deletion test of all.
@@ -47,20 +50,22 @@ def rollout(
         heads: how they become one matrix: "mean", "max" or "min".
         discard: the share of the weights of every matrix that is left out, the smallest.
         stages: "last", those with the map of the last one, or "all".
-        deletion: the test too.
+        point: fractions from the left and from the top: of the token there instead of what the classifier reads.
+        deletion: the test too, which a map of a point is not given.
 
     Raises:
         UserError: options that are wrong, or a layer without a matrix whose rows sum to one.
     """
     check_heads(heads, discard)
     flag("probe", "deletion", deletion, fix="set probe.deletion=true or false")
+    point = looking.point(point)
     layers = followed(WHO, model, stages, stochastic=True)
 
     def explain(image_1CHW: Tensor, _: Tensor) -> Explained:
-        return rollout_maps(model, image_1CHW, layers, heads, discard)
+        return rollout_maps(model, image_1CHW, layers, heads, discard, point)
 
     explained = explained_images(WHO, model, data, images, explain, labelled=input is None)
-    return report_of(WHO, model, data, subject, explained, deletion)
+    return report_of(WHO, model, data, subject, explained, deletion and point is None, point)
 
 
 def check_heads(heads: str, discard: float = 0.0) -> None:
@@ -72,11 +77,16 @@ def check_heads(heads: str, discard: float = 0.0) -> None:
 
 @torch.no_grad()
 def rollout_maps(
-    model: nn.Module, images_BCHW: Tensor, layers: dict[str, Mixer], heads: str = "mean", discard: float = 0.0
+    model: nn.Module,
+    images_BCHW: Tensor,
+    layers: dict[str, Mixer],
+    heads: str = "mean",
+    discard: float = 0.0,
+    point: Point | None = None,
 ) -> Explained:
     """The map of each image, and what is read of the tokens of every later layer; see `rollout`."""
     calls = called(model, images_BCHW, layers)
-    reads_B1N = readers(model, images_BCHW, list(calls.values())[-1].grid)
+    reads_B1N = readers(model, images_BCHW, list(calls.values())[-1].grid, point)
 
     def step(name: str, reads_BQN: Tensor) -> Tensor:
         return reads_BQN @ with_residual(layers[name], name, calls[name], heads, discard)

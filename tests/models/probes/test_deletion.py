@@ -33,6 +33,7 @@ def test_what_the_class_needs_goes_first_and_last():
     assert curves["least"] == pytest.approx([whole] * 5, abs=1e-6)
     assert half < curves["random"][3] < whole
     assert deletion_curve(Corner(), IMAGES, TARGETS, MAPS) == curves
+    assert deletion_curve(Corner(), IMAGES, 1 - TARGETS, MAPS, several=True)["most"] == [0.5] * 5
 
 
 def test_a_map_without_an_opinion_is_as_good_as_chance_and_pixels_are_averaged():

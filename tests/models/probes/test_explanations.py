@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from conf.errors import UserError
 from models import create_model
+from models.probes.explanations import explained_images
 from models.probes.flow import flow
 from models.probes.relevance import relevance
 from models.probes.rollout import rollout
@@ -54,6 +56,9 @@ def test_a_picture_of_the_user(probe, evaluate, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["images.csv", "map.csv", "report.html", "set.png"]
     weights = [float(row["weight"]) for row in csv.DictReader((folder / "map.csv").open())]
     assert sum(weights) == pytest.approx(1.0, abs=1e-4) and "4 × 4 cells" in out
+    status, out, err = evaluate("input=set.png", f"probe={probe}", "probe.point=[0.1,0.9]")
+    page = folder.with_name(f"{folder.name}-2") / "report.html"
+    assert status == 0 and "where the marked point comes from" in page.read_text() and "deletion" not in out, err
     status, _, err = evaluate("input=set.png", "probe=relevance", "probe.target=label")
     assert status == 2 and "relevance: the images of input= have no labels" in err and "Traceback" not in err, err
 
@@ -62,3 +67,9 @@ def test_a_picture_of_the_user(probe, evaluate, tmp_path):
 def test_options_are_judged_first(probe):
     with pytest.raises(UserError, match=r"probe: deletion must be true or false, got 'maybe'; set probe.deletion=tru"):
         probe(None, None, None, deletion="maybe")
+
+
+def test_a_model_that_generates_has_no_class_to_explain():
+    model = SimpleNamespace(generates=True)
+    with pytest.raises(UserError, match=r"flow: SimpleNamespace generates images and has no class to explain; give a"):
+        explained_images("flow", model, None, 1, None)

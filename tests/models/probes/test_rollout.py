@@ -119,31 +119,36 @@ def test_what_the_classifier_reads():
     pooled = create_model("vit_32px", **SMALL, pool="simpool").eval()
     reads = readers(pooled, IMAGES, grid._replace(prefix=0))
     torch.testing.assert_close(reads, pooled.forward_pooled(IMAGES).weights.mean(1, keepdim=True))
+    assert readers(token, IMAGES, grid, (0.3, 0.6)).argmax(-1).tolist() == [[1 + 4 * 2 + 1]] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "chosen", "stages", "text"),
     [
-        ("vit_32px", {"attention": "conv"}, "last", r"stages.0.blocks.0.attn \(DepthwiseConv\) has no attention mat"),
+        (
+            "vit_32px",
+            {"attention": "conv"},
+            "last",
+            r"0.attn \(DepthwiseConv\) has no attention matrix, since .*; choose e.g. probe=normgrad",
+        ),
         (
             "vit_32px",
             {"weights": "sigmoid"},
             "last",
-            r"the weights of stages.0.blocks.0.attn \(Soft\w+\) do not",
+            r"has no attention matrix whose rows sum to one; choose e.g. probe=rel",
         ),
         (
             "davit_32px",
             {},
             "all",
-            r"has no attention matrix, since the channels of a group .*; choose e.g. attention=softmax",
+            r"blocks.1.attn \(ChannelCore\) has no attention matrix, since the channels of",
         ),
         (
             "vit_32px",
             {"reducer": "top"},
             "last",
-            "the tokens that are left make up no map, got a reducer; ch",
+            "the tokens that are left make up no map, got a reducer; choose a",
         ),
-        ("convnext_32px", {}, "last", "has no attention"),
         ("vit_32px", {}, "first", "probe: stages must be last or all, got 'first'; set probe.stages=last"),
     ],
 )
@@ -169,6 +174,14 @@ def test_weights_below_zero_are_no_shares():
     text = r"rollout: the weights of stages.2.blocks.0.attn \(InLine\w*\) must be shares, got -\S+ as the smallest and"
     with pytest.raises(UserError, match=text):
         maps_of(model)
+
+
+def test_a_first_stage_alone_without_a_matrix_can_be_left_out():
+    model = create_model("swin_32px").eval()
+    dict(mixers_of(model))["stages.1.blocks.0.attn"].has_matrix = False
+    with pytest.raises(UserError, match=r"relevance: stages.1.blocks.0.attn \(SoftmaxCore\) .*; set probe.stages=last"):
+        followed("relevance", model, "all")
+    assert list(followed("relevance", model, "last")) == [f"stages.3.blocks.{i}.attn" for i in range(2)]
 
 
 @pytest.mark.full
