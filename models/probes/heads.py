@@ -154,13 +154,15 @@ def chart_of_heads(table: list[dict[str, Any]]) -> Figure:
     layers = list(dict.fromkeys(row["layer"] for row in table))
     most = 1 + max(row["head"] for row in table)
     shown = [name for name in COLUMNS if any(row[name] is not None for row in table)]
+    largest = max(abs(row["drop"]) for row in table) or 1.0
     figure = canvas(2.0 + len(shown) * (1.2 + 0.22 * most), 1.4 + 0.24 * len(layers))
     for number, axis in enumerate(figure.subplots(1, len(shown), squeeze=False)[0]):
         values = [[math.nan] * most for _ in layers]
         for row in table:
             value = row[shown[number]]
             values[layers.index(row["layer"])][row["head"]] = math.nan if value is None else value
-        image = axis.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
+        colours = {"cmap": "coolwarm", "vmin": -largest, "vmax": largest} if shown[number] == "drop" else {}
+        image = axis.imshow(values, aspect="auto", interpolation="nearest", **colours)
         axis.set_title(COLUMNS[shown[number]], fontsize=8)
         axis.set(xlabel="head", yticks=range(len(layers)))
         axis.set_yticklabels([] if number else layers, fontsize=7)

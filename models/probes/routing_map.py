@@ -27,7 +27,7 @@ from models.probes.overlays import enlarged, sheet
 
 WHO = "routing_map"
 VISITED, ASKING = (31, 119, 180), (255, 127, 14)  # blue, orange
-FAINT, STRONG = 90, 190  # opacity of the last and of the best of the regions that are visited, of 255
+FAINT, STRONG = 130, 190  # opacity of the last and of the best of the regions that are visited, of 255
 
 
 class Routes(NamedTuple):
