@@ -6,17 +6,18 @@ here every image stands for itself, unless `coupled`.
 Shapes: B = batch, N = prefix + H·W tokens, Y X = map.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.values import choice, flag, refuse, whole
-from models.backbones.vit import ViT
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.propagation import attribution_map, check_propagates, last_layer_map, of_cells, propagate
+from models.probes.propagation import Relevance, attribution_map, check_propagates, last_layer_map, of_cells, propagate
 
 WHO = "attribution"
 METHODS = ("transformer_attribution", "last_layer", "full")
@@ -56,26 +57,35 @@ def attribution(
     check_propagates(WHO, model)
     _check_start(start, sum(len(stage.blocks) for stage in model.stages))
 
+    arrived: list[Tensor] = []
+
     def explain(image_1CHW: Tensor, target_1: Tensor) -> Explained:
-        return Explained(attribution_maps(model, image_1CHW, target_1, method, start), {})
+        relevance = propagate(model, image_1CHW, target_1)
+        arrived.append(relevance.sums)
+        return Explained(relevance_map(relevance, method, start), {})
 
     found = explained_images(WHO, model, data, images, explain, target, labelled=input is None)
     if coupled:
-        maps = attribution_maps(model, found.images.batch, found.targets, method, start, coupled=True)
+        relevance = propagate(model, found.images.batch, found.targets, coupled=True)
+        maps, arrived = relevance_map(relevance, method, start), [relevance.sums]
         found = found._replace(explained=[Explained(map_1YX, {}) for map_1YX in maps.split(1)])
-    return report_of(WHO, model, data, subject, found, deletion=deletion)
+    return _with_conservation(report_of(WHO, model, data, subject, found, deletion=deletion), torch.cat(arrived))
 
 
-def attribution_maps(
-    model: ViT, images_BCHW: Tensor, targets_B: Tensor, method: str, start: int = 0, coupled: bool = False
-) -> Tensor:
+def relevance_map(relevance: Relevance, method: str, start: int = 0) -> Tensor:
     """(B, Y, X), of the patches, or of pixels, see `attribution`."""
-    relevance = propagate(model, images_BCHW, targets_B, coupled)
     if method == "full":
         sides = tuple(min(side, FINEST) for side in relevance.pixels.shape[1:])
         return F.adaptive_avg_pool2d(relevance.pixels.clamp(min=0)[:, None], sides)[:, 0]
     of_tokens = last_layer_map(relevance) if method == "last_layer" else attribution_map(relevance, start)
     return of_cells(relevance, of_tokens)
+
+
+def _with_conservation(report: Report, sums: Tensor) -> Report:
+    """How much of the relevance 1 of an image is too little or too much in front of a block, at most."""
+    conservation = float((sums - 1).abs().max())
+    line = f"conservation: of an image's relevance of 1 at most {conservation:.2g} is lost or added up to any block"
+    return replace(report, figures=report.figures | {"conservation": conservation}, lines=[*report.lines, line])
 
 
 def _check_start(start: int, blocks: int) -> None:

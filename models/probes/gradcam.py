@@ -58,7 +58,7 @@ def gradcam_maps(
     from captum.attr import LayerGradCam
 
     images = images_BCHW.detach().requires_grad_()
-    with torch.enable_grad(), maps_through(blocks) as places:
+    with torch.enable_grad(), maps_through(model, blocks) as places:
         return {
             name: LayerGradCam(model, place).attribute(images, target=targets_B, relu_attributions=True)[:, 0].detach()
             for name, place in places.items()

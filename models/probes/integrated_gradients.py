@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conf.values import choice, flag, whole
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
+from models.probes.maps import check_classifies
 
 WHO = "integrated_gradients"
 BASELINES = ("mean", "black", "white")
@@ -56,11 +57,12 @@ def integrated_gradients(
         deletion: the test too.
 
     Raises:
-        UserError: options that are wrong.
+        UserError: options that are wrong, or a model that names no class.
     """
     whole("probe", "steps", steps, 2, fix="set probe.steps=50")
     choice("probe", "baseline", baseline, BASELINES, fix="set probe.baseline=mean")
     flag("probe", "deletion", deletion, fix="set probe.deletion=true or false")
+    check_classifies(WHO, model)
     done: list[Integrated] = []
 
     def explain(image_1CHW: Tensor, target_1: Tensor) -> Explained:

@@ -1,4 +1,4 @@
-"""The maps of a backbone, of its tokens behind each block, for methods that look at convolutional maps.
+"""The maps of a model, of its tokens behind each block, for methods that look at convolutional maps.
 
 Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """
@@ -20,23 +20,15 @@ from models.pools.class_token import ClassToken
 
 
 def places_of(who: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a backbone by name, in order: those whose map the class depends on.
+    """The blocks of a model by name, in order: those whose map the class depends on; of timm's what it calls features.
 
     Where a class token alone is read, this is not the last one.
 
     Raises:
         UserError: it has no such maps.
     """
-    if not isinstance(model, Backbone):
-        raise UserError(
-            f"{who}: the maps of a backbone of ours are looked at, got {type(model).__name__}; "
-            "choose probe=integrated_gradients"
-        )
-    check_maps(model, who)
-    found = {
-        f"stages.{s}.blocks.{b}": block for s, stage in enumerate(model.stages) for b, block in enumerate(stage.blocks)
-    }
-    if model.grids[-1].prefix and (model.pooling is None or isinstance(model.pooling, ClassToken)):
+    found = _all_places(who, model)
+    if _reads_class_token(model):
         found.popitem()
     if not found:
         raise UserError(
@@ -44,6 +36,40 @@ def places_of(who: str, model: nn.Module) -> dict[str, nn.Module]:
             "choose probe=integrated_gradients"
         )
     return found
+
+
+def check_classifies(who: str, model: nn.Module) -> None:
+    """Refuses a model that does not name the class of an image.
+
+    Raises:
+        UserError: it generates images.
+    """
+    if getattr(model, "generates", False):
+        raise UserError(f"{who}: {type(model).__name__} generates images and names no class; choose a classifier")
+
+
+def _all_places(who: str, model: nn.Module) -> dict[str, nn.Module]:
+    check_classifies(who, model)
+    if isinstance(model, Backbone):
+        check_maps(model, who)
+        stages = enumerate(model.stages)
+        return {f"stages.{s}.blocks.{b}": block for s, stage in stages for b, block in enumerate(stage.blocks)}
+    modules = dict(model.named_modules())
+    names = [info["module"] for info in getattr(model, "feature_info", None) or ()]
+    found = {name: modules[name] for name in names if name in modules}
+    if not found:
+        raise UserError(
+            f"{who}: it looks at maps of a backbone, and {type(model).__name__} says of none where they are; "
+            "choose probe=integrated_gradients"
+        )
+    return found
+
+
+def _reads_class_token(model: nn.Module) -> bool:
+    """Whether the class depends on a class token alone, behind the last block."""
+    if isinstance(model, Backbone):
+        return model.grids[-1].prefix > 0 and (model.pooling is None or isinstance(model.pooling, ClassToken))
+    return getattr(model, "global_pool", None) == "token"
 
 
 def chosen_places(who: str, model: nn.Module, layers: Any) -> dict[str, nn.Module]:
@@ -76,7 +102,7 @@ def _name(who: str, layer: Any, names: list[str], model: nn.Module) -> str:
         return names[layer]
     if isinstance(layer, str) and layer in names:
         return layer
-    if any(layer == f"stages.{s}.blocks.{b}" for s, stage in enumerate(model.stages) for b in range(len(stage.blocks))):
+    if isinstance(layer, str) and layer in _all_places(who, model):
         raise UserError(
             f"{who}: behind {layer} the class token alone is read, so its map has no part in the class; "
             f"set probe.layers={names[-1]}"
@@ -88,10 +114,10 @@ def _name(who: str, layer: Any, names: list[str], model: nn.Module) -> str:
 
 
 @contextmanager
-def maps_through(blocks: dict[str, nn.Module]) -> Iterator[dict[str, nn.Identity]]:
-    """Inside, the map (B, C, H, W) behind each of the blocks passes through an identity, where hooks may see it."""
+def maps_through(model: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[dict[str, nn.Identity]]:
+    """Inside, the map (B, C, H, W) behind each of these blocks passes through an identity, where hooks may see it."""
     places = {name: nn.Identity() for name in blocks}
-    handles = [block.register_forward_hook(partial(_through, places[name])) for name, block in blocks.items()]
+    handles = [block.register_forward_hook(partial(_through, places[name], model)) for name, block in blocks.items()]
     try:
         yield places
     finally:
@@ -99,7 +125,17 @@ def maps_through(blocks: dict[str, nn.Module]) -> Iterator[dict[str, nn.Identity
             handle.remove()
 
 
-def _through(place: nn.Module, block: nn.Module, given: tuple[Tensor, Grid], result: tuple) -> tuple:
+def _through(place: nn.Module, model: nn.Module, block: nn.Module, given: tuple, result: Any) -> Any:
     """Class tokens go past it."""
-    grid, x_BNC = given[1], result[0]
-    return (to_tokens(place(to_map(x_BNC, grid)), x_BNC[:, : grid.prefix]), *result[1:])
+    if not isinstance(result, Tensor):
+        return (_tokens_through(place, result[0], given[1]), *result[1:])
+    if result.dim() == 3:
+        grid = Grid(*model.patch_embed.grid_size)
+        return _tokens_through(place, result, grid._replace(prefix=result.shape[1] - grid.cells))
+    if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC"):
+        return place(result.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return place(result)
+
+
+def _tokens_through(place: nn.Module, x_BNC: Tensor, grid: Grid) -> Tensor:
+    return to_tokens(place(to_map(x_BNC, grid)), x_BNC[:, : grid.prefix])

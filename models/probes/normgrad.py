@@ -8,6 +8,7 @@ sections 3.2 to 3.4 and table 1.
 Shapes: B = batch, C = channels, Y X = map.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -61,7 +62,9 @@ def normgrad(
         return Explained(combined(list(maps.values()), combine), maps if len(maps) > 1 else {})
 
     found = explained_images(WHO, model, data, images, explain, target, labelled=input is None)
-    return report_of(WHO, model, data, subject, found, deletion=deletion)
+    report = report_of(WHO, model, data, subject, found, deletion=deletion)
+    layers_of = {"layers": len(blocks)}  # what they are combined to is none
+    return replace(report, figures=report.figures | layers_of, rows=(report.rows or {}) | layers_of)
 
 
 def normgrad_maps(
@@ -69,7 +72,7 @@ def normgrad_maps(
 ) -> dict[str, Tensor]:
     """The map (B, Y, X) behind each block, of the gradient of the cross entropy; see `normgrad`."""
     maps: dict[str, Tensor] = {}
-    with torch.enable_grad(), maps_through(blocks) as places:
+    with torch.enable_grad(), maps_through(model, blocks) as places:
         for name, place in places.items():
             place.register_forward_hook(lambda *call, name=name: maps.update({name: call[-1]}))
         loss = F.cross_entropy(model(images_BCHW.detach().requires_grad_()).float(), targets_B, reduction="sum")

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from conf import extras
 from models import create_model
-from models.probes.attribution import METHODS, attribution, attribution_maps
+from models.probes.attribution import METHODS, attribution, relevance_map
 from models.probes.deletion import deletion_curve
 from models.probes.gradcam import gradcam, gradcam_maps
 from models.probes.integrated_gradients import integrated, integrated_gradients, plain, positive
 from models.probes.maps import chosen_places
 from models.probes.normgrad import combined, normgrad, normgrad_maps
+from models.probes.propagation import propagate
 
 PROBES = ("attribution", "gradcam", "integrated_gradients", "normgrad")
 EVAL = ("eval", "ckpt=w.safetensors", "model=vit_32px", "data=digits", "data.workers=0")
@@ -47,6 +48,10 @@ def test_a_picture_of_the_user(command, weights, tmp_path, probe):
     assert row["image"] == "set" and row["class"] == "7"
     figures = json.loads(folder.with_name(f"{folder.name}.json").read_text())
     assert {"deletion/most", "deletion/random", "deletion/least"} < figures.keys()
+    if probe == "attribution":
+        assert figures["conservation"] < 1e-3 and "conservation: of an image's relevance of 1 at most" in out
+    if probe == "normgrad":
+        assert figures["layers"] == 4
     if probe == "integrated_gradients":
         assert 0 <= figures["convergence"] < 0.5 and "convergence: the sums over the pixels are " in out
         assert abs(float(row["sum"]) - float(row["logit_difference"])) > 0
@@ -60,6 +65,7 @@ def test_images_of_validation_coupled_as_by_the_authors(command, weights, tmp_pa
     assert status == 0 and len(list(folder.glob("*.png"))) == 2, err
     rows = list(csv.DictReader((folder / "images.csv").open()))
     assert len(rows) == 2 and all(row["label"] == row["class"] for row in rows)
+    assert json.loads(folder.with_suffix(".json").read_text())["conservation"] > 0.01
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,17 @@ def test_images_of_validation_coupled_as_by_the_authors(command, weights, tmp_pa
 def test_a_wrong_option_is_refused_before_any_image(probe, option, text):
     with pytest.raises(ValueError, match=text):
         probe(create_model("vit_32px"), None, None, **option)
+
+
+@pytest.mark.parametrize("probe", [gradcam, integrated_gradients, normgrad])
+def test_a_model_that_names_no_class_is_refused(probe):
+    class Painter(torch.nn.Module):
+        generates = True
+
+    with pytest.raises(
+        ValueError, match=f"^{probe.__name__}: Painter generates images and names no class; choose a cl"
+    ):
+        probe(Painter(), None, None)
 
 
 @pytest.mark.parametrize("probe", ["gradcam", "integrated_gradients"])
@@ -119,7 +136,7 @@ def test_what_counts_is_what_the_class_needs(digits_vit, method):
     model, images, labels = digits_vit
     images, labels = images[:64], labels[:64]
     if method in METHODS:
-        maps = attribution_maps(model, images, labels, method)
+        maps = relevance_map(propagate(model, images, labels), method)
     elif method == "integrated_gradients":
         maps = positive(integrated(model, images, plain(images, "mean", None), labels, 50).attributions)
     elif method == "gradcam":

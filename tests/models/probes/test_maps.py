@@ -11,6 +11,7 @@ from models.probes.gradcam import gradcam_maps
 from models.probes.integrated_gradients import integrated, positive
 from models.probes.maps import chosen_places, maps_through
 from models.probes.normgrad import combined, normgrad_maps, of_virtual_layer
+from models.surgery.any_timm import timm_model
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([1, 3])
@@ -29,7 +30,7 @@ def test_maps_pass_through_unchanged(chosen):
     model = model_of(**chosen)
     expected, seen = model(IMAGES), {}
     blocks = chosen_places("w", model, "all")
-    with maps_through(blocks) as places:
+    with maps_through(model, blocks) as places:
         for name, place in places.items():
             place.register_forward_hook(lambda *call, name=name: seen.update({name: call[-1]}))
         assert torch.equal(model(IMAGES), expected)
@@ -62,7 +63,7 @@ def test_normgrad_is_the_norm_of_the_gradient_of_a_layer_that_is_put_there():
     blocks = chosen_places("w", model, 1)
     ((name, found),) = normgrad_maps(model, IMAGES, CLASSES, blocks).items()
     weights = torch.eye(32).repeat(2, 4, 4, 1, 1).requires_grad_()
-    with maps_through(blocks) as places:
+    with maps_through(model, blocks) as places:
         places[name].register_forward_hook(lambda _m, _g, x: torch.einsum("byxoc,bcyx->boyx", weights, x))
         loss = F.cross_entropy(model(IMAGES), CLASSES, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, weights)
@@ -144,7 +145,7 @@ def test_a_layer_that_is_none_is_refused(chosen, layers, text):
 
 
 def test_a_model_without_such_maps_is_refused():
-    text = "^w: the maps of a backbone of ours are looked at, got Linear; choose probe=integrated_gradients"
+    text = "^w: it looks at maps of a backbone, and Linear says of none where they are; choose probe=integrated_grad"
     with pytest.raises(ValueError, match=text):
         chosen_places("w", nn.Linear(1, 1), "last")
 
@@ -153,6 +154,29 @@ def test_a_model_without_such_maps_is_refused():
 def test_layers_are_chosen_in_order(layers, count):
     found = list(chosen_places("w", model_of("swin_32px"), layers))
     assert len(found) == count and found[-1] == "stages.1.blocks.1" and found == sorted(found)
+
+
+OF_TIMM = {
+    "test_vit": ("blocks.4", (2, 4, 4)),  # behind the last, blocks.5, the class token alone is read
+    "test_resnet": ("layer4", (2, 2, 2)),
+    "test_mambaout": ("stages.3", (2, 2, 2)),  # channels last
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n != "test_vit")) for n in OF_TIMM])
+def test_models_of_timm(name):
+    place, shape = OF_TIMM[name]
+    model, images = timm_model(name, None, 64, 5).eval(), IMAGES.repeat(1, 1, 2, 2)
+    blocks = chosen_places("w", model, "last")
+    assert list(blocks) == [place]
+    expected = model(images)
+    with maps_through(model, blocks):
+        assert torch.equal(model(images), expected)
+    for maps in (gradcam_maps, normgrad_maps):
+        assert maps(model, images, CLASSES, blocks)[place].shape == shape
+    assert normgrad_maps(model, images, CLASSES, blocks)[place].amax() > 0
+    with pytest.raises(ValueError, match=r"w: there is no layer 'blocks.9'"):
+        chosen_places("w", model, "blocks.9")
 
 
 ROWS = [name for name in list_models() if name.endswith("_32px") and not name.startswith("dit")]
