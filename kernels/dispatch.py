@@ -34,13 +34,18 @@ def is_fused(who: str, backend: str, tensor: Tensor) -> bool:
     """Whether an operation on this tensor takes the fused path.
 
     Raises:
-        ValueError: an unknown backend, or backend "triton" where no kernel can run.
+        ValueError: an unknown backend, backend "triton" where no kernel can run, or torch.func where one would.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{who}: backend must be {', '.join(BACKENDS)}, got {backend}; choose one of them")
     if _forced or backend == "torch":
         return False
     if tensor.device.type == "cuda" or INTERPRETED:
+        if is_transformed(tensor):
+            raise ValueError(
+                f"{who}: the kernels take plain tensors, got one inside of torch.func (vmap, grad, jvp); "
+                "use backend=torch"
+            )
         return True
     if backend == "triton":
         raise ValueError(
@@ -48,6 +53,11 @@ def is_fused(who: str, backend: str, tensor: Tensor) -> bool:
             "same in PyTorch there, or start with TRITON_INTERPRET=1 to interpret the kernels"
         )
     return False
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it is what torch.func makes of a tensor; what is compiled sees through that."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensors(who: str, activations: dict[str, Tensor], others: dict[str, Tensor | None] | None = None) -> None:

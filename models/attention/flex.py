@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from kernels.dispatch import check_tensors
+from kernels.dispatch import check_tensors, is_transformed
 from models.attention.contract import Grid
 from models.attention.contract.layout import Around
 from models.attention.contract.places import OfOffset
@@ -52,7 +52,8 @@ def attend(
     """
     check_tensors(WHO, {"q": q, "k": k, "v": v})
     scored = None if bias is None else score_mod(bias, grid, around, q.device)
-    kept = type(q) is Tensor  # what is made of fake tensors, in an export, is not kept
+    # what is made of fake tensors, in an export, or inside of torch.func, is not kept
+    kept = type(q) is Tensor and not is_transformed(q)
     find = block_mask if kept else block_mask.__wrapped__
     seen = None if around is None else find(grid, around, q.device)
     alone = q.is_cuda and not torch.compiler.is_compiling()  # else part of what is compiled

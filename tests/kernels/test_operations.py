@@ -239,7 +239,9 @@ def test_refuses_what_no_kernel_takes(operation, shape, monkeypatch):
     with pytest.raises(ValueError, match=r"the kernels take float32, float16 and bfloat16, got .* in float64; cast it"):
         operation.run(**converted(operation.inputs(DEVICE, torch.float32, **shape), torch.float64))
     inputs = operation.inputs(DEVICE, torch.float32, **shape)
-    _, *others = (name for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point())
+    first, *others = (name for name, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point())
+    with pytest.raises(ValueError, match=r"take plain tensors, got one inside of torch\.func .*; use backend=torch"):
+        torch.func.grad(lambda tensor: operation.run(**{**inputs, first: tensor}))(inputs[first].detach())
     if others:
         with pytest.raises(ValueError, match=r"all tensors must be on one device, got .* on meta"):
             operation.run(**{**inputs, others[0]: inputs[others[0]].detach().to("meta")})

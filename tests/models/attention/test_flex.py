@@ -109,3 +109,14 @@ def test_wrong_dtypes_are_refused() -> None:
     heads = torch.randn(1, 2, MAP.tokens, 16, dtype=torch.double)
     with pytest.raises(ValueError, match=r"flex_attention: the kernels take float32, float16 and bfloat16, got q"):
         flex.attend(heads, heads, heads, MAP, scale=1.0)
+
+
+def test_what_is_made_inside_of_torch_func_is_not_kept() -> None:
+    """It would be of a level that is over; on the CPU FlexAttention stops there behind the mask."""
+    around, q = Neighborhood((3, 3)).around, torch.randn(1, 2, MAP.tokens, 16)
+    flex.block_mask.cache_clear()
+    with pytest.raises(NotImplementedError):
+        torch.func.grad(lambda q: flex.attend(q, q, q, MAP, scale=0.25, around=around).sum())(q)
+    assert not flex.block_mask.cache_info().currsize
+    assert flex.attend(q, q, q, MAP, scale=0.25, around=around).isfinite().all()
+    assert flex.block_mask.cache_info().currsize == 1
