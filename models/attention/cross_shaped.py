@@ -131,6 +131,11 @@ class CrossShaped(Mixer):
             raise TypeError(no_matrix(type(self.cores[0]).__name__, self.without_matrix))
         return self._matrix(x_BNC if self.pre is None else self.pre(x_BNC, grid), grid)
 
+    def put_back(self, o_WMTE: Tensor, grid: Grid, stripe: Grid) -> Tensor:
+        """What the queries of stripes have, any number of each head, as that of all tokens (B, M, N, E)."""
+        o_BNE = windows.merge(o_WMTE.transpose(1, 2).flatten(2), *grid[:2], stripe[:2])
+        return o_BNE.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
     def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
         """See `models.attention.Mixer`."""
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
@@ -139,7 +144,7 @@ class CrossShaped(Mixer):
     def _matrix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         found = []
         for direction, core in enumerate(self.cores):
-            q, k, _, stripe = self._stripes(direction, x_BNC, grid)
+            q, k, _, stripe = self.stripes(direction, x_BNC, grid)
             found.append(spread(core.matrix(q, k, stripe, stripe), grid, stripe))
         return torch.cat(found, dim=1)
 
@@ -147,9 +152,8 @@ class CrossShaped(Mixer):
         """What the weights of each direction are multiplied with, (B, M, N, D) on the map."""
         found = []
         for direction, core in enumerate(self.cores):
-            _, _, v, stripe = self._stripes(direction, x_BNC, grid)
-            v_BNC = windows.merge(merge_heads(core.valued(v, stripe)), *grid[:2], stripe[:2])
-            found.append(split_heads(v_BNC, 1, self.num_heads)[0])
+            _, _, v, stripe = self.stripes(direction, x_BNC, grid)
+            found.append(self.put_back(core.valued(v, stripe), grid, stripe))
         return found
 
     def _read(self, weights: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -157,7 +161,7 @@ class CrossShaped(Mixer):
         directions = zip(self.cores, weights.chunk(2, dim=1), values, strict=True)
         return self._joined([merge_heads(core.finished(own.to(v.dtype) @ v)) for core, own, v in directions])
 
-    def _stripes(self, direction: int, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
+    def stripes(self, direction: int, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
         """Queries, keys and values (B·R, M, T, D) of the stripes of a direction, and the map of one."""
         size = self.layout.sizes(grid)[direction]
         weight, bias = list(self._projections(1 if self.layout.summed else 2))[direction]

@@ -1,6 +1,7 @@
 """What agents do: what each of them gathers from the tokens, and which tokens read it, over the picture.
 
 In windows every window has agents of its own; the map of an agent then shows those of the same number in all windows.
+Heads in stripes of two directions are two layers, as their agents are others.
 Shapes: B = images, M = heads, N = prefix + H·W tokens, S = keys, A = agents.
 """
 
@@ -15,6 +16,7 @@ from conf.values import refuse, whole
 from models.attention.agent import AgentCore
 from models.attention.contract import Grid, Mixer
 from models.attention.contract.layout import SAME
+from models.attention.cross_shaped import CrossShaped
 from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
@@ -86,7 +88,8 @@ def agents(
 def has_agents(mixer: Mixer) -> bool:
     """Whether it attends through agents, be its heads gated or not."""
     inside = ungated(mixer)
-    return isinstance(inside, MultiHead) and isinstance(inside.core, AgentCore)
+    core = inside.cores[0] if isinstance(inside, CrossShaped) else getattr(inside, "core", None)
+    return isinstance(inside, MultiHead | CrossShaped) and isinstance(core, AgentCore)
 
 
 @torch.no_grad()
@@ -94,7 +97,24 @@ def agents_of(model: nn.Module, mixers: dict[str, Mixer], batch: Tensor) -> dict
     """Of these mixers by name, for a batch of images."""
     with recorded(model) as calls:
         model(batch)
-    return {name: _of(ungated(mixer), *calls[name]) for name, mixer in mixers.items()}
+    found = {}
+    for name, mixer in mixers.items():
+        (x_BNC, grid), inside = calls[name], ungated(mixer)
+        if isinstance(inside, CrossShaped):
+            found |= {f"{name}.{word}": one for word, one in _in_stripes(inside, x_BNC, grid).items()}
+        else:
+            found[name] = _of(inside, x_BNC, grid)
+    return found
+
+
+def _in_stripes(mixer: CrossShaped, x_BNC: Tensor, grid: Grid) -> dict[str, Agents]:
+    x_BNC, found = x_BNC if mixer.pre is None else mixer.pre(x_BNC, grid), {}
+    for direction, word in enumerate(("vertical", "horizontal")):
+        q, k, _, stripe = mixer.stripes(direction, x_BNC, grid)
+        gathered, read = mixer.cores[direction].paths(q, k, stripe, stripe)
+        on_map = (mixer.put_back(t, grid, stripe) for t in (gathered.mT, read))
+        found[word] = Agents(*on_map, grid, grid, mixer.cores[direction].agents, len(q) == len(x_BNC))
+    return found
 
 
 def _of(mixer: MultiHead, x_BNC: Tensor, grid: Grid) -> Agents:
@@ -181,7 +201,6 @@ def _panels(picture: Any, maps_NA: Tensor, grid: Grid, one: Agents, shown: int) 
 def _check_head(heads: str | int, mixers: dict[str, Mixer]) -> None:
     """Refuses the number of a head that a layer has not."""
     for name, mixer in mixers.items():
-        if isinstance(heads, int) and heads >= mixer.site.num_heads:
-            raise UserError(
-                f"probe: heads={heads} is none of the {mixer.site.num_heads} heads of {name}; set probe.heads=mean"
-            )
+        count = ungated(mixer).num_heads
+        if isinstance(heads, int) and heads >= count:
+            raise UserError(f"probe: heads={heads} is none of the {count} heads of {name}; set probe.heads=mean")

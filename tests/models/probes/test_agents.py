@@ -5,6 +5,7 @@ import pytorch_lightning as pl
 import torch
 
 from conf.errors import UserError
+from conf.names import options
 from data.module import ImageData
 from data.sources.digits import Digits
 from models import create_model
@@ -30,15 +31,11 @@ def model_of(name: str, **options) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("vit_32px", VIT | {"class_token": True}),
-        ("vit_32px", VIT | {"window": 4}),
-        ("vit_32px", VIT | {"sr_ratio": 2}),
-    ],
+    "given",
+    [{"class_token": True}, {"window": 4}, {"sr_ratio": 2}],
 )
-def test_reading_what_was_gathered_is_the_attention(name, options):
-    model, images = model_of(name, **options), torch.randn(2, 3, 32, 32)
+def test_reading_what_was_gathered_is_the_attention(given):
+    model, images = model_of("vit_32px", **VIT, **given), torch.randn(2, 3, 32, 32)
     mixers = dict(mixers_of(model))
     found = agents_of(model, mixers, images)
     assert found.keys() == mixers.keys() and len(found) == 1
@@ -51,10 +48,43 @@ def test_reading_what_was_gathered_is_the_attention(name, options):
     seen = weights != 0
     torch.testing.assert_close(through[seen], weights[seen], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one.read.sum(-1), torch.ones(one.read.shape[:3]))
-    assert one.whole == ("window" not in options) and seen.all() == one.whole
+    assert one.whole == ("window" not in given) and seen.all() == one.whole
     windows = 1 if one.whole else 4
     torch.testing.assert_close(one.gathered.sum(2), torch.full((2, 4, one.read.shape[-1]), float(windows)))
     assert summed(one)["smallest_load"] <= 1 / one.read.shape[-1] <= summed(one)["largest_load"]
+
+
+def test_agents_in_stripes_of_two_directions():
+    model, images = model_of("vit_32px", **VIT, stripe=2), torch.randn(2, 3, 32, 32)
+    ((layer, mixer),) = mixers_of(model)
+    found = agents_of(model, {layer: mixer}, images)
+    assert list(found) == [f"{layer}.vertical", f"{layer}.horizontal"]
+    with torch.no_grad(), recorded(model) as calls:
+        model(images)
+        weights = mixer.token_weights(*calls[layer]).weights
+    through = torch.cat([one.read @ one.gathered.mT for one in found.values()], dim=1)
+    torch.testing.assert_close(through[weights != 0], weights[weights != 0], rtol=1e-4, atol=1e-5)
+    upright, flat = (one.sides for one in found.values())
+    assert upright == flat[::-1] and upright[0] > upright[1] and not found[f"{layer}.vertical"].whole
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", options("attention/layout"))
+def test_every_layout_that_agents_take(layout):
+    try:
+        model = model_of("swin_32px", num_classes=10, attention="agent", layout=layout)
+    except UserError as error:
+        assert "AgentCore cannot work" in str(error)
+        return
+    images, mixers = torch.randn(1, 3, 32, 32), dict(mixers_of(model))
+    with torch.no_grad(), recorded(model) as calls:
+        model(images)
+        weights = {name: mixer.token_weights(*calls[name]).weights for name, mixer in mixers.items()}
+    found = agents_of(model, mixers, images)
+    for name, expected in weights.items():
+        own = [one for layer, one in found.items() if layer.startswith(name)]
+        through = torch.cat([one.read @ one.gathered.mT for one in own], dim=1)
+        torch.testing.assert_close(through[expected != 0], expected[expected != 0], rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_and_table(given):
@@ -80,7 +110,7 @@ def test_agents_whose_heads_are_gated(given):
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("asked", "text"),
     [
         ({"shown": 12}, "probe: shown must be at most 11 agents, got 12; set probe.shown=6"),
         ({"shown": 0}, "probe: shown must be a whole number of at least 1, got 0"),
@@ -88,9 +118,9 @@ def test_agents_whose_heads_are_gated(given):
         ({"heads": "all"}, "probe: heads must be each, mean or the number of one, got all"),
     ],
 )
-def test_what_cannot_be_asked(given, options, text):
+def test_what_cannot_be_asked(given, asked, text):
     with pytest.raises(UserError) as error:
-        agents(create_model("vit_32px", **VIT), *given, **options)
+        agents(create_model("vit_32px", **VIT), *given, **asked)
     assert text in str(error.value)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conf.errors import UserError
 from data.module import ImageData
 from data.sources.digits import Digits
-from models import create_model
+from models import create_model, list_attentions
 from models.attention import Grid, mixers_of
 from models.probes.head_gates import head_gates, measured, spread, spreads
 from models.probes.head_loads import Loads
@@ -120,6 +120,27 @@ def test_what_has_no_matrix_has_the_rest(given):
     assert line == f"without weights of tokens on tokens, hence no entropy: {LAYER}"
     assert list(report.pictures) == ["heads"] and report.tables["heads"][0]["entropy"] is None
     assert spreads(model, dict(mixers_of(model)), batch(1)[0]) == {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("attention", list_attentions())
+def test_every_mechanism_with_gates(attention):
+    """All of today's take gates; what has no weights of tokens on tokens has no entropy."""
+    model, (images, labels) = vit(attention=attention), batch(2)
+    mixers = {LAYER: dict(mixers_of(model))[LAYER]}
+    with torch.no_grad(), head_gates(mixers) as gates:
+        plain = model(images)
+        gates[LAYER] = torch.ones(4)
+        torch.testing.assert_close(model(images), plain, rtol=1e-3, atol=1e-3)
+        gates[LAYER] = torch.zeros(4)
+        assert not torch.allclose(model(images), plain, rtol=1e-3, atol=1e-3)
+    found = measured(model, mixers, [(images, labels)], Loads(model, 10))
+    assert all(0 <= value < math.inf for value in found.gradient[LAYER]) and max(found.gradient[LAYER]) > 0
+    spread_out = spreads(model, mixers, images)
+    assert (LAYER in spread_out) == mixers[LAYER].has_matrix
+    for of_heads in spread_out.values():
+        assert all(0 <= value <= math.log(64) + 1e-4 for value in of_heads.entropy)
+        assert all(0 <= value <= 28 * math.sqrt(2) for value in of_heads.distance)
 
 
 @pytest.mark.parametrize(
