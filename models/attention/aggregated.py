@@ -26,6 +26,7 @@ from models.attention.contract.explaining import grafted, is_explaining
 from models.attention.contract.heads import gated_heads, head_channels, merge_heads, split_heads
 from models.attention.contract.options import check_flags, check_odd, check_whole, for_stage
 from models.attention.cosine import ContinuousPositionBias, cosine_attention, measured_in
+from models.layers.reduction import averaged
 from models.layers.tokens import to_map, to_tokens
 
 
@@ -124,10 +125,9 @@ class AggregatedAttention(Mixer):
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """See `models.attention.Mixer`; the weight of a pooled token is spread over the cells that it averages."""
         near, pooled = matrix.split([grid.tokens, matrix.shape[-1] - grid.tokens], dim=-1)
-        sides = zip(grid[:2], self.reduce.reduced(grid)[:2], strict=True)
-        rows, columns = (F.adaptive_avg_pool1d(torch.eye(side).to(matrix)[None], few)[0] for side, few in sides)
-        cells = pooled.unflatten(-1, (rows.shape[1], columns.shape[1]))
-        return TokenWeights(near + torch.einsum("...hw,yh,xw->...yx", cells, rows, columns).flatten(-2), grid, grid)
+        kv_grid = self.reduce.reduced(grid)
+        cells = averaged(grid.height, kv_grid.height), averaged(grid.width, kv_grid.width)
+        return TokenWeights(near + TokenWeights(pooled, grid, kv_grid, cells).on_tokens(), grid, grid)
 
     def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
         """See `models.attention.Mixer`."""

@@ -306,7 +306,7 @@ class MultiHead(Resizable, Mixer):
         """See `models.attention.Mixer`: what the mixer does with values of one for each token in turn."""
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         if self.reduce is not None:
-            return TokenWeights(matrix, grid, self.reduce.reduced(grid))
+            return TokenWeights(matrix, grid, self.reduce.reduced(grid), self.reduce.cells(grid))
         N, D = grid.tokens, self.head_dim
         if type(self.layout) is Layout and matrix.shape[-1] == N:
             return TokenWeights(matrix, grid, grid)

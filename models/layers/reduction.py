@@ -1,11 +1,13 @@
 """Fewer keys and values: the map is shortened by a strided convolution or by pooling to a fixed size.
 
-Every module is called as `(x_BNC, grid) -> (x_BSC, kv_grid)`; prefix tokens are not expected.
+Every module is called as `(x_BNC, grid) -> (x_BSC, kv_grid)`; prefix tokens are not expected. `cells` says of which
+tokens a new one is made, as shares along both axes: (rows of the shortened map, rows) and (its columns, columns).
 Source: spatial reduction: PVT, Wang et al., ICCV 2021, arXiv:2102.12122; pooling: PVT v2 (linear SRA), Wang et al.,
 CVMJ 2022, arXiv:2106.13797.
 Shapes: B = batch, N = H·W tokens, S = tokens of the shortened map, C = channels.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,6 +41,15 @@ class SpatialReduction(nn.Module):
         """The map of keys and values for a map of queries; the same type as `grid`."""
         return grid._replace(height=-(-grid.height // self.ratio), width=-(-grid.width // self.ratio))
 
+    def cells(self, grid: tuple) -> tuple[Tensor, Tensor]:
+        """Squares, the last of them with what is left."""
+        found = []
+        for side in grid[:2]:
+            square = torch.arange(side) // self.ratio
+            within = (square == torch.arange(-(-side // self.ratio))[:, None]).float()
+            found.append(within / within.sum(1, keepdim=True))
+        return found[0], found[1]
+
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
         x_BCHW = F.pad(to_map(x_BNC, grid), (0, -grid.width % self.ratio, 0, -grid.height % self.ratio))
         return self.norm(to_tokens(self.conv(x_BCHW))), self.reduced(grid)
@@ -69,6 +80,15 @@ class PooledReduction(nn.Module):
         """The map of keys and values for a map of queries; the same type as `grid`."""
         return grid._replace(height=self.size, width=self.size)
 
+    def cells(self, grid: tuple) -> tuple[Tensor, Tensor]:
+        """What adaptive pooling averages, see `averaged`."""
+        return averaged(grid.height, self.size), averaged(grid.width, self.size)
+
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
         pooled = F.adaptive_avg_pool2d(to_map(x_BNC, grid), (self.size, self.size))
         return F.gelu(self.norm(to_tokens(self.conv(pooled)))), self.reduced(grid)
+
+
+def averaged(side: int, pooled: int) -> Tensor:
+    """(pooled, side): of each cell of a line pooled adaptively, which share every cell has."""
+    return F.adaptive_avg_pool1d(torch.eye(side)[None], pooled)[0].T

@@ -321,6 +321,23 @@ def test_a_pooled_key_stands_for_the_cells_that_it_averages():
     torch.testing.assert_close(row.sum(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("options", [{"ratio": 4}, {"ratio": 1, "pool": 7}, {"ratio": 1, "pool": 12}], ids=str)
+def test_a_shortened_key_stands_for_the_cells_that_it_is_made_of(options):
+    """Those that a change of it moves, each with the same share; a map of 12 is pooled from one of 9 by repetition."""
+    grid = GRIDS["padded"]
+    torch.manual_seed(0)
+    mixer = make(partial(softmax_attention, layout=partial(read("attention/layout")["reduced"], **options)), SITE)
+    x = tokens(grid).requires_grad_()
+    keys, kv_grid = mixer.reduce(x, grid)
+    for key in range(0, kv_grid.tokens, 5):
+        matrix = torch.zeros(1, 4, grid.tokens, kv_grid.tokens)
+        matrix[..., key] = 1
+        row = mixer.over_tokens(matrix, x, grid).on_tokens()[0, 0, 3]
+        (moved,) = torch.autograd.grad(keys[0, key].square().sum(), x, retain_graph=True)
+        assert torch.equal(row > 0, moved[0].abs().sum(-1) > 0)
+        torch.testing.assert_close(row[row > 0], torch.full_like(row[row > 0], 1 / int((row > 0).sum())))
+
+
 if __name__ == "__main__":
     for case in cases():
         mixer = mixer_of(*case.values)

@@ -61,21 +61,23 @@ class TokenWeights(NamedTuple):
     """Weights of every token of a map on every key, whoever may see whom.
 
     weights: (B, M, N, S); 0 where a token does not see a key. grid: of the N tokens. kv_grid: of the S keys, another
-    map where keys are shortened.
+    map where keys are shortened. cells: of every row and every column of keys, which share of it each of the tokens'
+    has, (rows of keys, rows) and (columns of keys, columns); None: they are equal pieces of the map.
     """
 
     weights: Tensor
     grid: Grid
     kv_grid: Grid
+    cells: tuple[Tensor, Tensor] | None = None
 
     def on_tokens(self) -> Tensor:
         """(B, M, N, N): the weight of a key that stands for several tokens is divided evenly among these."""
         if self.kv_grid == self.grid:
             return self.weights
-        rows, columns = (
-            shares(whole, part, self.weights) for whole, part in zip(self.grid[:2], self.kv_grid[:2], strict=True)
-        )
+        sides = zip(self.grid[:2], self.kv_grid[:2], strict=True)
+        rows, columns = self.cells or (shares(whole, part, self.weights) for whole, part in sides)
         cells = self.weights[..., self.kv_grid.prefix :].unflatten(-1, self.kv_grid[:2])
+        rows, columns = rows.to(cells), columns.to(cells)
         spread = torch.einsum("...hw,hy,wx->...yx", cells, rows, columns).flatten(-2)
         return torch.cat([self.weights[..., : self.kv_grid.prefix], spread], dim=-1)
 
