@@ -98,7 +98,7 @@ def probabilities(logits_BK: Tensor, several: bool) -> Tensor:
 
 def chart_of(curves: dict[str, list[float]]) -> Figure:
     """The three curves over what is taken away."""
-    figure = canvas(5.0, 3.6)
+    figure = canvas(5.0, 3.8)
     axis = figure.subplots()
     styles = {"most": (ORANGE, "-"), "least": (BLUE, "-"), "random": ("0.5", "--")}
     words = {"most": "most relevant first", "least": "least relevant first", "random": "at random"}
@@ -106,7 +106,7 @@ def chart_of(curves: dict[str, list[float]]) -> Figure:
         axis.plot(FRACTIONS, curves[order], color=colour, linestyle=line, marker="o", label=words[order])
     axis.set(title="deletion test", xlabel="share of the picture taken away", ylabel="probability of the class")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=len(curves), fontsize=8)
     return figure
 
 

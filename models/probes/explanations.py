@@ -119,7 +119,7 @@ def report_of(
         tables={"images": rows, "map": table} | test.tables,
         pictures=pictures | test.pictures,
         captions=captions | test.captions,
-        lines=[subject.title, *test.lines, *left],
+        lines=[*test.lines, *left],
     )
 
 

@@ -68,13 +68,13 @@ def relevance_maps(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, lay
     start_B1N = readers(model, images_BCHW, list(calls.values())[-1].grid)
 
     def step(name: str, reads_B2N: Tensor) -> Tensor:
-        """The first row with what the layer adds, the second without, for comparison."""
+        """The first row is what layers have added, the second what would be read without."""
         matrix, gradient = counts[name]
         positive = (gradient * matrix).clamp_min(0).float()
         added_BNN = layers[name].over_tokens(positive, *calls[name]).on_tokens().mean(1)
-        return torch.cat([reads_B2N[:, :1] + reads_B2N[:, :1] @ added_BNN, reads_B2N[:, 1:]], dim=1)
+        return torch.cat([reads_B2N[:, :1] + reads_B2N.sum(1, keepdim=True) @ added_BNN, reads_B2N[:, 1:]], dim=1)
 
     with torch.no_grad():
-        steps = followed_back(start_B1N.expand(-1, 2, -1), calls, step)
-        maps = {name: as_map(reads[:, :1] - reads[:, 1:], grid)[:, 0] for name, reads, grid in steps}
+        steps = followed_back(torch.cat([torch.zeros_like(start_B1N), start_B1N], dim=1), calls, step)
+        maps = {name: as_map(reads, grid)[:, 0] for name, reads, grid in steps}
     return Explained.of(maps)
