@@ -20,6 +20,7 @@ from data.batch import Batch
 from models.layers.activation import SquaredReLU, TopK
 from models.layers.mlp import ConvGLU, ConvMlp
 from models.probes import Report
+from models.probes.blocks import short
 from models.probes.charts import BLUE, ORANGE, canvas
 from models.probes.passes import check_images, over_validation
 
@@ -159,12 +160,8 @@ def chart(rows: list[dict[str, Any]]) -> Any:
     lower.bar(places, [row["dead_channels"] / row["channels"] for row in rows], color="0.4")
     lower.set(ylabel="dead channels", ylim=(0, max(0.05, *(row["dead_channels"] / row["channels"] for row in rows))))
     if len(rows) <= 40:
-        lower.set_xticks(places, [_short(row["layer"]) for row in rows], rotation=90, fontsize=7)
+        lower.set_xticks(places, [short(row["layer"]) for row in rows], rotation=90, fontsize=7)
     return figure
-
-
-def _short(name: str) -> str:
-    return name.replace("stages.", "").replace(".blocks.", ".")
 
 
 def _shown(rows: list[dict[str, Any]]) -> dict[str, str]:

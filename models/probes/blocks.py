@@ -26,6 +26,11 @@ def blocks_of(who: str, model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def short(name: str) -> str:
+    """As charts have room for it: 2.0 of stages.2.blocks.0."""
+    return name.replace("stages.", "").replace(".blocks.", ".")
+
+
 def _blocks(stage: nn.Module) -> range:
     return range(len(getattr(stage, "blocks", ())))
 

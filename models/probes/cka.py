@@ -16,7 +16,7 @@ from conf.errors import UserError
 from data.batch import Batch
 from data.sources.form import per_channel
 from models.probes import Report, Subject
-from models.probes.blocks import blocks_of, outputs
+from models.probes.blocks import blocks_of, outputs, short
 from models.probes.charts import canvas
 from models.probes.passes import check_images, over_validation
 from models.probes.stored import stored
@@ -162,10 +162,6 @@ def chart(values: list[list[float]], rows: list[str], columns: list[str]) -> Any
     for names, put in ((columns, axis.set_xticks), (rows, axis.set_yticks)):
         if len(names) <= NAMED:
             turned = {"rotation": 90} if names is columns and put == axis.set_xticks else {}
-            put(range(len(names)), [_short(name) for name in names], fontsize=7, **turned)
+            put(range(len(names)), [short(name) for name in names], fontsize=7, **turned)
     figure.colorbar(image, ax=axis, fraction=0.046)
     return figure
-
-
-def _short(name: str) -> str:
-    return name.replace("stages.", "").replace(".blocks.", ".")

@@ -17,6 +17,7 @@ from data.batch import Batch
 from models.backbones.base import Backbone
 from models.layers.grid import Grid
 from models.probes import Report
+from models.probes.blocks import short
 from models.probes.charts import BLUE, ORANGE, canvas
 from models.probes.passes import check_images, over_validation
 
@@ -177,7 +178,7 @@ def chart(rows: list[dict[str, Any]]) -> Any:
     upper.legend(loc="best", fontsize=8)
     lower.plot([row["loss"] for row in rows], color=BLUE, marker="o", markersize=3)
     lower.set(ylabel="log-loss")
-    lower.set_xticks(range(len(rows)), [row["layer"].replace("stages.", "").replace(".blocks.", ".") for row in rows])
+    lower.set_xticks(range(len(rows)), [short(row["layer"]) for row in rows])
     lower.set_xlabel("stage.block")
     return figure
 

@@ -9,9 +9,10 @@ Shapes: B = images, M = heads, N = tokens, S = keys, C = channels, D = channels 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.attention import Grid, Mixer
+from models.attention.contract.heads import split_heads
 from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import Call
@@ -28,7 +29,8 @@ class Exported(NamedTuple):
 
 def projects(mixer: Mixer) -> bool:
     """Whether it has queries and keys."""
-    return _inner(mixer) is not None
+    mixer = ungated(mixer)
+    return isinstance(mixer, MultiHead) or isinstance(getattr(mixer, "qkv", None), nn.Linear)
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def exported(mixers: dict[str, Mixer], calls: dict[str, Call], seen: Images) -> 
     tensors, index = {}, []
     for name, mixer in mixers.items():
         call = calls[name]
-        q_BMND, k_BMSD, kv_grid = queries_keys(_inner(mixer), *call)
+        q_BMND, k_BMSD, kv_grid = queries_keys(mixer, *call)
         q_MVD, k_MVD = (x.transpose(0, 1).flatten(1, 2).float() for x in (q_BMND, k_BMSD))
         q_MVD, k_MVD = in_one_space(q_MVD, k_MVD)
         tensors |= {f"{name}.tokens": call.x_BNC.flatten(0, 1).float().cpu().contiguous()}
@@ -46,13 +48,21 @@ def exported(mixers: dict[str, Mixer], calls: dict[str, Call], seen: Images) -> 
     return Exported(tensors, index)
 
 
-def queries_keys(mixer: MultiHead, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
-    """Queries (B, M, N, D), keys (B, M, S, D) and the map of the keys; where windows are cut before the projection,
-    without what a transform does to them there."""
-    x = x_BNC if mixer.pre is None else mixer.pre(x_BNC, grid)
-    whole = mixer.layout.between(grid) == grid
-    q, k, _, kv_grid = (mixer._heads if whole else mixer._project)(x, grid)
-    return q, k, kv_grid
+def queries_keys(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
+    """Queries (B, M, N, D), keys (B, M, S, D) and the map of the keys, of MoH and its like those that are gated.
+
+    As they are projected, where a mechanism or a transform changes them in windows or regions.
+    """
+    mixer = ungated(mixer)
+    if isinstance(mixer, MultiHead):
+        x = x_BNC if mixer.pre is None else mixer.pre(x_BNC, grid)
+        whole = mixer.layout.between(grid) == grid
+        q, k, _, kv_grid = (mixer._heads if whole else mixer._project)(x, grid)
+        return q, k, kv_grid
+    qkv_BNC = mixer.qkv(x_BNC)
+    width = getattr(mixer, "qk_dim", qkv_BNC.shape[-1] // 3)
+    q, k = split_heads(qkv_BNC[..., : 2 * width], 2, mixer.site.num_heads)
+    return q, k, grid
 
 
 def in_one_space(q_MVD: Tensor, k_MVD: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,12 +72,6 @@ def in_one_space(q_MVD: Tensor, k_MVD: Tensor) -> tuple[Tensor, Tensor]:
     scale = (lengths[1] / lengths[0]).sqrt()[:, None, None]
     q_MVD, k_MVD = q_MVD * scale, k_MVD / scale
     return q_MVD, k_MVD + q_MVD.mean(1, keepdim=True)
-
-
-def _inner(mixer: Mixer) -> MultiHead | None:
-    """A multi-head mixer, of MoH and its like the one that is gated; None for what mixes in several ones."""
-    mixer = ungated(mixer)
-    return mixer if isinstance(mixer, MultiHead) else None
 
 
 def _index(layer: str, kind: str, grid: Grid, seen: Images) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ import torch
 from conf.errors import UserError
 from data.module import ImageData
 from data.sources.digits import Digits
-from models import create_model
+from models import create_model, list_models
 from models.probes.activation_sparsity import Counts, activation_sparsity, heard, unfused
+
+SMALL = [name for name in list_models() if name.endswith("_32px") and "dit" not in name]
 
 
 @pytest.fixture
@@ -69,6 +71,15 @@ def test_activations_inside_a_convolution_are_seen():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert all(count.total for count in counts.values()) and len(counts) == 4
     assert all(type(part) is torch.nn.GELU for part in (block.mlp.act for s in model.stages for block in s.blocks))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*SMALL, "timm/resnet10t", "timm/convnext_atto"])
+def test_every_function_of_every_backbone_is_heard(name, digits, trainer):
+    model = create_model(name, num_classes=10).eval()
+    report = activation_sparsity(model, digits, trainer, images=4)
+    assert report.tables["layers"] and report.lines == ["of 4 images; near 0: up to 0.01 on both sides"]
+    assert all(row["zero"] <= row["near"] and row["zero"] <= row["negative"] <= 1 for row in report.tables["layers"])
 
 
 def test_what_cannot_be_shown_is_said_before_work(digits):

@@ -7,11 +7,13 @@ import torch
 from conf.errors import UserError
 from data.module import ImageData
 from data.sources.digits import Digits
-from models import create_model
+from models import create_model, list_models
 from models.probes import Subject
 from models.probes.blocks import blocks_of, outputs
 from models.probes.cka import Alignment, cka, grams, hsic
 from tests.models.probes.runs import written
+
+SMALL = [name for name in list_models() if name.endswith("_32px") and "dit" not in name]
 
 
 def alignment(left: list[torch.Tensor], right: list[torch.Tensor], batch: int = 50) -> torch.Tensor:
@@ -94,9 +96,11 @@ def test_what_cannot_be_compared_is_one_sentence(digits, trainer, subject, tmp_p
 
 
 @pytest.mark.full
-def test_a_model_of_timm(digits, trainer, subject):
-    report = cka(create_model("timm/resnet10t", num_classes=10).eval(), digits, trainer, subject, images=16)
-    assert len(report.tables["cka"]) >= 4
+@pytest.mark.parametrize("name", [*SMALL, "timm/resnet10t", "timm/vit_tiny_patch16_224"])
+def test_every_backbone(name, digits, trainer, subject):
+    size = {"image_size": 32} if "patch16" in name else {}
+    report = cka(create_model(name, num_classes=10, **size).eval(), digits, trainer, subject, images=8)
+    assert all(row[row["layer"]] == pytest.approx(1, abs=1e-9) for row in report.tables["cka"])
 
 
 @pytest.mark.full

@@ -70,11 +70,23 @@ def test_exported_keys_are_those_of_the_attention(settings):
     with torch.no_grad(), recorded(model) as calls:
         model(torch.randn(1, 3, 32, 32))
     name, mixer = next(mixers_of(model))
-    inner = getattr(mixer, "mixer", mixer)
-    q, k, kv_grid = queries_keys(inner, *calls[name])
+    q, k, kv_grid = queries_keys(mixer, *calls[name])
     assert k.shape[2] == kv_grid.tokens
     found = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
-    torch.testing.assert_close(found, inner.attention_matrix(*calls[name]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, mixer.attention_matrix(*calls[name]), rtol=1e-5, atol=1e-6)
+
+
+def test_regions_share_the_projection_of_the_map():
+    """BiFormer's last stage attends everywhere, so that its keys can be told from its matrix."""
+    model = create_model("swin_32px", num_classes=2, attention="biformer").eval()
+    with torch.no_grad(), recorded(model) as calls:
+        model(torch.randn(1, 3, 32, 32))
+    for name, mixer in mixers_of(model):
+        q, k, _ = queries_keys(mixer, *calls[name])
+        assert q.shape == k.shape and q.shape[1:3] == (mixer.site.num_heads, calls[name].grid.tokens)
+    assert type(mixer).__name__ == "LePEAttention"
+    found = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+    torch.testing.assert_close(found, mixer.attention_matrix(*calls[name]), rtol=1e-5, atol=1e-6)
 
 
 def test_classes_apart_stay_apart():
