@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from conf.errors import UserError
 from conf.values import whole
 from models.attention import Mixer
 from models.callbacks.routing import chart, rows_of
@@ -56,8 +55,6 @@ def heads(
     """
     whole("probe", "limit", limit, fix="set probe.limit=500")
     whole("probe", "images", images, fix="set probe.images=4")
-    if getattr(model, "generates", False):
-        raise UserError(f"{WHO}: it weighs heads by accuracy, got {type(model).__name__}, which generates images")
     mixers = chosen_layers(WHO, model, layers, gateable, "heads to be left out", "a model with e.g. softmax")
     check_labels(data.source.val.labels, several=False)
     device, loads = trainer.strategy.root_device, Loads(model, data.num_classes)

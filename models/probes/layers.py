@@ -36,8 +36,10 @@ def chosen_layers(
         choose: what would have layers with it.
 
     Raises:
-        UserError: no such layer; one that has it not, or none of all.
+        UserError: no such layer; one that has it not, or none of all; a model that is shown no images.
     """
+    if getattr(model, "generates", False):
+        raise UserError(f"{who}: {type(model).__name__} generates images, so it is shown none; choose a classifier")
     mixers = dict(mixers_of(model))
     if layers == "all":
         found = {name: mixer for name, mixer in mixers.items() if has(mixer)}

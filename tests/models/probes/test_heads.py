@@ -157,6 +157,6 @@ def test_what_cannot_be_asked(given, options, text):
     assert text in str(error.value)
 
 
-def test_what_generates_or_has_no_heads(given):
-    with pytest.raises(UserError, match="heads: it weighs heads by accuracy, got DiT, which generates images"):
+def test_what_generates_images(given):
+    with pytest.raises(UserError, match="heads: DiT generates images, so it is shown none; choose a classifier"):
         heads(create_model("dit_s_2", depth=1), *given)
