@@ -10,7 +10,7 @@ evaluation mode: weights, statistics and random numbers of the run stay what the
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -40,11 +40,10 @@ class Watch(Callback):
         self._seen_step, self._begun, self._looks, self._seconds = 0, 0.0, 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data, device = trainer.datamodule, pl_module.device
-        with _untouched(pl_module.model, device):
+        data, model = trainer.datamodule, pl_module.model
+        with _untouched(model, pl_module.device):
             batch = data.evaluated(data.spread(self.images))
-            self._inputs = pl_module.inputs(pl_module.transfer_batch_to_device(batch, device, 0))
-        model = pl_module.model
+            self._inputs = pl_module.inputs(pl_module.transfer_batch_to_device(batch, pl_module.device, 0))
         paths = list(places(model, 2))
         finest = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
         self._parts = {path: list(model.get_submodule(path).parameters()) for path in finest}
@@ -67,7 +66,7 @@ class Watch(Callback):
         if step == self._seen_step or not self._due(step):
             return
         start, self._seen_step = time.perf_counter(), step
-        figures = self._look(trainer, pl_module.model, pl_module.device)
+        figures = self._look(trainer, pl_module)
         figures |= {f"watch/gradient/{path}": float(norm) for path, norm in self._norms.items()}
         for logger in trainer.loggers:  # as Lightning counts the step that has just been taken
             logger.log_metrics(figures | {"epoch": trainer.current_epoch}, step=step - 1)
@@ -82,9 +81,9 @@ class Watch(Callback):
     def _due(self, step: int) -> bool:
         return step == 1 or step % self.every_n_steps == 0
 
-    def _look(self, trainer: pl.Trainer, model: nn.Module, device: torch.device) -> dict[str, float]:
-        with _untouched(model, device), trainer.precision_plugin.forward_context():
-            found, routes = figures_of(model, *self._inputs)
+    def _look(self, trainer: pl.Trainer, task: pl.LightningModule) -> dict[str, float]:
+        with _untouched(task.model, task.device, task.compiled), trainer.precision_plugin.forward_context():
+            found, routes = figures_of(task.model, *self._inputs)
         for name, now in routes.items():
             if name in self._routes:
                 found[name]["routes_changed"] = changed(self._routes[name], now)
@@ -93,11 +92,12 @@ class Watch(Callback):
 
 
 @contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, uncompiled; afterwards modes and random numbers are what they were."""
+def _untouched(model: nn.Module, device: torch.device, compiled: bool = False) -> Iterator[None]:
+    """Evaluation mode, and nothing compiled; afterwards modes and random numbers are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.random.fork_rng(devices), eager:
         model.eval()
         try:
             yield

@@ -6,10 +6,12 @@ import torch
 
 from conf.compose import compose_run
 from conf.errors import UserError
+from models import create_model
+from models.attention.figures import figures_of
 from models.callbacks.ema import EMA
 from models.callbacks.randomness import StepRandomness
 from models.callbacks.routing import Routing
-from models.callbacks.watch import Watch
+from models.callbacks.watch import Watch, _untouched
 from models.loggers.metrics_csv import MetricsCSV, read_metrics
 from models.runs.preflight import part_of
 from tests.models.callbacks.test_resume import assert_equal
@@ -108,6 +110,16 @@ def test_norms_are_those_of_the_gradients_that_make_the_step(tmp_path):
     (look,) = watched(rows).values()
     squares = [value**2 for key, value in look.items() if key.startswith("watch/gradient/")]
     assert sum(squares) ** 0.5 == pytest.approx(float(norm.whole), rel=1e-5)
+
+
+@pytest.mark.full  # importing what compiles takes seconds
+def test_a_compiled_model_is_looked_at_uncompiled():
+    model = create_model("vit_32px", dim=16, depth=1, num_classes=4)
+    model.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    with _untouched(model, torch.device("cpu"), compiled=True):
+        assert not any(module.training for module in model.modules())
+        (figures,) = figures_of(model, torch.randn(1, 3, 32, 32))[0].values()
+    assert 0 < figures["entropy"] <= 1 and all(module.training for module in model.modules())
 
 
 @pytest.mark.full
