@@ -191,6 +191,7 @@ def test_neighbours_are_not_copied(monkeypatch) -> None:
     assert ours < 0.5 * kept_bytes(module, place)
 
 
+@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
 def test_compiles_without_a_graph_break() -> None:
     place = site(5, 6, stage=2)
     module, x = aggregated_attention(place), tokens(place)

@@ -104,6 +104,7 @@ def quick(names, chosen) -> list:
 ALIKE = {
     *("agents in windows", "focused in windows", "focused in stripes", "inline in windows", "inline in stripes"),
     *("heads of neighbours routed", "routed, no lepe", "windows of each head", "axes"),
+    *("agents in stripes", "heads of agents routed"),
 }
 
 

@@ -115,6 +115,7 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
     assert module.to(dtype)(x.to(dtype), place.grid).x.dtype == dtype
 
 
+@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
 def test_compiles_without_a_graph_break() -> None:
     place = site(6, 5)
     module, x = cosine_attention(place), tokens(place)

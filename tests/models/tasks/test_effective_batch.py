@@ -175,6 +175,7 @@ def test_a_run_that_cannot_make_the_batch_starts_nothing(command, tmp_path):
     assert not (tmp_path / "outputs/x/config.yaml").exists()
 
 
+@pytest.mark.full  # `make test` has the same of a smaller model in callbacks/test_resume.py
 def test_an_accumulated_run_stops_anywhere_and_goes_on_exactly(command, tmp_path, monkeypatch):
     """Seven batches of an epoch are three steps of two; the seventh is in none. SIGTERM within a step of epoch 1."""
     arguments = (*EXACT, *SMALL, "global_batch=32", "optimizer.reference_batch=64", "checkpoint.every_n_steps=4")
