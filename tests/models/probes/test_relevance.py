@@ -1,14 +1,19 @@
 """Relevance for a class, from attention weights and their gradients."""
 
+import re
+
 import pytest
 import reference
 import torch
 
-from models import create_model
+from conf.errors import UserError
+from conf.names import options
+from models import create_model, list_attentions
 from models.checkpoints import convert
 from models.probes.deletion import deletion_curve
 from models.probes.paths import followed
 from models.probes.relevance import relevance_maps
+from models.probes.rollout import rollout_maps
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "patch_size": 8}
@@ -50,6 +55,27 @@ def test_it_is_positive_depends_on_the_class_and_not_on_other_images(name, chose
     torch.testing.assert_close(found[1:], alone, rtol=1e-3, atol=1e-6)
     other = relevance_maps(model, IMAGES, CLASSES - 1, layers).map_BYX
     assert (found - other).abs().amax((1, 2)).min() > 0.01 * found.amax()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("attention", "layout"),
+    [*((name, None) for name in list_attentions()), *(("softmax", name) for name in options("attention/layout"))],
+)
+def test_every_mechanism_and_layout_is_followed_or_refused_by_name(attention, layout):
+    parts = {} if layout is None else {"layout": layout}
+    model = create_model("vit_32px", attention, **SMALL | {"num_heads": 4, "patch_size": 4} | parts).eval()
+    for who, maps_of in (
+        ("relevance", lambda layers: relevance_maps(model, IMAGES[:1], CLASSES[:1], layers)),
+        ("rollout", lambda layers: rollout_maps(model, IMAGES[:1], layers)),
+    ):
+        try:
+            found = maps_of(followed(who, model, "last", stochastic=who == "rollout")).map_BYX
+        except UserError as error:
+            assert re.match(rf"{who}: .*stages\.\d\.blocks\.0\.attn \(\w+\) .*; choose .*probe=", str(error))
+            continue
+        assert found.shape == (1, 8, 8) and (found >= 0).all() and found.amax() > 0
+        assert who == "relevance" or found.sum().item() == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.full
