@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.errors import RunFailed
+from conf.errors import RunFailed, UserError
 from models.export.subject import Subject
 
 BOUND = 1e-4  # of the largest logit: float32 in another order of the same sums gives 1e-7 to 1e-5
@@ -30,7 +30,11 @@ class Agreement(NamedTuple):
 
 
 def agreement(subject: Subject, runs: Runs, resized: bool) -> Agreement:
-    """Compares on one image and on three others; with `resized` on images of another height and width too."""
+    """Compares on one image and on three others; with `resized` on images of another height and width too.
+
+    Raises:
+        UserError: the model gives NaN or infinity.
+    """
     cases = [subject.of(0, 1), subject.of(1, 3)]
     if resized:
         cases.append(subject.larger())
@@ -38,6 +42,10 @@ def agreement(subject: Subject, runs: Runs, resized: bool) -> Agreement:
     with torch.no_grad():
         for inputs in cases:
             expected = subject.model(*inputs)
+            if not torch.isfinite(expected).all():
+                raise UserError(
+                    "ckpt: the model itself gives no finite numbers for its images; export another checkpoint"
+                )
             got = runs(inputs)
             if got.shape != expected.shape or not torch.isfinite(got).all():
                 difference = float("inf")

@@ -1,6 +1,7 @@
 """The graph of a model for any batch, and where the mechanism allows it for any size of its images: `torch.export`."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ from torch.export import Dim, ExportedProgram
 from conf.errors import UserError
 from models.export.subject import Subject
 
-_TALKATIVE = ("torch.onnx", "torch.export", "torch._inductor", "torch.utils.cpp_extension", "onnxscript")
 LARGEST = 2**15  # images in a batch, which the exporter wants to be told
+PATIENCE = 600  # seconds for a graph of any size; what pads its maps into windows can take hours
+LATE = "torch was still comparing sizes after ten minutes"
 
 
 def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
@@ -32,7 +34,7 @@ def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
     sizes = {2: Dim.AUTO, 3: Dim.AUTO} if dynamic_size else {}
     shapes = tuple({0: batch} | (sizes if place == 0 else {}) for place in range(len(inputs)))
     try:
-        with silence(), torch.no_grad():
+        with silence(), torch.no_grad(), patience(PATIENCE if dynamic_size else 0):
             made = torch.export.export(subject.model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # each mechanism has its own way to fail, and torch many words for it
         raise UserError(refusal(subject, name, error, dynamic_size)) from error
@@ -53,7 +55,7 @@ def images_of(made: ExportedProgram) -> list[int | torch.SymInt]:
 
 def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = False) -> str:
     """One sentence from a page of torch's."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = LATE if LATE in str(error) else " ".join(str(error).split()) or type(error).__name__
     what = f"format={name}: {subject.mechanism}"
     if dynamic_size:
         return (
@@ -64,16 +66,33 @@ def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = 
 
 
 @contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Ends what takes longer, in the main thread of a process; 0 for ever.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+
+    def end(*_: object) -> None:
+        raise TimeoutError(LATE)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
 def silence() -> Iterator[None]:
     """Without the exporters' notes about themselves, which no user can act on."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

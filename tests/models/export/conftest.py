@@ -24,9 +24,9 @@ def run_of(folder: Path, *arguments: str, spread: float = 0.25) -> Path:
     torch.manual_seed(0)
     config = OmegaConf.to_container(cfg, resolve=True)
     state = instantiate(OmegaConf.create(config["model"])).state_dict()
-    state = {
-        name: torch.randn_like(value) * spread if value.is_floating_point() else value for name, value in state.items()
-    }
+    for name, value in state.items():
+        if value.is_floating_point() and not name.endswith("running_var"):
+            value.normal_(std=spread)
     averaged = {name: value / 2 if value.is_floating_point() else value for name, value in state.items()}
     config["classes"] = [str(label) for label in range(config["model"]["num_classes"])]
     manifest = {"step": 7, "epoch": 1, "metrics": {"val/top1": 0.5, "val/top1_ema": 0.75}, "versions": {}}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from models.checkpoints import create_from, load_weights
 from models.export import job
 from models.export.graphs import Written
-from tests.models.export.conftest import run_of
+from tests.models.export.conftest import TINY, run_of
 
 
 def images(count: int) -> torch.Tensor:
@@ -93,6 +93,13 @@ def test_what_computes_something_else_is_not_left(export, run, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_gives_no_numbers_is_refused(export, tmp_path):
+    broken = run_of(tmp_path / "outputs", *TINY, spread=float("inf"))
+    status, _, errors = export(f"ckpt={broken}", "format=safetensors", "-o", "mine.safetensors")
+    assert status == 2 and "ckpt: the model itself gives no finite numbers for its images; export another" in errors
+    assert not Path("mine.safetensors").exists()
+
+
 def test_what_cannot_be_held_is_named_and_not_left(export, run, tmp_path, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("No ONNX function found\nfor aten.sort")
@@ -136,6 +143,37 @@ def test_any_size(export, run, form):
     status, output, errors = export(f"ckpt={run}", f"format={form}", "-o", f"mine.{form}", "dynamic_size=true")
     assert (status, errors) == (0, ""), errors
     assert "images (batch, 3, height, width) → logits" in output and "2×3×48×64" in output
+
+
+def test_a_size_that_torch_cannot_leave_open_is_refused_in_time(export, run, tmp_path, monkeypatch):
+    """Sizes that are compared for ever end, though sympy and torch wrap what ends them."""
+
+    def endless(*given, **options):
+        try:
+            while True:
+                pass
+        except TimeoutError as error:
+            raise RuntimeError(f"unflatten got an unexpected error:\nTimeoutError: {error}\n\nAt:\n  sympy") from error
+
+    monkeypatch.setattr(torch.export, "export", endless)
+    monkeypatch.setattr("models.export.program.PATIENCE", 0.2)
+    status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx", "dynamic_size=true")
+    assert status == 2 and list(tmp_path.iterdir()) == []
+    assert "vit_32px with softmax attention does not allow images of any size in one graph (torch was still " in errors
+    assert "ten minutes); leave dynamic_size out, or give image_size=... and export one file for each size" in errors
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "chosen", [("coatnet_32px", "softmax"), ("cswin_32px", "cswin"), ("pvt_32px", "focused_linear")]
+)
+def test_other_models(export, tmp_path, chosen):
+    model, attention = chosen
+    run = run_of(tmp_path / "outputs", f"model={model}", f"attention={attention}", "data=digits", spread=0.05)
+    for form, end in (("onnx", "onnx"), ("torchscript", "pt"), ("hf", "hf")):
+        status, output, errors = export(f"ckpt={run}", f"format={form}", "-o", f"mine.{end}")
+        assert (status, errors) == (0, ""), errors
+        assert f"{model} with {attention} attention on digits, step 7: " in output
 
 
 @pytest.mark.full
