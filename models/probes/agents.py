@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.values import refuse, whole
+from data.order.spread import spread_over
 from models.attention.agent import AgentCore
 from models.attention.contract import Grid, Mixer
 from models.attention.contract.layout import SAME
@@ -22,7 +23,7 @@ from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
 from models.probes import Report
 from models.probes.attention_map import check_heads
-from models.probes.images import Images, first_images, spread_over
+from models.probes.images import Images, first_images
 from models.probes.layers import chosen_layers
 from models.probes.overlays import MOST, enlarged, overlay, sheet
 

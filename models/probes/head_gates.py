@@ -5,7 +5,7 @@ head is the mean over images of |∂L/∂ξ|, with ξ the gate of the head, 1 fo
 Shapes: B = images, N = tokens, M = heads.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -59,7 +59,11 @@ def _weight(gates: dict[str, Tensor], name: str, mixer: Mixer, given: tuple, nam
 
 
 def measured(
-    model: nn.Module, mixers: dict[str, Mixer], batches: Iterable[tuple[Tensor, Tensor]], loads: Loads
+    model: nn.Module,
+    mixers: dict[str, Mixer],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loads: Loads,
+    tick: Callable[[], Any] = lambda: None,
 ) -> Heads:
     """The model as it is, without each head of these mixers, and its gradient by their gates.
 
@@ -68,6 +72,7 @@ def measured(
         mixers: by name, that take gates.
         batches: images and labels, on the device of the model.
         loads: counts what routers do in the model as it is.
+        tick: called after every batch that passed without a head.
     """
     images, right = 0, 0
     lost = {name: torch.zeros(mixer.site.num_heads, dtype=torch.float64) for name, mixer in mixers.items()}
@@ -77,7 +82,7 @@ def measured(
             with loads.of(labels):
                 right_B = _right(model, batch, labels)
             images, right = images + len(batch), right + int(right_B.sum())
-            for name, of_batch in _without(model, mixers, gates, batch, labels).items():
+            for name, of_batch in _without(model, mixers, gates, batch, labels, tick).items():
                 lost[name] += of_batch
             for name, of_batch in _by_gates(model, mixers, gates, batch, labels).items():
                 gradient[name] += of_batch
@@ -93,7 +98,12 @@ def _right(model: nn.Module, images: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def _without(
-    model: nn.Module, mixers: dict[str, Mixer], gates: dict[str, Tensor], images: Tensor, labels_B: Tensor
+    model: nn.Module,
+    mixers: dict[str, Mixer],
+    gates: dict[str, Tensor],
+    images: Tensor,
+    labels_B: Tensor,
+    tick: Callable[[], Any],
 ) -> dict[str, Tensor]:
     """By layer, how many images are right without each head."""
     found = {}
@@ -103,6 +113,7 @@ def _without(
         for gates_M in each_MM:
             gates[name] = gates_M
             counts.append(_right(model, images, labels_B).sum().double())
+            tick()
         del gates[name]
         found[name] = torch.stack(counts).cpu()
     return found

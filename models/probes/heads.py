@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from conf.values import whole
@@ -58,7 +57,7 @@ def heads(
     mixers = chosen_layers(WHO, model, layers, gateable, "heads to be left out", "a model with e.g. softmax")
     check_labels(data.source.val.labels, several=False)
     device, loads = trainer.strategy.root_device, Loads(model, data.num_classes)
-    found = measured(model, mixers, _batches(data, limit, device), loads)
+    found = _measured(model, mixers, data, limit, loads, device)
     spread = spreads(model, mixers, first_images(data, images, device).batch)
     table = table_of(mixers, found, spread, loads)
     names = [
@@ -98,12 +97,22 @@ def table_of(mixers: dict[str, Mixer], found: Heads, spread: dict[str, Spread], 
     return rows
 
 
-def _batches(data: pl.LightningDataModule, limit: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images of validation, spread over it, and their labels."""
+def _measured(
+    model: nn.Module,
+    mixers: dict[str, Mixer],
+    data: pl.LightningDataModule,
+    limit: int,
+    loads: Loads,
+    device: torch.device,
+) -> Heads:
+    """On images of validation, spread over it; a bar says how far that is."""
     chosen = data.spread(limit)
-    for first in tqdm(range(0, len(chosen), data.batch_size), desc=WHO, leave=False, disable=None):
-        batch = data.evaluated(chosen[first : first + data.batch_size])
-        yield batch.images.to(device), batch.labels.to(device)
+    parts = [chosen[first : first + data.batch_size] for first in range(0, len(chosen), data.batch_size)]
+    batches = map(data.evaluated, parts)
+    on_device = ((batch.images.to(device), batch.labels.to(device)) for batch in batches)
+    passes = len(parts) * sum(mixer.site.num_heads for mixer in mixers.values())
+    with tqdm(total=passes, desc="passes without a head", leave=False, disable=None) as bar:
+        return measured(model, mixers, on_device, loads, bar.update)
 
 
 def _figures(table: list[dict[str, Any]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from models.probes import Report, Subject
 from models.probes.attention_map import token_at
 from models.probes.images import Images, first_images
 from models.probes.layers import chosen_layers
-from models.probes.overlays import enlarged, sheet
+from models.probes.overlays import MOST, enlarged, sheet
 
 WHO = "routing_map"
 VISITED, ASKING = (31, 119, 180), (255, 127, 14)  # blue, orange
@@ -149,7 +149,8 @@ def _at_point(found: dict[str, Routes], shown: Images, point: Point | None) -> t
         for layer, one in found.items():
             asking = region_at(point, one.regions, one.grid)
             panels.append((drawn(picture, one, asking, one.routes_BRK[i, asking].tolist()), layer))
-        pictures[name] = sheet([panels])
+        width = -(-len(panels) // -(-len(panels) // MOST))  # of lines of nearly the same length
+        pictures[name] = sheet([panels[first : first + width] for first in range(0, len(panels), width)])
         captions[name] = f"{name}: the orange region attends to the blue ones, the best match the strongest."
     return pictures, captions
 
