@@ -29,11 +29,12 @@ class Agreement(NamedTuple):
         return f"largest difference {self.difference:.1e} of outputs up to {self.scale:.3g}, on {shapes}"
 
 
-def agreement(subject: Subject, runs: Runs, resized: bool) -> Agreement:
+def agreement(subject: Subject, runs: Runs, name: str, resized: bool) -> Agreement:
     """Compares on one image and on three others; with `resized` on images of another height and width too.
 
     Raises:
         UserError: the model gives NaN or infinity.
+        RunFailed: what was written cannot take one of them.
     """
     cases = [subject.of(0, 1), subject.of(1, 3)]
     if resized:
@@ -46,13 +47,23 @@ def agreement(subject: Subject, runs: Runs, resized: bool) -> Agreement:
                 raise UserError(
                     "ckpt: the model itself gives no finite numbers for its images; export another checkpoint"
                 )
-            got = runs(inputs)
+            got = _run(runs, inputs, name)
             if got.shape != expected.shape or not torch.isfinite(got).all():
                 difference = float("inf")
             else:
                 difference = max(difference, (got.to(expected) - expected).abs().max().item())
             scale = max(scale, expected.abs().max().item())
     return Agreement(difference, scale, [tuple(inputs[0].shape) for inputs in cases])
+
+
+def _run(runs: Runs, inputs: tuple[Tensor, ...], name: str) -> Tensor:
+    try:
+        return runs(inputs)
+    except Exception as error:  # in the words of whoever runs it
+        shape, words = "×".join(map(str, inputs[0].shape)), " ".join(str(error).split())[-160:]
+        raise RunFailed(
+            f"format={name}: what was written cannot take {shape} ({words}). Nothing is left; choose another format"
+        ) from error
 
 
 def refuse_difference(found: Agreement, name: str) -> None:

@@ -80,14 +80,15 @@ def write_torchscript(subject: Subject, path: Path, asked: Wanted) -> Written:
     """A trace: what the model did with two images, for any number of them.
 
     Raises:
-        UserError: the model cannot be traced.
+        UserError: the model cannot be traced, or only for two images.
     """
     try:
         with silence(), torch.no_grad():
-            traced = torch.jit.trace(subject.model, subject.of(0, 2), check_trace=False)
             facts = {key: json.dumps(value) for key, value in preparation(subject).items()}
+            traced = torch.jit.trace(subject.model, subject.of(0, 2), check_trace=False)
             torch.jit.save(traced, str(path), _extra_files=facts)
             loaded = torch.jit.load(str(path))
+            loaded(*subject.of(1, 3))  # of a batch that has become a constant
     except Exception as error:
         raise UserError(refusal(subject, "torchscript", error)) from error
     return Written(

@@ -50,7 +50,7 @@ def _exported(subject: Subject, asked: Wanted) -> Iterator[str]:
     start = time.perf_counter()
     written: Written = WRITERS[asked.format](subject, asked.output, asked)
     seconds = time.perf_counter() - start
-    found = agreement(subject, written.runs, asked.dynamic_size)
+    found = agreement(subject, written.runs, asked.format, asked.dynamic_size)
     refuse_difference(found, asked.format)
     facts = facts_of(subject, asked) | written.facts
     facts |= {"largest_difference": found.difference, "largest_output": found.scale, "seconds": round(seconds, 2)}
@@ -76,7 +76,7 @@ def quantized(subject: Subject, before: Runs, asked: Wanted) -> dict[str, Any]:
     """Replaces the file by one of int8 weights; what that changes."""
     was = measured(subject, before, asked.images)
     runs = quantize(subject, asked.output)
-    now, apart = measured(subject, runs, asked.images), agreement(subject, runs, asked.dynamic_size)
+    now, apart = measured(subject, runs, asked.images), agreement(subject, runs, asked.format, asked.dynamic_size)
     facts = {"quantize": asked.quantize, "images": was.images, "top1_before": was.top1, "top1": now.top1}
     return facts | {"largest_difference_quantized": apart.difference}
 

@@ -62,7 +62,9 @@ def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = 
             f"{what} does not allow images of any size in one graph ({words[:160]}); leave dynamic_size out, or give "
             "image_size=... and export one file for each size"
         )
-    return f"{what} cannot be held by it: {words[:240]}; choose format=hf or safetensors"
+    if len(words) > 240:  # torch puts what it is about at the beginning, TorchScript at the end
+        words = f"… {words[-240:]}" if name == "torchscript" else f"{words[:240]} …"
+    return f"{what} cannot be held by it: {words}; choose another format: safetensors and hf hold every model"
 
 
 @contextmanager

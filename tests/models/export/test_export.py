@@ -93,6 +93,21 @@ def test_what_computes_something_else_is_not_left(export, run, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_takes_one_batch_only_is_not_left(export, run, tmp_path, monkeypatch):
+    def narrow(inputs):
+        if len(inputs[0]) == 3:
+            raise RuntimeError("expected a batch of\n2")
+
+    def wrong(subject, path, asked) -> Written:
+        path.write_text("a file")
+        return Written(lambda inputs: narrow(inputs) or subject.model(*inputs), {}, "")
+
+    monkeypatch.setitem(job.WRITERS, "onnx", wrong)
+    status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert status == 1 and list(tmp_path.iterdir()) == []
+    assert "format=onnx: what was written cannot take 3×3×32×32 (expected a batch of 2). Nothing is left" in errors
+
+
 def test_a_model_that_gives_no_numbers_is_refused(export, tmp_path):
     broken = run_of(tmp_path / "outputs", *TINY, spread=float("inf"))
     status, _, errors = export(f"ckpt={broken}", "format=safetensors", "-o", "mine.safetensors")
@@ -109,6 +124,15 @@ def test_what_cannot_be_held_is_named_and_not_left(export, run, tmp_path, monkey
     status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
     assert status == 2 and "format=onnx: vit_32px with softmax attention cannot be held by it: " in errors
     assert "No ONNX function found for aten.sort; choose" in errors and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.full
+def test_a_trace_for_one_batch_only_is_refused_by_name(export, tmp_path):
+    run = run_of(tmp_path / "outputs", *TINY, "attention=inline")
+    status, _, errors = export(f"ckpt={run}", "format=torchscript", "-o", "mine.pt")
+    assert status == 2 and not Path("mine.pt").exists()
+    assert "format=torchscript: vit_32px with inline attention cannot be held by it: … " in errors
+    assert errors.endswith("; choose another format: safetensors and hf hold every model\n")
 
 
 @pytest.mark.full
