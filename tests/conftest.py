@@ -91,8 +91,10 @@ def _gpu() -> bool:
 def command(tmp_path, monkeypatch, capsys):
     """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`.
 
-    It draws no curves and charts, which takes as long as a small run, and times a model for a moment.
+    It draws no curves and charts, which takes as long as a small run, and times a model for a moment. The mode of Hydra
+    is what it comes to without `hydra.mode=`, for which Hydra composes everything once more.
     """
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda hydra, config_name, overrides: None)
     monkeypatch.setattr("models.runs.training.draw_curves", lambda *arguments: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)

@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 from datetime import datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ def environment() -> dict[str, Any]:
     }
 
 
+@cache
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version, by name."""
+    """Every installed distribution and its version, by name; read once, as the runs of a sweep share a process."""
     found = {item.metadata["Name"]: item.version for item in distributions() if item.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
 
