@@ -228,7 +228,7 @@ class SoftmaxCore(Core):
             weights = (logits if added is None else logits + added).softmax(-1)
         else:
             added = self._added(logits, grid, kv_grid, None, offsets)
-            weights = self.weights(logits if added is None else logits + added, _open(mask, len(logits)))
+            weights = self.weights(logits if added is None else logits + added, _open(mask, logits.shape[0]))
         if self.factor is None:
             return weights
         return weights * _placed(self.factor, grid, kv_grid, offsets, weights).to(weights.dtype)
@@ -266,7 +266,7 @@ def _open(mask: Tensor | None, batch: int) -> Tensor | None:
     if mask is None:
         return None
     allowed = mask if mask.dtype == torch.bool else mask == 0
-    return allowed[:, None].repeat(batch // len(mask), 1, 1, 1)
+    return allowed[:, None].repeat(batch // mask.shape[0], 1, 1, 1)
 
 
 def _placed(part: nn.Module, grid: Grid, kv_grid: Grid, offsets: Tensor | None, like: Tensor) -> Tensor:
@@ -276,4 +276,4 @@ def _placed(part: nn.Module, grid: Grid, kv_grid: Grid, offsets: Tensor | None, 
     table = part.at(offsets)
     if offsets.dim() == 3:
         return table[None]
-    return table.transpose(0, 1).repeat(len(like) // len(offsets), 1, 1, 1)
+    return table.transpose(0, 1).repeat(like.shape[0] // offsets.shape[0], 1, 1, 1)

@@ -72,7 +72,7 @@ class SymbolicAttention(nn.Module):
         """The symbol of every token, (B, N, C)."""
         parts = (self.q_proj(x_BNC), self.template_features[None], self.symbol_library[None])
         heads = (split_heads(part.to(x_BNC.dtype), 1, self.num_heads)[0] for part in parts)
-        q, k, v = (head.expand(len(x_BNC), -1, -1, -1) for head in heads)
+        q, k, v = (head.expand(x_BNC.shape[0], -1, -1, -1) for head in heads)
         return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 

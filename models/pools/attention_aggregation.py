@@ -71,7 +71,7 @@ class AttentionAggregation(Pool):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Pooled:
-        c_BQC, weights_BQN = self.attended(self.queries.expand(len(x_BNC), -1, -1), x_BNC)
+        c_BQC, weights_BQN = self.attended(self.queries.expand(x_BNC.shape[0], -1, -1), x_BNC)
         c_BQC = self.norm(c_BQC)
         return Pooled(c_BQC if self.per_class else c_BQC.squeeze(1), weights_BQN, {})
 

@@ -93,7 +93,7 @@ class SlotPool(Pool):
 
     def _start(self, x_BNC: Tensor) -> Tensor:
         """(B, Q, C): μ + σ · noise; training draws it anew, as dropout does its masks."""
-        B, Q, C = len(x_BNC), self.num_slots, self.mu.shape[2]
+        B, Q, C = x_BNC.shape[0], self.num_slots, self.mu.shape[2]
         mean = self.mu.repeat(B, Q // self.mu.shape[1], 1)  # a view fails in FlopCounterMode
         mean = mean + x_BNC.new_zeros(B, Q, C, dtype=mean.dtype)  # under vmap of every image, which GRUCell asks for
         if self.training:

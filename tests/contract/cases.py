@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from conf import families, names
 from models import create_model, list_attentions
 from models.attention import Grid, Mixer, Refused, Site, check, make
+from models.attention.pres.ssm2d import ssm2d
+from models.attention.softmax import softmax_attention
 from tests.contract import test_layouts, test_parts
 from tests.contract.test_options import mechanism
 
@@ -62,6 +64,12 @@ def parts(group: str, place: str) -> Given:
     return together(test_parts.mixer(group, name, place) for name in named)
 
 
+def complex_states() -> Given:
+    """What ONNX has no numbers for."""
+    pre = partial(ssm2d, states=2, complex=True)
+    return together(placed(partial(softmax_attention, pre=pre), site) for site in SITES.values())
+
+
 def together(mixers: Iterable[Mixer | Refused]) -> Given:
     module = Together([mixer for mixer in mixers if not isinstance(mixer, Refused)])
     return module, (torch.randn(2, max(grid.tokens for grid in module.grids), 32),)
@@ -82,12 +90,12 @@ CASES |= {
     for place in ("class token", "shifted windows", "neighborhood")
     if group != "layout"
 }
+CASES["attention/pre=ssm2d, complex"] = complex_states
 CASES |= {name: partial(model, model=name) for name in families.small()}
 CASES["dit"] = partial(model, model="dit_s_2", image_size=32, depth=2)
 CASES |= {
     f"{place}={name}": partial(model, **SMALL, class_token=(place, name) == ("pool", "class_token"), **{place: name})
     for place in names.PLACES
-    if place != "adapter"  # which has no forward pass of its own
     for name in names.options(place)
 }
 

@@ -17,6 +17,8 @@ FEW = ("attention=biformer", "attention=window", "attention=inline")
 def session(module: nn.Module, given: tuple[Tensor, ...]) -> onnxruntime.InferenceSession:
     any_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in given)
     program = torch.onnx.export(module, given, dynamo=True, dynamic_shapes=any_batch, verbose=False)
+    # the other ways of tracing do not know that they export to ONNX
+    assert program._capture_strategy == "TorchExportNonStrictStrategy"
     return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 

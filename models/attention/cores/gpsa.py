@@ -92,4 +92,4 @@ class GatedPositionalCore(Core):
     def _by_position(self, q_BMND: Tensor, grid: Grid, kv_grid: Grid, mask: Tensor | None) -> Tensor:
         """Weights of every query on every key, (1, M, N, S), or (B, M, N, S) with a mask."""
         logits_MNS = self.position(grid, kv_grid)
-        return added_to_logits(logits_MNS.new_empty(len(q_BMND), 0), logits_MNS, mask).softmax(-1)
+        return added_to_logits(logits_MNS.new_empty(q_BMND.shape[0], 0), logits_MNS, mask).softmax(-1)

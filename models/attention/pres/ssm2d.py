@@ -12,6 +12,7 @@ Prefix tokens are left as they are. The kernel has the size of the map in traini
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -87,23 +88,31 @@ class StateSpace2d(nn.Module):
     def kernel(self) -> Tensor:
         """(R, C, H, W), of the map in training."""
         A, B, C = wide(self.A).sigmoid(), wide(self.B).sigmoid(), wide(self.C)
+        times: Callable[[Tensor, Tensor], Tensor] = torch.mul
         if self.A_angle is not None:
-            A = torch.polar(A, 2 * math.pi * wide(self.A_angle).sigmoid())
-            B, C = torch.view_as_complex(B), torch.view_as_complex(C)
-        states_2HWSn = walked(A, B, *self.size)
+            angle = 2 * math.pi * wide(self.A_angle).sigmoid()
+            if torch.onnx.is_in_onnx_export():  # where there are no complex numbers
+                A, times = torch.cat([A * angle.cos(), A * angle.sin()], dim=-1), product_of_parts
+                B, C = torch.cat(B.unbind(-1), dim=-1), torch.cat([C[..., 0], -C[..., 1]], dim=-1)
+            else:
+                A, B, C = torch.polar(A, angle), torch.view_as_complex(B), torch.view_as_complex(C)
+        states_2HWSn = walked(A, B, *self.size, times)
         weights_2CSn = C.unflatten(1, (-1, B.shape[1]))
-        kernel = torch.einsum("thwsn,tcsn->cshw", states_2HWSn, weights_2CSn) * B.shape[2] ** -0.5
+        kernel = torch.einsum("thwsn,tcsn->cshw", states_2HWSn, weights_2CSn) * self.A.shape[2] ** -0.5
         kernel = kernel.real if kernel.is_complex() else kernel
         return kernel.flatten(0, 1).unflatten(0, (len(self.corners), -1))
 
 
-def walked(A: Tensor, B: Tensor, height: int, width: int) -> Tensor:
+def walked(
+    A: Tensor, B: Tensor, height: int, width: int, times: Callable[[Tensor, Tensor], Tensor] = torch.mul
+) -> Tensor:
     """Both states on every cell, (2, H, W, S, n), diagonal after diagonal.
 
     Args:
         A: (4, S, n).
         B: (2, S, n), the states at the corner.
         height, width: H and W.
+        times: the product of A and states.
     """
     rows = torch.arange(height, device=A.device)
     h, v = (F.pad(start[None], (0, 0, 0, 0, 0, height - 1)) for start in B)
@@ -111,17 +120,23 @@ def walked(A: Tensor, B: Tensor, height: int, width: int) -> Tensor:
     for d in range(1, height + width - 1):
         both = ((rows > 0) & (rows < d))[:, None, None]
         factor = torch.where(both, 0.5, 1.0)
-        below = F.pad((A[2] * h + A[3] * v)[:-1], (0, 0, 0, 0, 1, 0))
-        h, v = factor * (A[0] * h + A[1] * v), factor * below
+        below = F.pad((times(A[2], h) + times(A[3], v))[:-1], (0, 0, 0, 0, 1, 0))
+        h, v = factor * (times(A[0], h) + times(A[1], v)), factor * below
         diagonals.append(torch.stack([h, v]))
     cells = rows[:, None] + torch.arange(width, device=A.device)
     return torch.stack(diagonals, dim=1)[:, cells, rows[:, None]]
 
 
+def product_of_parts(a: Tensor, b: Tensor) -> Tensor:
+    """Of complex numbers whose real parts are the first half of the last axis, and whose imaginary ones the other."""
+    (real, imaginary), (of_b, beside) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
+    return torch.cat([real * of_b - imaginary * beside, real * beside + imaginary * of_b], dim=-1)
+
+
 def convolved(x_BCHW: Tensor, kernel_CHW: Tensor) -> Tensor:
     """Cell (i, j) gets the sum of kernel[a, b] · x[i − a, j − b], by a Fourier transform."""
     (height, width), (rows, columns) = x_BCHW.shape[2:], kernel_CHW.shape[1:]
-    if not len(x_BCHW):  # which MKL refuses
+    if not x_BCHW.shape[0]:  # which MKL refuses
         return x_BCHW * kernel_CHW[:, :1, :1]
     size = height + rows, width + columns
     product = torch.fft.rfft2(x_BCHW, s=size) * torch.fft.rfft2(kernel_CHW, s=size)
