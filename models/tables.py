@@ -55,6 +55,11 @@ def place_sections() -> str:
     return "\n\n".join(_group_section(place) for place in PLACES)
 
 
+def probe_sections() -> str:
+    """Markdown: a section per probe: what it is, the command, and its options."""
+    return "\n\n".join(_probe_section(name) for name in names_in("probe"))
+
+
 def family_table() -> str:
     """Markdown, one line per paper: its families with the number of their models, and the range of parameters."""
     by_paper: dict[str, dict[str, dict[str, dict]]] = {}
@@ -133,6 +138,16 @@ def _option_section(name: str) -> str:
     return f"### {name}\n\n{comment(_file(name))} In {file}.\n\n{table}"
 
 
+def _probe_section(name: str) -> str:
+    """Heading, what the file says at its top, the command that it gives, options."""
+    path = families.CONF / "probe" / f"{name}.yaml"
+    about, _, command = comment(path).partition(" python ")
+    said, options = _comments(path.read_text()), yaml.safe_load(path.read_text())
+    rows = [(f"`{key}`", f"`{plain(value)}`", said.get(key, "")) for key, value in options.items() if key[0] != "_"]
+    listed = f"\n\n{_table(('`probe.…`', 'default', ''), iter(rows))}" if rows else ""
+    return f"### {name}\n\n{about}\n\n    python {command}{listed}"
+
+
 def _group_section(part: str) -> str:
     """Heading, and one line per name of a group."""
     group = group_of(part)
@@ -157,7 +172,12 @@ def _said(name: str) -> dict[str, str]:
     for default in yaml.safe_load(text).get("defaults", []):
         if isinstance(default, str) and default != "_self_":
             found |= _said(_base(default))
-    return found | {m[1]: m[2] for m in re.finditer(r"^(\w+):[^#\n]*# *(.+)$", text, re.MULTILINE)}
+    return found | _comments(text)
+
+
+def _comments(text: str) -> dict[str, str]:
+    """What stands behind the options of a file."""
+    return {m[1]: m[2] for m in re.finditer(r"^(\w+):[^#\n]*# *(.+)$", text, re.MULTILINE)}
 
 
 def _base(default: str) -> str:
@@ -221,6 +241,7 @@ TABLES = {
     REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
     REFERENCE / "models.md": {"models": model_sections},
     REFERENCE / "parts.md": {"parts": part_sections, "places": place_sections},
+    REFERENCE / "probes.md": {"probes": probe_sections},
     REFERENCE / "recipes.md": {"papers": recipe_tables.short_table, "recipes": recipe_tables.table},
 }
 

@@ -75,7 +75,7 @@ def _evenness(weights: Tensor) -> float:
 
 def routes_of(mixer: Mixer, x_BNC: Tensor, grid: Grid) -> Tensor | None:
     """Regions (B, R, K) that each region visits; None where a mixer has none."""
-    routes = getattr(mixer, "routes", None)
+    routes = getattr(ungated(mixer), "routes", None)
     return None if routes is None else routes(x_BNC, grid)
 
 

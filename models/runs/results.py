@@ -15,6 +15,7 @@ from models.runs.report import shown, write_json
 FOLDER = "evaluation"
 PAGE = "report.html"
 MOST = 50  # rows of a table on the page
+NAMED = 8  # files that are named on the terminal
 
 
 def keep(report: Report, folder: Path, stem: str, known: dict[str, Any], title: str = "") -> list[str]:
@@ -35,12 +36,10 @@ def keep(report: Report, folder: Path, stem: str, known: dict[str, Any], title: 
     files = list(_beside(report, path.with_suffix("")))
     if report.pictures:
         _write_page(path.with_suffix("") / PAGE, _page(report, path.with_suffix(""), title or stem, known))
-        files.append(PAGE)
-    return (
-        said
-        + [f"results: {short(path)}"]
-        + ([f"  and in {short(path.with_suffix(''))}: {', '.join(files)}"] * bool(files))
-    )
+        files.insert(0, PAGE)
+    told = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
+    beside = [f"  and in {short(path.with_suffix(''))}: {told}"] if files else []
+    return [*said, f"results: {short(path)}", *beside]
 
 
 def keep_table(rows: list[dict[str, Any]], folder: Path) -> list[str]:

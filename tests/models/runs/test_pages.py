@@ -31,7 +31,7 @@ def written(tmp_path):
         {"entropy": 0.5}, pictures=pictures, captions={"cat": 'a "cat" & <i>'}, tables={"layers": rows}, lines=["a < b"]
     )
     said = keep(report, tmp_path, "digits-32", {"arguments": "probe=x input='a b'"}, "x: <model>")
-    assert f"layers.csv, cat.png, dog.png, {PAGE}" in said[-1]
+    assert f"{PAGE}, layers.csv, cat.png, dog.png" in said[-1]
     return tmp_path / "digits-32" / PAGE
 
 
