@@ -99,7 +99,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
     monkeypatch.setattr("models.probes.accuracy.charts_of", lambda *given: {})
-    monkeypatch.setattr("models.probes.forward_cost.SECONDS", 0.01)
+    monkeypatch.setattr("models.probes.reading.forward_cost.SECONDS", 0.01)
 
     def run(program: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)

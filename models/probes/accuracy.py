@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from models.probes import Report, Subject
-from models.probes.forward_cost import forward_cost, rows_of_cost
-from models.probes.outcomes import (
+from models.probes.reading.forward_cost import forward_cost, rows_of_cost
+from models.probes.reading.outcomes import (
     Found,
     Outcomes,
     chart_of_confusion,

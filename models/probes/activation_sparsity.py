@@ -20,9 +20,9 @@ from data.batch import Batch
 from models.layers.activation import SquaredReLU, TopK
 from models.layers.mlp import ConvGLU, ConvMlp
 from models.probes import Report
-from models.probes.blocks import short
-from models.probes.charts import BLUE, ORANGE, canvas
-from models.probes.passes import check_images, over_validation
+from models.probes.drawing.charts import BLUE, ORANGE, canvas
+from models.probes.reading.blocks import short
+from models.probes.reading.passes import check_images, over_validation
 
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),

@@ -23,9 +23,9 @@ from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
 from models.probes import Report
 from models.probes.attention_map import check_heads
-from models.probes.images import Images, first_images
-from models.probes.layers import chosen_layers
-from models.probes.overlays import MOST, enlarged, overlay, sheet
+from models.probes.drawing.overlays import MOST, enlarged, overlay, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.layers import chosen_layers
 
 WHO = "agents"
 
@@ -60,7 +60,7 @@ def agents(
     Args:
         model, data, trainer, input: see `models.probes`.
         images: how many pictures.
-        layers: which layers; see `models.probes.layers.chosen_layers`.
+        layers: which layers; see `models.probes.reading.layers.chosen_layers`.
         heads: "mean", the number of one, or "each".
         shown: agents, spread over their grid.
 

@@ -18,9 +18,10 @@ from conf.values import is_whole, whole
 from models.attention import Grid, Mixer
 from models.attention.recording import Call, recorded
 from models.probes import Report
-from models.probes.images import Images, first_images
-from models.probes.layers import chosen_layers
-from models.probes.overlays import enlarged, overlay, sheet
+from models.probes.drawing.overlays import enlarged, overlay, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.layers import chosen_layers
+from models.probes.reading.points import token_at
 
 HEADS = ("each", "mean")
 
@@ -48,7 +49,7 @@ def attention_map(
     Args:
         model, data, trainer, input: see `models.probes`.
         images: how many of those that there are.
-        layers: see `models.probes.layers.chosen_layers`.
+        layers: see `models.probes.reading.layers.chosen_layers`.
         heads: "each", "mean" or the number of one.
         point: fractions from the left and from the top; None: the class token, without one the centre.
         max_tokens: of the map of a layer.
@@ -94,15 +95,6 @@ def row_of(mixer: Mixer, call: Call, point: Point | None) -> Row:
     rows = [mixer.token_weights(x[None], grid).on_tokens()[:, :, token] for x in call.x_BNC]
     row_BMN = torch.cat(rows).float()
     return Row(row_BMN[..., grid.prefix :].unflatten(-1, grid[:2]), row_BMN[..., : grid.prefix].sum(-1))
-
-
-def token_at(point: Point | None, grid: Grid) -> int:
-    """The number of the token that covers a point."""
-    if point is None and grid.prefix:
-        return 0
-    x, y = (0.5, 0.5) if point is None else point
-    row, column = min(int(y * grid.height), grid.height - 1), min(int(x * grid.width), grid.width - 1)
-    return grid.prefix + row * grid.width + column
 
 
 def figures_of(row: Row) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Transformer attribution: attention weighed by the relevance of a class that goes through it, and by its gradient.
 
 Source: Chefer et al., Transformer Interpretability Beyond Attention Visualization, CVPR 2021, arXiv:2012.09838; see
-`models.probes.propagation`. The authors' code sums over the batch, so that an image's map depends on its neighbours;
-here every image stands for itself, unless `coupled`.
+`models.probes.reading.propagation`. The authors' code sums over the batch, so that an image's map depends on its
+neighbours; here every image stands for itself, unless `coupled`.
 Shapes: B = batch, N = prefix + H·W tokens, Y X = map.
 """
 
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from conf.values import choice, flag, refuse, whole
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.propagation import Relevance, attribution_map, check_propagates, last_layer_map, of_cells, propagate
+from models.probes.reading.propagation import (
+    Relevance,
+    attribution_map,
+    check_propagates,
+    last_layer_map,
+    of_cells,
+    propagate,
+)
 
 WHO = "attribution"
 METHODS = ("transformer_attribution", "last_layer", "full")
@@ -44,7 +51,7 @@ def attribution(
         method: "transformer_attribution", the paper's; "last_layer", relevance of the last attention alone; "full",
             relevance of the pixels.
         start: the first block that the paper's method takes.
-        target: the class, see `models.probes.targets`.
+        target: the class, see `models.probes.reading.targets`.
         coupled: sums over all images, as the authors' code has them.
         deletion: the test too.
 

@@ -24,9 +24,9 @@ from kernels.bench.environment import environment
 from kernels.bench.timing import CudaTimer, Spread
 from models.attention import Grid, Mixer
 from models.probes import Report
-from models.probes.contenders import WHO, Contender, contenders
-from models.probes.crossings import crossings, verdict
-from models.probes.scaling_chart import scaling_chart
+from models.probes.drawing.crossings import crossings, verdict
+from models.probes.drawing.scaling_chart import scaling_chart
+from models.probes.reading.contenders import WHO, Contender, contenders
 
 LEAST = 3  # calls that count at least
 SHARE = 0.8  # of the free memory that a call may take
@@ -50,7 +50,7 @@ def benchmark(
 
     Args:
         trainer: see `models.probes`.
-        attentions: all, or names with their settings, see `models.probes.contenders`; the first is compared with.
+        attentions: all, or names with settings, see `models.probes.reading.contenders`; the first is compared with.
         sizes: tokens per side of the map.
         batch: images at once.
         dim, heads: of the tokens.

@@ -19,7 +19,7 @@ from conf.errors import UserError
 from data.sources.decode import UnreadableImage
 from data.sources.form import RGB, Form
 from models.probes import Report
-from models.probes.charts import chart_of_classes, chart_of_sizes
+from models.probes.drawing.charts import chart_of_classes, chart_of_sizes
 
 AHEAD = 64  # images that are read before they are looked at
 

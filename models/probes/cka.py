@@ -16,10 +16,10 @@ from conf.errors import UserError
 from data.batch import Batch
 from data.sources.form import per_channel
 from models.probes import Report, Subject
-from models.probes.blocks import blocks_of, outputs, short
-from models.probes.charts import canvas
-from models.probes.passes import check_images, over_validation
-from models.probes.stored import stored
+from models.probes.drawing.charts import canvas
+from models.probes.reading.blocks import blocks_of, outputs, short
+from models.probes.reading.passes import check_images, over_validation
+from models.probes.reading.stored import stored
 
 LEAST = 4  # images of a batch that the unbiased estimate takes
 NAMED = 40  # layers up to which the chart names each

@@ -17,9 +17,9 @@ from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
 from models.probes import Report
-from models.probes.images import Images, first_images
-from models.probes.layers import chosen_layers
-from models.probes.overlays import enlarged, sheet
+from models.probes.drawing.overlays import enlarged, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.layers import chosen_layers
 
 WHO = "clusters"
 STRENGTH = 0.65  # of the colours
@@ -45,7 +45,7 @@ def clusters(
     Args:
         model, data, trainer, input: see `models.probes`.
         images: how many pictures.
-        layers: which layers; see `models.probes.layers.chosen_layers`.
+        layers: which layers; see `models.probes.reading.layers.chosen_layers`.
 
     Raises:
         UserError: an option that has no meaning, or a model or layer without clusters.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.probes import Report
-from models.probes.charts import BLUE, ORANGE, canvas
+from models.probes.drawing.charts import BLUE, ORANGE, canvas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,9 +16,9 @@ from conf.errors import UserError
 from conf.looking import Point
 from models.probes import Report, Subject
 from models.probes.deletion import deletion_test, probabilities
-from models.probes.images import Images, first_images
-from models.probes.overlays import enlarged, overlay, sheet
-from models.probes.targets import check_target, target_classes
+from models.probes.drawing.overlays import enlarged, overlay, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.targets import check_target, target_classes
 
 PANELS = 10  # of layers abreast, beside the picture and the map
 DRAWN = 32  # pictures, at most
@@ -63,7 +63,7 @@ def explained_images(
         model, data: see `models.probes`.
         count: how many.
         explain: `(image (1, C, H, W), class (1,)) -> Explained`.
-        target: the class, see `models.probes.targets`.
+        target: the class, see `models.probes.reading.targets`.
         labelled: whether the images have labels.
 
     Raises:

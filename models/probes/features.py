@@ -17,14 +17,14 @@ from conf.values import choice, flag, whole
 from data.batch import Batch
 from models.attention.recording import recorded
 from models.probes import Report
-from models.probes.charts import canvas
-from models.probes.images import Images, first_images
-from models.probes.layers import chosen_layers
-from models.probes.overlays import enlarged, sheet
-from models.probes.passes import over_validation
-from models.probes.principal import colours, components, painted
-from models.probes.queries_keys import exported, projects
-from models.probes.stage_maps import check_stage_maps, stage_maps
+from models.probes.drawing.charts import canvas
+from models.probes.drawing.overlays import enlarged, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.layers import chosen_layers
+from models.probes.reading.passes import over_validation
+from models.probes.reading.principal import colours, components, painted
+from models.probes.reading.queries_keys import exported, projects
+from models.probes.reading.stage_maps import check_stage_maps, stage_maps
 
 LEAST = 5  # images of which t-SNE makes a plane
 NAMED = 20  # classes up to which the legend names them
@@ -51,7 +51,7 @@ def features(
         points: images for validation of the t-SNE, spread over the data; 0 for none, as for images of the user, which
             have no classes.
         export: tokens, queries and keys of the layers too, as `vectors.safetensors` and `vectors.csv`.
-        layers: that are exported, see `models.probes.layers.chosen_layers`.
+        layers: that are exported, see `models.probes.reading.layers.chosen_layers`.
 
     Raises:
         UserError: an option, a model without maps, or a layer without queries and keys.

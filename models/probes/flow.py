@@ -20,7 +20,7 @@ from conf.values import flag
 from models.attention import Mixer
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.paths import as_map, followed, readers
+from models.probes.reading.paths import as_map, followed, readers
 from models.probes.rollout import called, check_heads, with_residual
 
 WHO = "flow"

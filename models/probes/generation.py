@@ -7,8 +7,8 @@ from torch import nn
 
 from conf.errors import UserError
 from models.probes import Report, Subject
-from models.probes.forward_cost import forward_cost, rows_of_cost
-from models.probes.sample_files import check_samples, show_samples
+from models.probes.reading.forward_cost import forward_cost, rows_of_cost
+from models.probes.reading.sample_files import check_samples, show_samples
 from models.tasks.generation import Generation
 
 NAMES = {"val/recognised": "recognised", "val/loss": "loss"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conf.values import flag
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.maps import chosen_places, maps_through
+from models.probes.reading.maps import chosen_places, maps_through
 
 WHO = "gradcam"
 
@@ -34,8 +34,8 @@ def gradcam(
     Args:
         model, data, subject, input: see `models.probes`.
         images: how many.
-        layers: see `models.probes.maps.chosen_places`; the last of several is the map, the others are shown beside it.
-        target: the class, see `models.probes.targets`.
+        layers: see `models.probes.reading.maps.chosen_places`; the last of several is the map, others stand beside it.
+        target: the class, see `models.probes.reading.targets`.
         deletion: the test too.
 
     Raises:

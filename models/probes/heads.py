@@ -14,11 +14,11 @@ from conf.values import whole
 from models.attention import Mixer
 from models.callbacks.routing import chart, rows_of
 from models.probes import Report
-from models.probes.charts import canvas
-from models.probes.head_gates import Heads, Spread, measured, spreads
-from models.probes.head_loads import Loads, chart_of_classes
-from models.probes.images import first_images
-from models.probes.layers import chosen_layers
+from models.probes.drawing.charts import canvas
+from models.probes.reading.head_gates import Heads, Spread, measured, spreads
+from models.probes.reading.head_loads import Loads, chart_of_classes
+from models.probes.reading.images import first_images
+from models.probes.reading.layers import chosen_layers
 from models.tasks.multilabel import check_labels
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def heads(
 
     Args:
         model, data, trainer: see `models.probes`.
-        layers: whose heads are weighed; see `models.probes.layers.chosen_layers`.
+        layers: whose heads are weighed; see `models.probes.reading.layers.chosen_layers`.
         images: that entropy and distance are the means of.
         limit: images of validation, spread over it, that accuracy, gradient and load are measured on.
 

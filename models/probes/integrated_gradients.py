@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from conf.values import choice, flag, whole
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.maps import check_classifies
+from models.probes.reading.maps import check_classifies
 
 WHO = "integrated_gradients"
 BASELINES = ("mean", "black", "white")
@@ -53,7 +53,7 @@ def integrated_gradients(
         images: how many.
         steps: points of the way where the gradient is taken.
         baseline: the plain picture that it starts from: "mean", of the colours of the image, "black" or "white".
-        target: the class, see `models.probes.targets`.
+        target: the class, see `models.probes.reading.targets`.
         deletion: the test too.
 
     Raises:

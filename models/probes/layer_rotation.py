@@ -15,8 +15,8 @@ from conf.errors import UserError
 from models.checkpoints import load_weights, read_config, read_manifest, resolve
 from models.checkpoints.format.directory import step_directories
 from models.probes import Report, Subject
-from models.probes.charts import BLUE, ORANGE, canvas
-from models.probes.stored import initial
+from models.probes.drawing.charts import BLUE, ORANGE, canvas
+from models.probes.reading.stored import initial
 
 NAMED = 60  # tensors up to which the chart names each
 STARTS = ("auto", "initial", "first")

@@ -17,9 +17,9 @@ from data.batch import Batch
 from models.backbones.base import Backbone
 from models.layers.grid import Grid
 from models.probes import Report
-from models.probes.blocks import short
-from models.probes.charts import BLUE, ORANGE, canvas
-from models.probes.passes import check_images, over_validation
+from models.probes.drawing.charts import BLUE, ORANGE, canvas
+from models.probes.reading.blocks import short
+from models.probes.reading.passes import check_images, over_validation
 
 PART = 4096  # tokens that are classified at once
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 
 from models.probes import Report
-from models.probes.forward_cost import forward_cost, rows_of_cost
+from models.probes.reading.forward_cost import forward_cost, rows_of_cost
 from models.tasks.multilabel import MultiLabel
 
 

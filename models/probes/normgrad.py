@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conf.values import choice, flag
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.maps import chosen_places, maps_through
+from models.probes.reading.maps import chosen_places, maps_through
 
 WHO = "normgrad"
 VIRTUAL = ("conv1x1", "conv3x3", "scaling", "bias")
@@ -43,10 +43,10 @@ def normgrad(
     Args:
         model, data, subject, input: see `models.probes`.
         images: how many.
-        layers: see `models.probes.maps.chosen_places`.
+        layers: see `models.probes.reading.maps.chosen_places`.
         virtual: the layer that is not there, one of `VIRTUAL`.
         combine: "product", the geometric mean over the layers, or "sum", the mean.
-        target: the class whose loss is taken, see `models.probes.targets`.
+        target: the class whose loss is taken, see `models.probes.reading.targets`.
         deletion: the test too.
 
     Raises:

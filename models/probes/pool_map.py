@@ -14,8 +14,8 @@ from conf.values import refuse, whole
 from models.layers.grid import Grid
 from models.layers.pooled import Pool
 from models.probes import Report
-from models.probes.images import Images, first_images
-from models.probes.overlays import MOST, enlarged, overlay, sheet
+from models.probes.drawing.overlays import MOST, enlarged, overlay, sheet
+from models.probes.reading.images import Images, first_images
 
 WHO = "pool_map"
 

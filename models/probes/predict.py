@@ -14,7 +14,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from conf.values import whole
 from models.probes import Report, Subject
-from models.probes.pages import thumbnails as page_of
+from models.probes.drawing.pages import thumbnails as page_of
 
 SHOWN = 5  # unreadable files, and classes, that are named on the terminal
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from conf import looking
 from conf.looking import Point
 from models.probes import Report
-from models.probes.charts import canvas
-from models.probes.images import first_images
-from models.probes.stage_maps import check_stage_maps, stage_maps
+from models.probes.drawing.charts import canvas
+from models.probes.reading.images import first_images
+from models.probes.reading.stage_maps import check_stage_maps, stage_maps
 
 SHARES = (0.5, 0.95)  # of the gradient, whose radii are told
 

@@ -2,8 +2,8 @@
 
 Source: Generic Attention-model Explainability, Chefer, Gur and Wolf, ICCV 2021, arXiv:2103.15679, equations 5 and 6.
 R = I at first; each layer adds Ē R to it, where Ē is the mean over heads of (∂y_c/∂A ∘ A)⁺. The map is what R adds to
-what the classifier reads. Rows of A need not sum to one. Stages: see `models.probes.paths`; what attention weights
-of a pool read is taken as it is, without its gradient.
+what the classifier reads. Rows of A need not sum to one. Stages: see `models.probes.reading.paths`; what attention
+weights of a pool read is taken as it is, without its gradient.
 Shapes: B = images, M = heads, N = tokens, Q = rows of shares, Y X = map.
 """
 
@@ -19,7 +19,7 @@ from models.attention.explain import explained
 from models.attention.recording import recorded
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.paths import as_map, followed, followed_back, readers
+from models.probes.reading.paths import as_map, followed, followed_back, readers
 
 WHO = "relevance"
 

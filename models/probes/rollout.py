@@ -3,8 +3,8 @@
 Source: Quantifying Attention Flow in Transformers, Abnar and Zuidema, ACL 2020, arXiv:2005.00928, section 3.1;
 `heads` and `discard` as Gildenblat has them for ViT.
 A layer is half its matrix, half its residual connection: Ã = A + I with rows scaled to sum to one. The map is the row
-of the product Ã_L … Ã_1 that the classifier reads; it depends on no class. Stages: see `models.probes.paths`.
-What Chefer et al. record as rollout multiplies relevance instead of weights, see `models.probes.propagation`.
+of the product Ã_L … Ã_1 that the classifier reads; it depends on no class. Stages: see `models.probes.reading.paths`.
+What Chefer et al. record as rollout multiplies relevance instead of weights, see `models.probes.reading.propagation`.
 Shapes: B = images, M = heads, N = tokens, Q = rows of shares, Y X = map.
 """
 
@@ -22,8 +22,8 @@ from models.attention import Mixer
 from models.attention.recording import Call, recorded
 from models.probes import Report, Subject
 from models.probes.explanations import Explained, explained_images, report_of
-from models.probes.layers import kind_of
-from models.probes.paths import as_map, followed, followed_back, readers
+from models.probes.reading.layers import kind_of
+from models.probes.reading.paths import as_map, followed, followed_back, readers
 
 WHO = "rollout"
 HEADS = ("mean", "max", "min")

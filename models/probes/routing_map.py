@@ -20,10 +20,10 @@ from models.attention.contract import Grid, Mixer
 from models.attention.gating import ungated
 from models.attention.recording import recorded
 from models.probes import Report, Subject
-from models.probes.attention_map import token_at
-from models.probes.images import Images, first_images
-from models.probes.layers import chosen_layers
-from models.probes.overlays import MOST, enlarged, sheet
+from models.probes.drawing.overlays import MOST, enlarged, sheet
+from models.probes.reading.images import Images, first_images
+from models.probes.reading.layers import chosen_layers
+from models.probes.reading.points import token_at
 
 WHO = "routing_map"
 VISITED, ASKING = (31, 119, 180), (255, 127, 14)  # blue, orange
@@ -54,7 +54,7 @@ def routing_map(
     Args:
         model, data, trainer, subject, input: see `models.probes`.
         images: how many pictures.
-        layers: which layers; see `models.probes.layers.chosen_layers`.
+        layers: which layers; see `models.probes.reading.layers.chosen_layers`.
         point: where the region lies that asks, as fractions from the left and from the top; None for the centre.
         every: every how many-th region asks instead, in a picture for each layer.
 

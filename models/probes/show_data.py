@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from conf.errors import UserError
 from conf.values import whole
 from data.batch import Batch
-from data.dataset import collate_carried, delivered
-from data.order.sampler import Draw
 from models.probes import Report
-from models.probes.charts import sheet
+from models.probes.drawing.charts import sheet
+from models.probes.reading.images import visible
 
 SHARE = 0.01  # of a mixed label, from which it is written
 NAME = 18  # letters of a class
@@ -56,33 +54,13 @@ def _training(data: pl.LightningDataModule, batches: int) -> list[Batch]:
 
 def _validation(data: pl.LightningDataModule, count: int) -> Batch:
     """Images spread over the split, which often comes class by class."""
-    samples = data.val_dataloader().dataset
-    places = np.unique(np.linspace(0, len(samples) - 1, count).round().astype(int))
-    read = samples.__getitems__([Draw(0, int(index)) for index in places])
-    return data._stage(delivered(collate_carried(read)), training=False)
+    return data.evaluated(data.spread(count))
 
 
 def pictures(data: Any, batch: Batch, classes: list[str], count: int) -> list[tuple[np.ndarray, str]]:
     """Images as they can be shown, each with its label in words."""
     shown = visible(batch.images[:count], data.mean, data.std)
     return [(image, in_words(label, classes)) for image, label in zip(shown, batch.labels[:count], strict=True)]
-
-
-def visible(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> list[np.ndarray]:
-    """(H, W, 3) or (H, W) from 0 to 1: normalisation undone; of other numbers of channels the first three, or one.
-
-    Values beyond 0 … 1, of float images and of erased rectangles, are cut off unless all of the image lies outside.
-    """
-    shape = (1, -1, 1, 1)
-    pixels = images.float() * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
-    found = []
-    for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
-        low, high = float(image.min()), float(image.max())
-        if high <= 0 or low >= 1 or high > 10:
-            image = (image - low) / max(high - low, 1e-12)
-        found.append(image.clip(0, 1).squeeze(-1) if image.shape[-1] == 1 else image.clip(0, 1))
-    return found
 
 
 def in_words(label: Tensor, classes: list[str]) -> str:

@@ -13,8 +13,8 @@ from conf.errors import UserError
 from models.pools.slot import SlotPool
 from models.probes import Report
 from models.probes.clusters import coloured
-from models.probes.images import Images, first_images
-from models.probes.overlays import enlarged, overlay, sheet
+from models.probes.drawing.overlays import enlarged, overlay, sheet
+from models.probes.reading.images import Images, first_images
 
 WHO = "slots"
 

@@ -193,7 +193,8 @@ def make_autoencoder(folder: Path) -> None:
 
 def hurry() -> None:
     """Runs and evaluations draw nothing, which takes as long as a small run, and time a model for a moment."""
-    from models.probes import accuracy, forward_cost
+    from models.probes import accuracy
+    from models.probes.reading import forward_cost
     from models.runs import sweep_pictures, training
 
     training.draw_curves = lambda *given: None

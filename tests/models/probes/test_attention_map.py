@@ -12,9 +12,10 @@ from conf.errors import UserError
 from models import create_model
 from models.attention import Grid, TokenWeights, mixers_of
 from models.attention.recording import recorded
-from models.probes.attention_map import row_of, token_at
-from models.probes.layers import chosen_layers
-from models.probes.overlays import overlay
+from models.probes.attention_map import row_of
+from models.probes.drawing.overlays import overlay
+from models.probes.reading.layers import chosen_layers
+from models.probes.reading.points import token_at
 
 
 @pytest.fixture(scope="module")

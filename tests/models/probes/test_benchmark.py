@@ -10,8 +10,8 @@ from conf.errors import UserError
 from kernels.bench.timing import Spread
 from models import list_attentions
 from models.probes import benchmark as bench
-from models.probes.contenders import contenders
-from models.probes.crossings import crossings, verdict
+from models.probes.drawing.crossings import crossings, verdict
+from models.probes.reading.contenders import contenders
 
 
 def curve(**medians: float) -> dict[int, Spread]:

@@ -9,8 +9,8 @@ from data.module import ImageData
 from data.sources.digits import Digits
 from models import create_model, list_models
 from models.probes import Subject
-from models.probes.blocks import blocks_of, outputs
 from models.probes.cka import Alignment, cka, grams, hsic
+from models.probes.reading.blocks import blocks_of, outputs
 from tests.models.probes.runs import written
 
 SMALL = [name for name in list_models() if name.endswith("_32px") and "dit" not in name]

@@ -12,7 +12,8 @@ from data.sources.digits import Digits
 from data.sources.fake import Fake
 from data.sources.imagefolder import ImageFolder
 from models.probes.check_data import check_data
-from models.probes.show_data import in_words, show_data, visible
+from models.probes.reading.images import visible
+from models.probes.show_data import in_words, show_data
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 
 from conf.errors import UserError
 from models.probes.deletion import FRACTIONS, deletion_curve, deletion_test
-from models.probes.targets import check_target, target_classes
+from models.probes.reading.targets import check_target, target_classes
 
 
 class Corner(nn.Module):

@@ -16,9 +16,9 @@ from models.probes.attribution import METHODS, attribution, relevance_map
 from models.probes.deletion import deletion_curve
 from models.probes.gradcam import gradcam, gradcam_maps
 from models.probes.integrated_gradients import integrated, integrated_gradients, plain, positive
-from models.probes.maps import chosen_places
 from models.probes.normgrad import combined, normgrad, normgrad_maps
-from models.probes.propagation import propagate
+from models.probes.reading.maps import chosen_places
+from models.probes.reading.propagation import propagate
 
 PROBES = ("attribution", "gradcam", "integrated_gradients", "normgrad")
 EVAL = ("eval", "ckpt=w.safetensors", "model=vit_32px", "data=digits", "data.workers=0")

@@ -17,8 +17,8 @@ from models import create_model
 from models.attention import mixers_of
 from models.attention.recording import recorded
 from models.probes.features import features, nearest_of_class, plane_of
-from models.probes.principal import colours, components, painted
-from models.probes.queries_keys import in_one_space, queries_keys
+from models.probes.reading.principal import colours, components, painted
+from models.probes.reading.queries_keys import in_one_space, queries_keys
 
 
 @pytest.fixture

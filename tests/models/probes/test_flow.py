@@ -5,7 +5,7 @@ import torch
 
 from models import create_model
 from models.probes.flow import flow_map, flows
-from models.probes.paths import followed
+from models.probes.reading.paths import followed
 from models.probes.rollout import called, rollout_maps, with_residual
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

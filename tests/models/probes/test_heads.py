@@ -12,9 +12,9 @@ from data.module import ImageData
 from data.sources.digits import Digits
 from models import create_model, list_attentions
 from models.attention import Grid, mixers_of
-from models.probes.head_gates import head_gates, measured, spread, spreads
-from models.probes.head_loads import Loads
 from models.probes.heads import heads
+from models.probes.reading.head_gates import head_gates, measured, spread, spreads
+from models.probes.reading.head_loads import Loads
 
 FIRST, LAYER = "stages.1.blocks.0.attn", "stages.2.blocks.0.attn"
 

@@ -10,7 +10,7 @@ from conf.errors import UserError
 from models import create_model
 from models.probes import Subject
 from models.probes.layer_rotation import layer_rotation, rotations
-from models.probes.stored import stored
+from models.probes.reading.stored import stored
 from tests.models.probes.runs import written
 
 

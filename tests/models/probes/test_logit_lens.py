@@ -45,7 +45,7 @@ def test_the_last_layer_is_the_model(name):
 
 def test_a_table_of_layers(trainer, digits, monkeypatch, tmp_path):
     """Of the last the very top-1 that an evaluation has; what the head cannot read is named."""
-    monkeypatch.setattr("models.probes.forward_cost.SECONDS", 0.01)
+    monkeypatch.setattr("models.probes.reading.forward_cost.SECONDS", 0.01)
     trainer.limit_val_batches = 1
     model = create_model("swin_32px", num_classes=10).eval()
     torch.nn.init.normal_(model.head.weight)

@@ -9,8 +9,8 @@ from models import create_model, list_attentions, list_models
 from models.layers.tokens import to_map
 from models.probes.gradcam import gradcam_maps
 from models.probes.integrated_gradients import integrated, positive
-from models.probes.maps import chosen_places, maps_through
 from models.probes.normgrad import combined, normgrad_maps, of_virtual_layer
+from models.probes.reading.maps import chosen_places, maps_through
 from models.surgery.any_timm import timm_model
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

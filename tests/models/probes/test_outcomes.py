@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
-from models.probes.outcomes import (
+from models.probes.reading.outcomes import (
     Outcomes,
     chart_of_confusion,
     chart_of_reliability,

@@ -8,8 +8,8 @@ from conf.errors import UserError
 from data.module import ImageData
 from data.sources.digits import Digits
 from models import create_model
-from models.probes.images import first_images
 from models.probes.pool_map import maps_of, pool_map
+from models.probes.reading.images import first_images
 from models.probes.slots import shares_of, slots
 
 VIT = {"num_classes": 10, "depth": 1, "dim": 32}

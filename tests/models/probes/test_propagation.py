@@ -6,8 +6,8 @@ import torch
 
 from models import create_model
 from models.checkpoints import convert
-from models.probes import relprop
-from models.probes.propagation import attribution_map, check_propagates, last_layer_map, propagate
+from models.probes.reading import relprop
+from models.probes.reading.propagation import attribution_map, check_propagates, last_layer_map, propagate
 
 TOLERANCE = 1e-4  # relative; of the case, whose float32 and float64 differ by 7e-5
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -11,7 +11,7 @@ from conf.names import options
 from models import create_model, list_attentions
 from models.checkpoints import convert
 from models.probes.deletion import deletion_curve
-from models.probes.paths import followed
+from models.probes.reading.paths import followed
 from models.probes.relevance import relevance_maps
 from models.probes.rollout import rollout_maps
 

@@ -10,8 +10,8 @@ from models.attention import Grid, mixers_of
 from models.attention.recording import recorded
 from models.checkpoints import convert
 from models.probes.deletion import deletion_curve
-from models.probes.paths import as_map, followed, followed_back, onto, readers
-from models.probes.propagation import propagate
+from models.probes.reading.paths import as_map, followed, followed_back, onto, readers
+from models.probes.reading.propagation import propagate
 from models.probes.rollout import called, check_heads, fused, rollout_maps
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

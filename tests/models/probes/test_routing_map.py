@@ -15,7 +15,7 @@ from models import create_model
 from models.attention import Grid, mixers_of, to_moh
 from models.attention.biformer import Regions
 from models.probes import Subject
-from models.probes.images import first_images
+from models.probes.reading.images import first_images
 from models.probes.routing_map import ASKING, VISITED, Routes, _beyond, drawn, region_at, routing_map, summed
 
 SUBJECT = Subject("", None, None, "raw", {}, Path())

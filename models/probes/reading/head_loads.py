@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.attention.head_router import HeadRouter
 from models.callbacks.routing import Layer, layer_of
-from models.probes.charts import canvas
+from models.probes.drawing.charts import canvas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

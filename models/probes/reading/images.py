@@ -11,9 +11,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.values import whole
-from data.order.spread import spread_over
 from data.sources.pictures import PictureSplit
-from models.probes.show_data import visible
 
 
 class Images(NamedTuple):
@@ -35,7 +33,7 @@ def first_images(data: pl.LightningDataModule, count: int, device: torch.device 
     whole("probe", "images", count, fix="set probe.images")
     split = data.source.val
     own = isinstance(split, PictureSplit)
-    places = list(range(min(count, len(split)))) if own else spread_over(len(split), count)
+    places = list(range(min(count, len(split)))) if own else data.spread(count)
     batch = data.evaluated(places)
     for index in places if own else ():
         if split.unreadable[index]:
@@ -55,3 +53,20 @@ def _told_apart(names: list[str]) -> list[str]:
     """Names of files without folder and ending; those that are there twice get a number."""
     stems = [re.sub(r"[^\w.-]+", "_", name.rpartition("/")[2].rpartition(".")[0] or name) for name in names]
     return [stem if stems.index(stem) == i else f"{stem}-{i}" for i, stem in enumerate(stems)]
+
+
+def visible(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> list[np.ndarray]:
+    """(H, W, 3) or (H, W) from 0 to 1: normalisation undone; of other numbers of channels the first three, or one.
+
+    Values beyond 0 … 1, of float images and of erased rectangles, are cut off unless all of the image lies outside.
+    """
+    shape = (1, -1, 1, 1)
+    pixels = images.float() * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1]
+    found = []
+    for image in pixels.permute(0, 2, 3, 1).cpu().numpy():
+        low, high = float(image.min()), float(image.max())
+        if high <= 0 or low >= 1 or high > 10:
+            image = (image - low) / max(high - low, 1e-12)
+        found.append(image.clip(0, 1).squeeze(-1) if image.shape[-1] == 1 else image.clip(0, 1))
+    return found

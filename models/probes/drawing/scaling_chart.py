@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.probes.charts import canvas
-from models.probes.crossings import Crossing
+from models.probes.drawing.charts import canvas
+from models.probes.drawing.crossings import Crossing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

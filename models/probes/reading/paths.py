@@ -18,8 +18,8 @@ from conf.values import choice
 from models.attention import Grid, Mixer, mixers_of
 from models.attention.recording import Call
 from models.pools.mean import Mean
-from models.probes.attention_map import token_at
-from models.probes.layers import kind_of
+from models.probes.reading.layers import kind_of
+from models.probes.reading.points import token_at
 
 STAGES = ("last", "all")
 MOST = 4096  # cells of a map whose matrices are multiplied

@@ -16,7 +16,7 @@ from models.attention.contract.heads import split_heads
 from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import Call
-from models.probes.images import Images
+from models.probes.reading.images import Images
 
 
 class Exported(NamedTuple):

@@ -1,7 +1,7 @@
 """Relevance of a class, backwards through a softmax ViT from its logit to the pixels, and what it makes of attention.
 
 Source: Chefer et al., Transformer Interpretability Beyond Attention Visualization, CVPR 2021, arXiv:2012.09838; code
-hila-chefer/Transformer-Explainability; the rules of single operations stand in `models.probes.relprop`.
+hila-chefer/Transformer-Explainability; the rules of single operations stand in `models.probes.reading.relprop`.
 Shapes: B = batch, N = prefix + H·W tokens, C = channels, M = heads, K = classes, D = channels per head.
 """
 
@@ -21,7 +21,7 @@ from models.attention.explain import explained
 from models.attention.multihead import MultiHead
 from models.attention.softmax import SoftmaxCore
 from models.backbones.vit import ViT
-from models.probes import relprop
+from models.probes.reading import relprop
 
 
 class Relevance(NamedTuple):

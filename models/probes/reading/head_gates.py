@@ -18,7 +18,7 @@ from models.attention import Mixer
 from models.attention.contract import Grid
 from models.attention.contract.places import places
 from models.attention.recording import recorded
-from models.probes.head_loads import Loads
+from models.probes.reading.head_loads import Loads
 
 MOST_TOKENS = 4096  # of a map whose weights on one another are written out
 

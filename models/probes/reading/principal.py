@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.probes.overlays import enlarged
+from models.probes.drawing.overlays import enlarged
 
 EDGE = 0.01  # of the tokens on either side whose colour is cut off
 PICTURE = 0.25  # of the brightness that the picture gives

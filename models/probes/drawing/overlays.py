@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from models.probes.charts import canvas
+from models.probes.drawing.charts import canvas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

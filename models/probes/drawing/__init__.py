@@ -1,0 +1,1 @@
+"""Charts, maps over pictures and pages: what probes show."""

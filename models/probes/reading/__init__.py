@@ -1,0 +1,1 @@
+"""What probes read from models and data before they report it."""
