@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from conf.errors import UserError
 from models.export.agreement import Runs
 from models.export.arguments import Wanted
-from models.export.program import program, refusal, silence
+from models.export.program import innermost, program, refusal, silence
 from models.export.subject import Subject
 
 
@@ -29,15 +30,11 @@ def write_onnx(subject: Subject, path: Path, asked: Wanted) -> Written:
     Raises:
         UserError: an operation has no form in ONNX.
     """
-    graph = program(subject, "onnx", asked.dynamic_size)
     names, output = subject.names
-    try:
-        with silence():
-            made = torch.onnx.export(
-                graph, dynamo=True, input_names=names, output_names=[output], opset_version=asked.opset, verbose=False
-            )
-    except Exception as error:
-        raise UserError(refusal(subject, "onnx", _innermost(error))) from error
+    wanted = {"input_names": names, "output_names": [output], "opset_version": asked.opset}
+    # of the model itself, so that what computes in another way in ONNX knows where it is
+    exporter = partial(torch.onnx.export, dynamo=True, verbose=False, **wanted)
+    made = program(subject, "onnx", asked.dynamic_size, exporter)
     made.model.metadata_props.update({key: json.dumps(value) for key, value in preparation(subject).items()})
     made.save(str(path))
     facts = {"opset": made.model.opset_imports[""]}
@@ -69,7 +66,7 @@ def write_pt2(subject: Subject, path: Path, asked: Wanted) -> Written:
         with silence():
             torch._inductor.aoti_compile_and_package(graph, package_path=str(path))
     except Exception as error:
-        raise UserError(refusal(subject, "pt2", _innermost(error))) from error
+        raise UserError(refusal(subject, "pt2", innermost(error))) from error
     package = torch._inductor.aoti_load_package(str(path))
     device = next(subject.model.parameters()).device.type
     use = f'torch._inductor.aoti_load_package("{path.name}")(images)'
@@ -108,10 +105,3 @@ def preparation(subject: Subject) -> dict[str, Any]:
         "evaluation": {key: value for key, value in asdict(data.evaluation).items() if value is not None},
         "classes": subject.classes,
     }
-
-
-def _innermost(error: BaseException) -> Exception:
-    """The cause at the end of a chain, which says what it is about."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error

@@ -3,8 +3,9 @@
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -17,7 +18,7 @@ PATIENCE = 600  # seconds for a graph of any size; what pads its maps into windo
 LATE = "torch was still comparing sizes after ten minutes"
 
 
-def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
+def program(subject: Subject, name: str, dynamic_size: bool, exporter: Callable[..., Any] | None = None) -> Any:
     """The graph, made on two images.
 
     Args:
@@ -25,6 +26,9 @@ def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
         name: of the format, for messages.
         dynamic_size: leave height and width open; the graph is then made on images of another size than in training,
             so that what is made for one size is made anew.
+        exporter: `(model, inputs, dynamic_shapes=...)`, whose result has the graph as `exported_program`; None: that of
+            torch, which gives the graph.
+
 
     Raises:
         UserError: the model does something that a graph cannot hold, or does it for one size only.
@@ -35,12 +39,11 @@ def program(subject: Subject, name: str, dynamic_size: bool) -> ExportedProgram:
     shapes = tuple({0: batch} | (sizes if place == 0 else {}) for place in range(len(inputs)))
     try:
         with silence(), torch.no_grad(), patience(PATIENCE if dynamic_size else 0):
-            made = torch.export.export(subject.model, inputs, dynamic_shapes=shapes)
+            made = (exporter or torch.export.export)(subject.model, inputs, dynamic_shapes=shapes)
     except Exception as error:  # each mechanism has its own way to fail, and torch many words for it
-        raise UserError(refusal(subject, name, error, dynamic_size)) from error
-    fixed = [
-        axis for axis, side in zip(("height", "width"), images_of(made)[-2:], strict=True) if isinstance(side, int)
-    ]
+        raise UserError(refusal(subject, name, innermost(error), dynamic_size)) from error
+    sides = images_of(getattr(made, "exported_program", made))[-2:]
+    fixed = [axis for axis, side in zip(("height", "width"), sides, strict=True) if isinstance(side, int)]
     if dynamic_size and fixed:
         reason = ValueError(f"{' and '.join(fixed)} of the images must stay as they are")
         raise UserError(refusal(subject, name, reason, dynamic_size))
@@ -65,6 +68,13 @@ def refusal(subject: Subject, name: str, error: Exception, dynamic_size: bool = 
     if len(words) > 240:  # torch puts what it is about at the beginning, TorchScript at the end
         words = f"… {words[-240:]}" if name == "torchscript" else f"{words[:240]} …"
     return f"{what} cannot be held by it: {words}; choose another format: safetensors and hf hold every model"
+
+
+def innermost(error: BaseException) -> Exception:
+    """The cause at the end of a chain, which says what it is about."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

@@ -120,7 +120,6 @@ def test_what_cannot_be_held_is_named_and_not_left(export, run, tmp_path, monkey
         raise RuntimeError("No ONNX function found\nfor aten.sort")
 
     monkeypatch.setattr(torch.onnx, "export", broken)
-    monkeypatch.setattr("models.export.graphs.program", lambda *given: None)
     status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
     assert status == 2 and "format=onnx: vit_32px with softmax attention cannot be held by it: " in errors
     assert "No ONNX function found for aten.sort; choose" in errors and list(tmp_path.iterdir()) == []
@@ -181,7 +180,7 @@ def test_a_size_that_torch_cannot_leave_open_is_refused_in_time(export, run, tmp
 
     monkeypatch.setattr(torch.export, "export", endless)
     monkeypatch.setattr("models.export.program.PATIENCE", 0.2)
-    status, _, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx", "dynamic_size=true")
+    status, _, errors = export(f"ckpt={run}", "format=pt2", "-o", "mine.pt2", "dynamic_size=true")
     assert status == 2 and list(tmp_path.iterdir()) == []
     assert "vit_32px with softmax attention does not allow images of any size in one graph (torch was still " in errors
     assert "ten minutes); leave dynamic_size out, or give image_size=... and export one file for each size" in errors
@@ -198,6 +197,15 @@ def test_other_models(export, tmp_path, chosen):
         status, output, errors = export(f"ckpt={run}", f"format={form}", "-o", f"mine.{end}")
         assert (status, errors) == (0, ""), errors
         assert f"{model} with {attention} attention on digits, step 7: " in output
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("attention", ["biformer", "moh", "inline"])
+def test_what_computes_in_another_way_in_onnx(export, tmp_path, attention):
+    """A stable sort, and convolutions with a group for each channel of each image."""
+    run = run_of(tmp_path / "outputs", "model=pvt_32px", f"attention={attention}", "data=digits", spread=0.05)
+    status, output, errors = export(f"ckpt={run}", "format=onnx", "-o", "mine.onnx")
+    assert (status, errors) == (0, "") and "checked: largest difference " in output, errors
 
 
 @pytest.mark.full
