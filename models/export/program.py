@@ -29,7 +29,6 @@ def program(subject: Subject, name: str, dynamic_size: bool, exporter: Callable[
         exporter: `(model, inputs, dynamic_shapes=...)`, whose result has the graph as `exported_program`; None: that of
             torch, which gives the graph.
 
-
     Raises:
         UserError: the model does something that a graph cannot hold, or does it for one size only.
     """

@@ -17,6 +17,7 @@ from conf.looking import Point
 from models.probes import Report, Subject
 from models.probes.deletion import deletion_test, probabilities
 from models.probes.drawing.overlays import enlarged, overlay, sheet
+from models.probes.reading.blocks import short
 from models.probes.reading.images import Images, first_images
 from models.probes.reading.targets import check_target, target_classes
 
@@ -138,10 +139,6 @@ def _rows(found: Found, data: pl.LightningDataModule, several: bool) -> list[dic
 def _picture(shown: Image.Image, explained: Explained, weights_YX: Tensor, said: str, point: Point | None) -> Any:
     """The picture, what is read at layers from the last on, and the map."""
     steps = list(explained.before.items())
-    kept = [(f"at {_short(name)}", maps_BYX[0]) for name, maps_BYX in steps[:: max(1, -(-len(steps) // PANELS))]]
+    kept = [(f"at {short(name)}", maps_BYX[0]) for name, maps_BYX in steps[:: max(1, -(-len(steps) // PANELS))]]
     drawn = [(overlay(shown, map_YX - map_YX.min(), point=point), word) for word, map_YX in (*kept, (said, weights_YX))]
     return sheet([[(enlarged(shown), "picture"), *drawn]])
-
-
-def _short(name: str) -> str:
-    return name.removesuffix(".attn").replace("stages.", "").replace(".blocks.", ".")

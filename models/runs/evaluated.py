@@ -216,7 +216,7 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict |
             f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
         ) from error
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
-    run["task"] = _task_of(saved["task"]) or saved["run"].get("task")
+    run["task"] = _task_of(saved["task"]) or (saved.get("run") or {}).get("task")
     if fit := saved.get("run", {}).get("fit"):
         run["fit"] = fit
     for group in set(OF_MODEL) & set(arguments):

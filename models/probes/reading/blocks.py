@@ -28,7 +28,7 @@ def blocks_of(who: str, model: nn.Module) -> dict[str, nn.Module]:
 
 def short(name: str) -> str:
     """As charts have room for it: 2.0 of stages.2.blocks.0."""
-    return name.replace("stages.", "").replace(".blocks.", ".")
+    return name.removesuffix(".attn").replace("stages.", "").replace(".blocks.", ".")
 
 
 def _blocks(stage: nn.Module) -> range:

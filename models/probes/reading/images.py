@@ -13,6 +13,8 @@ from conf.errors import UserError
 from conf.values import whole
 from data.sources.pictures import PictureSplit
 
+CHARTS = ("deletion", "plane")  # pictures that a report may have besides those of images
+
 
 class Images(NamedTuple):
     """batch: (B, C, H, W), prepared as in evaluation. shown: in RGB what the model sees of each. names: of files, or
@@ -50,9 +52,9 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def _told_apart(names: list[str]) -> list[str]:
-    """Names of files without folder and ending; those that are there twice get a number."""
+    """Names of files without folder and ending; those that are there twice, or that a chart has, get a number."""
     stems = [re.sub(r"[^\w.-]+", "_", name.rpartition("/")[2].rpartition(".")[0] or name) for name in names]
-    return [stem if stems.index(stem) == i else f"{stem}-{i}" for i, stem in enumerate(stems)]
+    return [f"{stem}-{i}" if stem in CHARTS or stems.index(stem) != i else stem for i, stem in enumerate(stems)]
 
 
 def visible(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> list[np.ndarray]:

@@ -1,13 +1,14 @@
 """Routers beside the published one, balancing without a loss, statistics, and balancing over processes."""
 
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from models.attention import Grid, Refused, Site
@@ -146,7 +147,7 @@ def test_nothing_is_counted_in_evaluation() -> None:
     HeadRouter(64, 8, 2, 3).after_step()  # nothing to do
 
 
-def _worker(rank: int, meeting: Path, results: mp.Queue) -> None:
+def _worker(rank: int, meeting: Path) -> tuple[float, list, list]:
     dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=2)
     torch.manual_seed(0)
     router, biased = HeadRouter(16, 6, 2, 2, all_reduce=True), HeadRouter(16, 6, 2, 2, balance="bias")
@@ -157,19 +158,14 @@ def _worker(rank: int, meeting: Path, results: mp.Queue) -> None:
     biased.after_step()
     if rank == 0:
         router.eval()(x)  # alone, as where one process makes samples: nothing waits for the others
-    results.put((rank, loss.item(), router.wg.weight.grad.tolist(), biased.bias.tolist()))
     dist.destroy_process_group()
+    return loss.item(), router.wg.weight.grad.tolist(), biased.bias.tolist()
 
 
+@pytest.mark.full  # new processes, since one that has threads of a backward pass cannot be forked
 def test_two_processes_balance_as_one_with_all_tokens(tmp_path: Path) -> None:
-    context = mp.get_context("fork")
-    results = context.Queue()
-    workers = [context.Process(target=_worker, args=(rank, tmp_path / "meeting", results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    of_ranks = [results.get(timeout=600) for _ in workers]  # seconds: ends a test that hangs, and measures nothing
-    for worker in workers:
-        worker.join()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        of_ranks = list(pool.map(_worker, range(2), [tmp_path / "meeting"] * 2))
     torch.manual_seed(0)
     router, biased = HeadRouter(16, 6, 2, 2), HeadRouter(16, 6, 2, 2, balance="bias")
     x = torch.cat([tokens(0, 16), tokens(1, 16)])
@@ -177,10 +173,10 @@ def test_two_processes_balance_as_one_with_all_tokens(tmp_path: Path) -> None:
     loss.backward()
     biased(x)
     biased.after_step()
-    for _, value, _, bias in of_ranks:
+    for value, _, bias in of_ranks:
         assert value == pytest.approx(loss.item(), rel=1e-5)
         torch.testing.assert_close(torch.tensor(bias), biased.bias)
-    mean = torch.tensor([grad for _, _, grad, _ in of_ranks]).mean(0)  # as data parallel training averages
+    mean = torch.tensor([grad for _, grad, _ in of_ranks]).mean(0)  # as data parallel training averages
     torch.testing.assert_close(mean, router.wg.weight.grad, rtol=1e-4, atol=1e-7)
 
 

@@ -14,6 +14,7 @@ from models.attention import Grid, TokenWeights, mixers_of
 from models.attention.recording import recorded
 from models.probes.attention_map import row_of
 from models.probes.drawing.overlays import overlay
+from models.probes.reading.images import _told_apart
 from models.probes.reading.layers import chosen_layers
 from models.probes.reading.points import token_at
 
@@ -45,6 +46,11 @@ def test_shortened_keys_cover_their_tokens():
     torch.testing.assert_close(found[2:, 3:], torch.full((2, 3), 0.4 / 6))
     uneven = TokenWeights(weights, Grid(3, 3), Grid(2, 2)).on_tokens()
     torch.testing.assert_close(uneven.sum(), torch.tensor(1.0))
+
+
+def test_names_of_pictures_are_told_apart():
+    names = ["a/cat.jpg", "b/cat.png", "my dog.webp", "deletion.png", "7"]
+    assert _told_apart(names) == ["cat", "cat-1", "my_dog", "deletion-3", "7"]
 
 
 def test_the_token_at_a_point():
