@@ -91,10 +91,9 @@ def _gpu() -> bool:
 def command(tmp_path, monkeypatch, capsys):
     """`command("train", "attention=agent") -> (exit status, output, errors)`, run in `tmp_path`.
 
-    It draws no curves and charts, which takes as long as a small run, and times a model for a moment. The mode of Hydra
-    is what it comes to without `hydra.mode=`, for which Hydra composes everything once more.
+    It draws no curves and charts, which takes as long as a small run, and times a model for a moment. Hydra composes
+    everything once more to find `hydra.mode`, which only recipes set: without one it does not.
     """
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda hydra, config_name, overrides: None)
     monkeypatch.setattr("models.runs.training.draw_curves", lambda *arguments: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
@@ -105,11 +104,14 @@ def command(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{program}.py"), *arguments])
         monkeypatch.delenv("VISION_ZOO_RUN_NAME", raising=False)
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
+        with monkeypatch.context() as patched:
+            if not any(argument.startswith("recipe=") for argument in arguments):
+                patched.setattr("hydra._internal.hydra.Hydra.get_mode", lambda hydra, config_name, overrides: None)
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                status = 0
+            except SystemExit as exit:
+                status = exit.code
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -121,7 +121,7 @@ def _as_typed(target: str, given: list[str], variables: dict[str, str]) -> Itera
 
 def _small(target: str, given: list[str], block: Block) -> list[str]:
     """The settings of the test for one command."""
-    if any(word.startswith(LOOKING) for word in given) or given[:1] in (["list"], ["doctor"]):
+    if any(word.startswith(LOOKING) for word in given) or given[:1] in (["list"], ["doctor"], ["probe=benchmark"]):
         return []
     added = [word for mark in block.marked("add ") for word in mark.split()]
     if block.marked("status "):
