@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from conf.errors import UserError
 from conf.values import refuse, whole
 from data.order.spread import spread_over
 from models.attention.agent import AgentCore
@@ -22,8 +21,8 @@ from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
 from models.probes import Report
-from models.probes.attention_map import check_heads
 from models.probes.drawing.overlays import MOST, enlarged, overlay, sheet
+from models.probes.reading.heads import check_head, check_heads
 from models.probes.reading.images import Images, first_images
 from models.probes.reading.layers import chosen_layers
 
@@ -71,7 +70,7 @@ def agents(
     if whole("probe", "shown", shown, fix="set probe.shown=6") >= MOST:
         refuse("probe", "shown", f"at most {MOST - 1} agents", shown, "set probe.shown=6")
     mixers = chosen_layers(WHO, model, layers, has_agents, "agents", "attention=agent")
-    _check_head(heads, mixers)
+    check_head(heads, {name: ungated(mixer).num_heads for name, mixer in mixers.items()})
     seen = first_images(data, images, trainer.strategy.root_device)
     found = agents_of(model, mixers, seen.batch)
     pictures = {name: _picture(found, seen, i, heads, shown) for i, name in enumerate(seen.names)}
@@ -197,11 +196,3 @@ def _panels(picture: Any, maps_NA: Tensor, grid: Grid, one: Agents, shown: int) 
         weights_HW = maps_NA[grid.prefix :, agent].unflatten(0, grid[:2])
         panels.append((overlay(picture, weights_HW, point=place), f"agent {agent}"))
     return panels
-
-
-def _check_head(heads: str | int, mixers: dict[str, Mixer]) -> None:
-    """Refuses the number of a head that a layer has not."""
-    for name, mixer in mixers.items():
-        count = ungated(mixer).num_heads
-        if isinstance(heads, int) and heads >= count:
-            raise UserError(f"probe: heads={heads} is none of the {count} heads of {name}; set probe.heads=mean")

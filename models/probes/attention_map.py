@@ -19,11 +19,10 @@ from models.attention import Grid, Mixer
 from models.attention.recording import Call, recorded
 from models.probes import Report
 from models.probes.drawing.overlays import enlarged, overlay, sheet
+from models.probes.reading.heads import HEADS, check_head, check_heads
 from models.probes.reading.images import Images, first_images
 from models.probes.reading.layers import chosen_layers
 from models.probes.reading.points import token_at
-
-HEADS = ("each", "mean")
 
 
 class Row(NamedTuple):
@@ -66,7 +65,7 @@ def attention_map(
         model(seen.batch)
     check_tokens({name: calls[name].grid for name in mixers}, max_tokens)
     rows = {name: row_of(mixer, calls[name], point) for name, mixer in mixers.items()}
-    check_head(heads, rows)
+    check_head(heads, {name: row.weights.shape[1] for name, row in rows.items()})
     prefix = any(calls[name].grid.prefix for name in mixers)
     marked = None if point is None and prefix else point or (0.5, 0.5)
     asked = (
@@ -105,22 +104,6 @@ def figures_of(row: Row) -> dict[str, float]:
     entropy = -(share * share.clamp_min(1e-12).log()).sum(-1).mean()
     found = {"entropy": float(entropy), "largest": float(flat.amax(-1).mean())}
     return found | ({"on_class_tokens": float(row.on_prefix.mean())} if row.on_prefix.any() else {})
-
-
-def check_heads(heads: Any) -> None:
-    """Refuses what names no heads."""
-    if heads not in HEADS and not is_whole(heads, 0):
-        raise UserError(f"probe: heads must be each, mean or the number of one, got {heads}; set probe.heads=each")
-
-
-def check_head(heads: str | int, rows: dict[str, Row]) -> None:
-    """Refuses the number of a head that a layer has not."""
-    for name, row in rows.items():
-        if is_whole(heads, 0) and heads >= row.weights.shape[1]:
-            raise UserError(
-                f"probe: heads={heads} is none of the {row.weights.shape[1]} heads of {name}; set probe.heads to 0 to "
-                f"{row.weights.shape[1] - 1}, or each"
-            )
 
 
 def check_tokens(grids: dict[str, Grid], most: int) -> None:
