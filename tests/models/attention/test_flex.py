@@ -1,5 +1,7 @@
 """FlexAttention, on the CPU uncompiled and without gradients, against dense masks and gathered keys."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -112,10 +114,10 @@ def test_wrong_dtypes_are_refused() -> None:
 
 
 def test_what_is_made_inside_of_torch_func_is_not_kept() -> None:
-    """It would be of a level that is over; on the CPU FlexAttention stops there behind the mask."""
+    """It would be of a level that is over. Whether FlexAttention itself works there is up to PyTorch's release."""
     around, q = Neighborhood((3, 3)).around, torch.randn(1, 2, MAP.tokens, 16)
     flex.block_mask.cache_clear()
-    with pytest.raises(NotImplementedError):
+    with suppress(NotImplementedError):
         torch.func.grad(lambda q: flex.attend(q, q, q, MAP, scale=0.25, around=around).sum())(q)
     assert not flex.block_mask.cache_info().currsize
     assert flex.attend(q, q, q, MAP, scale=0.25, around=around).isfinite().all()
