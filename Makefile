@@ -1,6 +1,7 @@
 # make train         sets up .venv and trains the default (digits, a few minutes on a CPU); ARGS="model=... attention=..." changes it
 # make test          adds what tests need, then lint and the CPU suite; the kernels interpreted, in a process of their own
 # make test-all      make test, then the full matrices that it leaves out (tests marked `full`)
+# make faults        the long experiments with faults that test-all has no time for: many kills, a soak (tests/faults)
 # make test-lowest   the suite of make test with the oldest versions that requirements*.txt admit, in .venv-lowest
 # make constraints   writes constraints.txt anew: the newest versions that requirements*.txt admit, from .venv-newest
 # make format        mends what ruff can
@@ -20,22 +21,25 @@ pip      = $(1)/bin/python -m pip install --quiet
 pytest   = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -m $(2) $(ARGS) || [ $$? -eq 5 ]
 kernels  = OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(1)/bin/python -m pytest -n 2 --dist worksteal -m $(2) $(ARGS) || [ $$? -eq 5 ]
 
-.PHONY: train test test-all test-lowest lint format constraints
+.PHONY: train test test-all faults test-lowest lint format constraints
 
 train: $(TRAINS)
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: lint
-	$(call pytest,$(VENV),"not full")
-	$(call kernels,$(VENV),"not full")
+	$(call pytest,$(VENV),"not full and not faults")
+	$(call kernels,$(VENV),"not full and not faults")
 
 test-all: test
-	$(call pytest,$(VENV),full)
-	$(call kernels,$(VENV),full)
+	$(call pytest,$(VENV),"full and not faults")
+	$(call kernels,$(VENV),"full and not faults")
+
+faults: $(TESTS)
+	$(call pytest,$(VENV),faults)
 
 test-lowest: $(LOWEST)/.ready-to-test
-	$(call pytest,$(LOWEST),"not full")
-	$(call kernels,$(LOWEST),"not full")
+	$(call pytest,$(LOWEST),"not full and not faults")
+	$(call kernels,$(LOWEST),"not full and not faults")
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

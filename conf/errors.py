@@ -13,6 +13,24 @@ class RunFailed(UserError):
     status = 1
 
 
+class DataFailed(RunFailed):
+    """The data cannot be read any further."""
+
+    status = 65  # sysexits' EX_DATAERR
+
+
+class StorageFailed(RunFailed):
+    """The run's folder takes no more checkpoints."""
+
+    status = 74  # sysexits' EX_IOERR
+
+
+class NumericsFailed(RunFailed):
+    """The loss, a gradient or the weights are no longer finite."""
+
+    status = 76  # sysexits' EX_PROTOCOL
+
+
 class Failure(str):
     """What a run of a sweep said when it ended without a result; the other runs go on."""
 

@@ -5,14 +5,12 @@ loaders exist, the sampler starts there, and the images that follow are those th
 seen, bit for bit, whatever the number of workers. Use `use_distributed_sampler=False` in the trainer.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -21,8 +19,9 @@ from data.augment import Augment
 from data.batch import Batch
 from data.cautions import cautions
 from data.checks import data_problems, setting_problems, trainer_problems
-from data.dataset import Carried, Samples, Skips, collate_carried, delivered
+from data.dataset import Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
+from data.loader import loader, worker_count
 from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
 from data.order.spread import spread_over
 from data.sources import Source
@@ -30,24 +29,6 @@ from data.sources.form import Form, per_channel
 from data.sources.part import Part, subset_problems
 from data.token_labels import LabelMaps
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
-
-MAX_AUTO_WORKERS = 8
-
-
-class EpochLoader(DataLoader):
-    """A loader that can start in the middle of an epoch, of samples whose errors are carried (`data.dataset`).
-
-    Its position is kept by the data module, not here: the empty state tells Lightning that resuming is exact.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(delivered, super().__iter__())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: the sampler was given its position when the loader was made."""
 
 
 class ImageData(pl.LightningDataModule):
@@ -225,27 +206,12 @@ class ImageData(pl.LightningDataModule):
         )
 
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:
-        workers = self._worker_count
-        return EpochLoader(
-            Carried(samples),
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate_carried,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            timeout=self.timeout if workers > 0 else 0,
-            generator=torch.Generator().manual_seed(self.seed),  # or each epoch would draw from the model's randomness
-        )
+        return loader(samples, sampler, self._worker_count, self.timeout, self.seed)
 
     @cached_property
     def _worker_count(self) -> int:
-        if self.workers != "auto":
-            return int(self.workers)
-        if self.source.embedded:
-            return 0
         processes = self.trainer.num_devices if self.trainer is not None else 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(MAX_AUTO_WORKERS, cores // processes))
+        return worker_count(self.workers, self.source.embedded, processes)
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and the number of processes."""

@@ -94,7 +94,7 @@ def command(tmp_path, monkeypatch, capsys):
     It draws no curves and charts, which takes as long as a small run, and times a model for a moment. Hydra composes
     everything once more to find `hydra.mode`, which only recipes set: without one it does not.
     """
-    monkeypatch.setattr("models.runs.training.draw_curves", lambda *arguments: None)
+    monkeypatch.setattr("models.runs.ending.draw_curves", lambda *arguments: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_comparison", lambda *args: None)
     monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *args: None)
     monkeypatch.setattr("models.probes.accuracy.charts_of", lambda *given: {})

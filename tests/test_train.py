@@ -42,7 +42,7 @@ def logged_steps(run: Path) -> list[str]:
 
 
 def test_a_run_leaves_everything_and_eval_agrees(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("models.runs.training.draw_curves", draw_curves)
+    monkeypatch.setattr("models.runs.ending.draw_curves", draw_curves)
     status, out, err = command("train", *SMALL, *WHOLE, "run.name=mine", "attention=agent")
     assert status == 0, err
     run = tmp_path / "outputs" / "mine"

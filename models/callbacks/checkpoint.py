@@ -1,111 +1,24 @@
-"""Checkpoints of a run: Lightning's plugin that writes them as directories, and the callback that decides when.
+"""When a run writes checkpoints and which are kept: the callback in place of Lightning's `ModelCheckpoint`.
 
-The format is described in `models/checkpoints/format/directory.py`. `Checkpoints` takes the place of Lightning's
-`ModelCheckpoint`, and `DirectoryCheckpointIO` that of its `TorchCheckpointIO`:
 `Trainer(plugins=[DirectoryCheckpointIO()], callbacks=[EMA(), Checkpoints()], enable_checkpointing=False)`.
 """
 
 import logging
 import math
-import platform
 import shutil
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.io import CheckpointIO
-from safetensors.torch import load_file
-from torch import Tensor
 
 from conf.errors import UserError
-from conf.revision import revision
-from models.checkpoints.format.codec import decode, encode, plain_tensor
-from models.checkpoints.format.directory import (
-    ADAPTER,
-    CONFIG,
-    EMA,
-    MODEL,
-    TENSORS,
-    TRAINER,
-    latest,
-    read_json,
-    read_manifest,
-    resolve,
-    step_directories,
-    step_name,
-    verify,
-)
-from models.checkpoints.format.write import point, probe, remove_checkpoint, sweep, write_checkpoint
+from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
+from models.callbacks.loops import call_last, validate_at_the_end, validate_now, validation_follows
+from models.checkpoints.format.directory import latest, read_manifest, step_directories, step_name
+from models.checkpoints.format.write import point, probe, remove_checkpoint, sweep
 
 log = logging.getLogger(__name__)
-
-# Entries that callbacks add to Lightning's checkpoint and that get a file of their own.
-EMA_KEY, ADAPTER_KEY, CONFIG_KEY, METRICS_KEY = "ema", "adapter", "run_config", "metrics"
-_PREFIX = "model."
-_LIBRARIES = ("torch", "pytorch-lightning", "timm", "safetensors", "numpy")
-
-
-class DirectoryCheckpointIO(CheckpointIO):
-    """Saves and loads Lightning's checkpoint mapping as a directory of safetensors and JSON."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes the directory `path`; the mapping itself is left as it is.
-
-        Raises:
-            TypeError: an entry has a type that the format does not know; the message names its path.
-            ValueError: the LightningModule keeps no weights under `model.`.
-            OSError: the storage failed; nothing half-written remains.
-        """
-        state = dict(checkpoint)
-        weights = state.pop("state_dict")
-        averaged = state.pop(EMA_KEY, None)
-        adapter = state.pop(ADAPTER_KEY, None)
-        config, metrics = state.pop(CONFIG_KEY, {}), state.pop(METRICS_KEY, {})
-        model = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
-        state["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
-        if not model:
-            raise UserError(
-                f"DirectoryCheckpointIO: the network must be self.model of the LightningModule, got {list(weights)[:4]}"
-            )
-        tensors = {MODEL: {name: plain_tensor(value, name) for name, value in model.items()}}
-        if averaged is not None:
-            tensors[EMA] = {name: plain_tensor(value, name) for name, value in averaged.items()}
-        if adapter is not None:
-            tensors[ADAPTER] = {name: plain_tensor(value, name) for name, value in adapter.items()}
-        trainer_tensors: dict[str, Tensor] = {}
-        plain = {TRAINER: encode(state, trainer_tensors), CONFIG: config}
-        manifest = {
-            "step": checkpoint["global_step"],
-            "epoch": checkpoint["epoch"],
-            "metrics": encode(metrics, {}),
-            "commit": str(revision()),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        }
-        write_checkpoint(Path(path), {**tensors, TENSORS: trainer_tensors}, plain, manifest)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads what `save_checkpoint` wrote, after verifying every checksum. Tensors arrive on the CPU.
-
-        Raises:
-            ValueError: the path is no checkpoint, or one of its files is damaged; the message names it.
-        """
-        path = resolve(path)
-        files = verify(path)["files"]
-        state = decode(read_json(path / TRAINER), load_file(path / TENSORS))
-        model = load_file(path / MODEL)
-        state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
-        if EMA in files:
-            state[EMA_KEY] = load_file(path / EMA)
-        return state
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Deletes a checkpoint directory."""
-        remove_checkpoint(Path(path))
 
 
 class Checkpoints(Callback):
@@ -207,7 +120,7 @@ class Checkpoints(Callback):
         self.saved_step = step if step == trainer.global_step else -1
         self._forget_best_of_elsewhere(trainer)
         if self._validation_due:
-            _validate_now(trainer)
+            validate_now(trainer)
 
     def _forget_best_of_elsewhere(self, trainer: pl.Trainer) -> None:
         """A run that goes on in another folder, or without its best checkpoint, has no `best` until it finds one."""
@@ -248,8 +161,8 @@ class Checkpoints(Callback):
             return
         self._seen_step = step
         self._metrics = {}
-        _validate_at_the_end(trainer)
-        self._validation_due = _validation_follows(trainer)
+        validate_at_the_end(trainer)
+        self._validation_due = validation_follows(trainer)
         if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
             self.save(trainer)
 
@@ -328,36 +241,6 @@ class Checkpoints(Callback):
         older = [entry for entry in steps.values() if entry.name != path.name and entry != best]
         for entry in older[: max(len(older) - self.keep, 0)]:
             remove_checkpoint(entry)
-
-
-def call_last(trainer: pl.Trainer, callback: Callback) -> None:
-    """Moves a callback to the end of the trainer's list (a new list: Lightning is iterating over the old one)."""
-    trainer.callbacks = [other for other in trainer.callbacks if other is not callback] + [callback]
-
-
-def _validate_at_the_end(trainer: pl.Trainer) -> None:
-    """Lets Lightning validate after the last step too, where that is in the middle of an epoch or of several."""
-    by_steps = 0 <= trainer.max_steps <= trainer.global_step
-    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-    if by_steps or (last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
-        trainer.should_stop = True  # it validates before it stops early, and then stops where it would have anyway
-        if trainer.check_val_every_n_epoch is not None:
-            trainer.check_val_every_n_epoch = 1
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates right after this batch. It has no public name for its own decision."""
-    fit_loop = trainer.fit_loop
-    return trainer.enable_validation and fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
-
-
-def _validate_now(trainer: pl.Trainer) -> None:
-    """Runs the validation that a stopped run still owed; Lightning itself would leave it out on resume."""
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    validation.restarting = False
-    trainer.validating = True
-    validation.run()
-    trainer.training = True
 
 
 def _free_bytes(directory: Path) -> int:

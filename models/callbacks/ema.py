@@ -17,7 +17,7 @@ from torch import nn
 
 from conf.errors import UserError
 from models.callbacks.after_step import AfterStep
-from models.callbacks.checkpoint import EMA_KEY
+from models.callbacks.directory_io import EMA_KEY
 
 
 class EMA(AfterStep):

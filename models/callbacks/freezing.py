@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from conf.errors import UserError
 from conf.names import nearest
-from models.callbacks.checkpoint import ADAPTER_KEY
+from models.callbacks.directory_io import ADAPTER_KEY
 
 ALL = "all"
 ANSWER = ("pooling", "head")  # what makes logits of features, unless a model has other names for it

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
-from models.callbacks.checkpoint import Checkpoints, call_last
+from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.loops import call_last
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from models.checkpoints.format.directory import of_run
 from models.checkpoints.hub import is_name
 from models.checkpoints.packed import config_of
 from models.probes import Subject
+from models.runs.headline import title
 from models.runs.initial import in_our_names
 from models.runs.machine import check_accelerator
 from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
 from models.runs.resume import differences
-from models.runs.training import title
 from models.runs.useful import is_weights
 
 SHOWN = 5  # names in a message before it says how many more there are

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import Callback
 from conf.errors import UserError
 from conf.revision import revision
 from data.sources.split_file import leave_split
-from models.callbacks.checkpoint import call_last
+from models.callbacks.loops import call_last
 from models.runs.environment import environment
 
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")  # colours, cursor movements, titles

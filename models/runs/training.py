@@ -1,35 +1,28 @@
 """A training run from its composed configuration: check everything, build, fit, report."""
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from conf.errors import RunFailed, UserError
-from conf.names import PARTS, PLACES, short
+from conf.names import short
 from conf.settings import check_settings, resolved
 from data.cores import usable_cores
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
-from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.directory_io import DirectoryCheckpointIO
 from models.callbacks.freezing import freezing
-from models.callbacks.guard import NonFinite
-from models.callbacks.preemption import Stopped
 from models.callbacks.progress import RunProgress, duration
 from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.loggers import build_loggers
-from models.loggers.weights_and_biases import SafeWandb, log_picture
-from models.runs.curves import draw_curves
+from models.runs.ending import ending
 from models.runs.facts import facts_of
+from models.runs.headline import headline, title
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.preflight import (
@@ -44,7 +37,6 @@ from models.runs.report import next_steps, print_table, write_json
 from models.runs.resume import compare_configs, find_resume
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
-from models.tasks.effective_batch import describe as describe_batch
 
 
 class Run(NamedTuple):
@@ -77,8 +69,8 @@ def train(cfg: DictConfig) -> float | None:
         run.notes.extend(precision)
         trainer = run.trainer
         if trainer.is_global_zero:
-            print(_headline(config, run, run_dir))
-        with _ending(trainer, run_dir, config):
+            print(headline(config, run.trainer, run.task, run.data, run_dir, run.notes))
+        with ending(trainer, run_dir, config):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
         if not trainer.is_global_zero:
             return None
@@ -160,54 +152,6 @@ def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, own: list[C
     )
 
 
-@contextmanager
-def _ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """A stop on request and a loss that is not finite end the process with their status and what to do next."""
-    try:
-        yield
-    except Stopped as stop:
-        raise SystemExit(stop.status) from None
-    except NonFinite as error:
-        raise RunFailed(str(error)) from None
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    finally:
-        curves = _curves(trainer, run_dir, config) if trainer.is_global_zero else None
-        if curves is not None:
-            log_picture(trainer.loggers, "curves", curves)
-        for logger in trainer.loggers:
-            if isinstance(logger, SafeWandb):
-                logger.close()
-
-
-def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Path | None:
-    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-    best = config["checkpoint"]
-    per_epoch = steps if 0 < steps < math.inf else None
-    return draw_curves(run_dir, title(config), best["monitor"], best["mode"], per_epoch)
-
-
-def _headline(config: dict[str, Any], run: Run, run_dir: Path) -> str:
-    """What runs, on what, and where everything goes."""
-    parameters = sum(p.numel() for p in run.task.model.parameters())
-    device = run.trainer.strategy.root_device
-    lines = [
-        f"{title(config)}: {parameters / 1e6:.2f} M parameters, {run.data.num_classes} classes, "
-        f"images of {_shown(config['image_size'])} px",
-        *reduced(config),
-        describe_batch(config, run.trainer, run.data),
-        f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {run.trainer.precision}; "
-        f"everything goes to {short(run_dir)}",
-        *run.notes,
-    ]
-    return "\n".join(lines)
-
-
-def _shown(size: int | list[int]) -> str:
-    """ "32", "32 x 48"."""
-    return " x ".join(map(str, size)) if isinstance(size, list) else str(size)
-
-
 def _report(
     trainer: pl.Trainer, config: dict[str, Any], task: Task, run_dir: Path, progress: RunProgress
 ) -> float | None:
@@ -254,33 +198,3 @@ def _report(
     print_table(title(config), rows)
     print("\n".join(next_steps(run_dir, config)))
     return best
-
-
-def title(config: dict[str, Any]) -> str:
-    """ "coatnet_32px with softmax attention (weights sigmoid), gate eca, on digits"."""
-    run, attention = config["run"], config.get("attention")
-    size = ", reduced," if run.get("fit") else ""
-    parts = _named(attention, PARTS) if isinstance(attention, dict) else []
-    places = _named(config["model"], PLACES)
-    composed = f" ({', '.join(parts)})" if parts else ""
-    if run["model"] == "timm":
-        mechanism = [] if attention is None else [f"{run['attention']} attention{composed}"]
-        chosen = f" with {', '.join([*mechanism, *places])}" if mechanism or places else ""
-        return f"timm's {config['model']['name']}{chosen} on {run['data']}"
-    return (
-        f"{run['model']}{size} with {', '.join([run['attention'] + ' attention' + composed, *places])} on {run['data']}"
-    )
-
-
-def _named(node: dict[str, Any], groups: Sequence[str]) -> list[str]:
-    """What was chosen of these groups: a part is called as its file."""
-    chosen = {group: node[group] for group in groups if isinstance(node.get(group), dict)}
-    return [f"{group} {part['_target_'].split('.')[-2]}" for group, part in chosen.items()]
-
-
-def reduced(config: dict[str, Any]) -> list[str]:
-    """What a configuration of conf/fit made of the model, in one line; none where there is no such configuration."""
-    fit, model = config["run"].get("fit"), config["model"]
-    shown = ("dim", "depth", "patch_size", "num_heads", "latent_stride", "in_channels")
-    sizes = ", ".join(f"{key} {model[key]}" for key in shown if key in model)
-    return [f"reduced by conf/fit/{fit}.yaml: {sizes}"] if fit else []

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data import Batch
-from data.module import EpochLoader, ImageData
+from data.loader import EpochLoader
+from data.module import ImageData
 from data.sources.decode import UnreadableImage
 from data.sources.digits import Digits
 from data.sources.fake import Fake

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.directory_io import DirectoryCheckpointIO
 from models.checkpoints import load_weights, read_config, read_manifest
 from models.checkpoints.format.directory import step_directories
 from tests.models.callbacks.tiny_run import fingerprint, fit

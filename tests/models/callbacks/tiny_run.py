@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.directory_io import DirectoryCheckpointIO
 from models.callbacks.ema import EMA
 from models.callbacks.guard import NonFiniteGuard
 from models.callbacks.preemption import Preemption, Stopped

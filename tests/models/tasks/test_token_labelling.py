@@ -12,7 +12,8 @@ from torch import nn
 from data.module import ImageData
 from data.sources.imagefolder import ImageFolder
 from models import create_model
-from models.callbacks.checkpoint import Checkpoints, DirectoryCheckpointIO
+from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.directory_io import DirectoryCheckpointIO
 from models.callbacks.ema import EMA
 from models.callbacks.randomness import StepRandomness
 from models.layers.grid import Grid

@@ -1,0 +1,44 @@
+"""How a run ends: what it leaves, with which status, and what to do next."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from conf.errors import RunFailed, UserError
+from models.callbacks.guard import NonFinite
+from models.callbacks.preemption import Stopped
+from models.loggers.weights_and_biases import SafeWandb, log_picture
+from models.runs.curves import draw_curves
+from models.runs.headline import title
+
+
+@contextmanager
+def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """A stop on request and a loss that is not finite end the process with their status and what to do next."""
+    try:
+        yield
+    except Stopped as stop:
+        raise SystemExit(stop.status) from None
+    except NonFinite as error:
+        raise RunFailed(str(error)) from None
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    finally:
+        curves = _curves(trainer, run_dir, config) if trainer.is_global_zero else None
+        if curves is not None:
+            log_picture(trainer.loggers, "curves", curves)
+        for logger in trainer.loggers:
+            if isinstance(logger, SafeWandb):
+                logger.close()
+
+
+def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Path | None:
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    best = config["checkpoint"]
+    per_epoch = steps if 0 < steps < math.inf else None
+    return draw_curves(run_dir, title(config), best["monitor"], best["mode"], per_epoch)

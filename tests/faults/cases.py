@@ -1,0 +1,77 @@
+"""The catalogue of faults: what happens to a run, what the program does then, and what is lost.
+
+Each row has tests, marked `@pytest.mark.case(number)`; `python tests/faults/table.py` writes the page of the documents.
+"""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """A row of the catalogue.
+
+    fault: what happens. happens: what the program does. lost: at most. untested: what no test here can produce.
+    """
+
+    fault: str
+    happens: str
+    lost: str
+    untested: str = ""
+
+
+STEPS = "the steps since the last checkpoint"
+NOTHING = "nothing"
+
+CASES = {
+    # a process ends
+    1: Case("killed (−9) in the middle of an epoch", "the same command goes on; it ends with the same bits", STEPS),
+    2: Case("killed while a checkpoint is written", "the older checkpoint stands, or the new one is complete", STEPS),
+    3: Case("SIGTERM, to the process or to the whole job", "saves the last full step, status 75", NOTHING),
+    4: Case("SIGUSR1, to the process or to the whole job", "saves the last full step, status 75", NOTHING),
+    5: Case("Ctrl-C, once or twice", "saves, status 130; the second time it ends at once", "once " + NOTHING),
+    6: Case("a signal during a validation", "stops after its batch; the validation is made up for", NOTHING),
+    7: Case("a signal in the middle of an optimizer step", "the step is finished and saved", NOTHING),
+    8: Case("a signal in the middle of accumulated batches", "the step is finished and saved", NOTHING),
+    9: Case("a signal to one process of several, or to all", "all stop at the same step", NOTHING),
+    10: Case("one process of several is killed", "the others end and say which; torchrun starts all again", STEPS),
+    11: Case("one process of several hangs", "the others end after trainer.timeout and say which", STEPS),
+    12: Case("an exception in one process of several", "all end at once; its traceback is in errors/", STEPS),
+    13: Case("the job is put into the queue again", "the same command continues the run", NOTHING),
+    14: Case("two jobs with one folder", "the second is refused and leaves no trace", NOTHING),
+    15: Case("a finished run is started again", "says that it has finished", NOTHING),
+    16: Case("nothing to continue", "a path is refused with what is near; auto says that it starts at 0", NOTHING),
+    # storage
+    17: Case("the disk is full", "older checkpoints stay, training goes on; status 74 after three failures", STEPS),
+    18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
+    19: Case("the run's folder cannot be written", "refused in one sentence before work begins", NOTHING),
+    20: Case("a checkpoint is damaged", "found by its checksum, the one before is used and said", STEPS),
+    21: Case("killed while an old checkpoint is deleted", "the rest is swept at the next start", NOTHING),
+    22: Case("the clock jumps", "the newest checkpoint is that of the highest step", NOTHING),
+    # going on
+    23: Case("stopped and continued at any places, any number of times", "ends as the run that never stopped", NOTHING),
+    24: Case("a setting that changes the result is given otherwise", "refused in one sentence that names it", NOTHING),
+    25: Case("another number of processes, another batch", "the same global batches, or refused", NOTHING),
+    26: Case("weights of another number of classes", "a new head is said; evaluation refuses", NOTHING),
+    27: Case("a checkpoint of another mechanism", "refused by its name", NOTHING),
+    28: Case("a checkpoint of another resolution", "init= resizes what depends on it, resume= refuses", NOTHING),
+    29: Case("names with prefixes of wrappers", "read", NOTHING),
+    30: Case("a file of weights to resume from", "refused in one sentence", NOTHING),
+    # files from elsewhere
+    31: Case("a pickle with code in it", "never run", NOTHING),
+    32: Case("a configuration that names foreign code or a network", "refused with the place", NOTHING),
+    33: Case("a configuration with interpolations", "refused with the place", NOTHING),
+    34: Case("an archive that is larger than it says", "refused", NOTHING),
+    35: Case("headers and JSON that are none", "one sentence, status 2", NOTHING),
+    36: Case("a data set with a script, or that names other files", "not run, not read", NOTHING),
+    37: Case("caches that hold pickles", "never unpickled", NOTHING),
+    # data
+    38: Case("an image that cannot be read", "named, or skipped within a budget", NOTHING),
+    39: Case("images of other modes", "read as documented", NOTHING),
+    40: Case("images of 16 bits or of floats", "scaled, or refused by name", NOTHING),
+    41: Case("images that are tiny, thin or huge", "read, or named", NOTHING),
+    42: Case("folders that are not as they should be", "named before training", NOTHING),
+    43: Case("a loader process dies or hangs", "started again, or named", NOTHING),
+    # numbers, settings, services
+    44: Case("a loss that is not finite, no memory", "the step is left out; status 76 after too many", NOTHING),
+    45: Case("settings that are wrong", "refused before training", NOTHING),
+    46: Case("Weights & Biases fails", "the run goes on, its data stays on the disk", NOTHING),
+}

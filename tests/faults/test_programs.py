@@ -1,0 +1,31 @@
+"""The processes that the tests of faults use are those of the command line."""
+
+import os
+import signal
+
+import pytest
+
+from tests.faults.cases import CASES
+from tests.faults.programs import ROOT, TINY, digests, run, start
+
+
+def test_a_program_runs_and_gives_its_status(tmp_path):
+    status, text = run(tmp_path, "run.name=a", *TINY, "trainer.max_epochs=1")
+    assert status == 0, text
+    assert set(digests(tmp_path / "outputs/a")) == {"model.safetensors", "ema.safetensors", "trainer.safetensors"}
+    status, text = run(tmp_path, "model=nothing")
+    assert status == 2 and text.startswith("train.py: ")
+
+
+def test_a_program_takes_signals_and_patches(tmp_path):
+    sleeping = start(tmp_path, before="import time; print('asleep'); time.sleep(100)")
+    sleeping.wait_for("asleep")
+    assert os.getpgid(sleeping.pid) == sleeping.pid
+    sleeping.send(signal.SIGKILL, group=True)
+    assert sleeping.wait() == -signal.SIGKILL
+
+
+@pytest.mark.full
+def test_every_case_has_a_test():
+    marks = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [number for number in CASES if f"mark.case({number})" not in marks]
