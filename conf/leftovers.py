@@ -94,7 +94,8 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 def _begun(folder: Path) -> bool:
     """Whether a run has begun there, or another command is about to: it holds the lock."""
-    return any((folder / name).exists() for name in BEGUN) or _locked(folder / ".lock")
+    kept = any((folder / name).exists() for name in BEGUN) or any(folder.glob("checkpoints/step-*"))
+    return kept or _locked(folder / ".lock")
 
 
 def _locked(path: Path) -> bool:

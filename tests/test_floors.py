@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("conf", "data", "kernels", "models", "recipes")
+ALONE = ("models.side_outputs",)  # modules that are a room of their own
 # what a folder, and those below it, may import of ours besides itself; where nothing is said: anything below it
 ONLY = {
     "kernels": (),
@@ -32,9 +33,10 @@ ONLY = {
     "models.reducers": ("conf", "kernels", "models.attention", "models.layers"),
     "models.backbones": ("conf", "models.attention", "models.layers"),
     "models.gates": ("conf", "kernels", "models.attention", "models.layers"),
-    "models.diffusion": ("conf", "models.loggers"),
-    "models.loggers": ("conf",),
-    "models.callbacks": ("conf", "models.attention", "models.checkpoints", "models.loggers"),
+    "models.diffusion": ("conf", "models.loggers", "models.side_outputs"),
+    "models.loggers": ("conf", "models.side_outputs"),
+    "models.side_outputs": (),
+    "models.callbacks": ("conf", "models.attention", "models.checkpoints", "models.loggers", "models.side_outputs"),
     "models.checkpoints.format": ("conf",),
     "models.checkpoints.names": ("conf",),
 }
@@ -50,6 +52,8 @@ def module_of(path: Path) -> str:
 
 def room_of(module: str) -> str:
     """The folder of a module: `models.layers` of models.layers.tokens."""
+    if module in ALONE:
+        return module
     return module if (ROOT / module.replace(".", "/")).is_dir() else module.rpartition(".")[0] or module
 
 

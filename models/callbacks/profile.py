@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from conf.names import short
 from conf.values import whole
+from models.side_outputs import attempt, put
 
 FIX = "give whole numbers of steps"
 
@@ -37,7 +38,7 @@ class Profile(Callback):
             activities.append(ProfilerActivity.CUDA)
         plan = schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
         self._folder, self._cuda = Path(trainer.default_root_dir), pl_module.device.type == "cuda"
-        self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._record)
         self._profile.start()
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -55,10 +56,13 @@ class Profile(Callback):
             self._profile.stop()
             self._profile = None
 
+    def _record(self, found: profile) -> None:
+        attempt("profile.txt", self._write, found)
+
     def _write(self, found: profile) -> None:
         by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=by, row_limit=self.rows, max_name_column_width=60)
-        (self._folder / "profile.txt").write_text(f"{self.steps} training steps\n{table}\n")
+        put(self._folder / "profile.txt", f"{self.steps} training steps\n{table}\n")
         found.export_chrome_trace(str(self._folder / "profile-trace.json"))
         total = table.strip().splitlines()[-1]
         where = short(self._folder / "profile.txt")

@@ -14,6 +14,7 @@ nothing.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ from models.attention.moh import balance_heads
 from models.attention.transforms.random_keys import RandomKeys
 from models.callbacks.after_step import AfterStep
 from models.loggers.weights_and_biases import log_picture
+from models.side_outputs import attempt, put, put_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,12 +77,14 @@ class Routing(AfterStep):
             figures["load_max"] = max(max(layer.load[layer.shared :]) for layer in routed)
         pl_module.log_dict({f"routing/{name}": value for name, value in figures.items()}, rank_zero_only=True)
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            write(self._folder / "routing.csv", trainer.global_step, self.layers)
+            attempt("routing.csv", write, self._folder / "routing.csv", trainer.global_step, self.layers)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and any(len(layer.load) > layer.shared for layer in self.layers):
-            path = draw(self._folder / "routing.png", self.layers)
-            log_picture(trainer.loggers, "routing", path)
+            attempt("routing.png", self._draw, trainer)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        log_picture(trainer.loggers, "routing", draw(self._folder / "routing.png", self.layers))
 
 
 def layer_of(name: str, router: HeadRouter) -> Layer:
@@ -104,10 +108,11 @@ def write(path: Path, step: int, layers: list[Layer]) -> None:
     for row in rows_of(layers):
         numbers = {"load": f"{row['load']:.4f}", "entropy": f"{row['entropy']:.4f}", "margin": f"{row['margin']:.4g}"}
         rows.append({"step": step, **row, **numbers})
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    put(path, text.getvalue())
 
 
 def rows_of(layers: list[Layer]) -> list[dict[str, Any]]:
@@ -128,7 +133,7 @@ def rows_of(layers: list[Layer]) -> list[dict[str, Any]]:
 
 def draw(path: Path, layers: list[Layer]) -> Path:
     """Writes `chart`."""
-    chart(layers).savefig(path, dpi=120)
+    put_figure(path, chart(layers))
     return path
 
 

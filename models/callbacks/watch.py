@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from conf.values import whole
 from models.attention.figures import changed, figures_of
 from models.attention.parts import places
+from models.side_outputs import attempt
 
 
 class Watch(Callback):
@@ -69,7 +70,7 @@ class Watch(Callback):
         figures = self._look(trainer, pl_module)
         figures |= {f"watch/gradient/{path}": float(norm) for path, norm in self._norms.items()}
         for logger in trainer.loggers:  # as Lightning counts the step that has just been taken
-            logger.log_metrics(figures | {"epoch": trainer.current_epoch}, step=step - 1)
+            attempt("watch", logger.log_metrics, figures | {"epoch": trainer.current_epoch}, step=step - 1)
         self._looks, self._seconds = self._looks + 1, self._seconds + time.perf_counter() - start
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

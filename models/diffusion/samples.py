@@ -17,6 +17,7 @@ from models.diffusion import Diffusion, Noise, chain, check_chain, spaced
 from models.diffusion.latents import Autoencoder, Pixels
 from models.diffusion.recogniser import Recogniser
 from models.loggers.weights_and_biases import log_picture
+from models.side_outputs import attempt, put_figure
 
 ROWS, COLUMNS = 10, 10  # of the picture: classes, samples of each
 PICTURE = "samples.png"
@@ -154,13 +155,14 @@ class Studio:
             if suffix == last:
                 same = images is not None and self._labels(data)[: len(grid)] == grid
                 picture = images[: len(grid)] if same else torch.cat(list(self.draw(model, grid)))
-                path = draw_grid(
-                    picture, [data.class_names[c] for c in classes], Path(folder) / PICTURE, str(self.sampling)
-                )
+                names = [data.class_names[c] for c in classes]
+                attempt(PICTURE, self._picture, picture, names, Path(folder) / PICTURE, loggers)
         if self.recogniser is not None:
             figures["val/recogniser_top1"] = self.recogniser.top1
-        log_picture(loggers, "samples", path)
         return figures
+
+    def _picture(self, images: Tensor, names: Sequence[str], path: Path, loggers: Sequence[Any]) -> None:
+        log_picture(loggers, "samples", draw_grid(images, names, path, str(self.sampling)))
 
     def _labels(self, data: Any) -> list[int]:
         return [i % data.num_classes for i in range(self.score.samples)]
@@ -213,7 +215,7 @@ def draw_grid(images: Tensor, names: Sequence[str], path: Path, title: str) -> P
     axis.tick_params(length=0)
     axis.set_title(title, fontsize=9)
     axis.set_frame_on(False)
-    figure.savefig(path, dpi=120)
+    put_figure(path, figure)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import sweeps
 from conf.errors import Failure
 from conf.names import short
+from models.side_outputs import attempt
 
 
 class CompareRuns(Callback):
@@ -64,18 +66,22 @@ def write_all(folder: Path, rows: list[Any], runs: list[Any], monitor: str, mode
     from models.runs.sweep_report import write_report
 
     columns = columns_of(rows, monitor)
-    tables = [write_runs(folder / "runs.csv", runs, list(columns))]
+    tables, pictures, pages = list[Path](), list[Path | None](), list[Path]()
+    _add(tables, write_runs, folder / "runs.csv", runs, list(columns))
     if rows:
-        tables.append(write_comparison(folder / "comparison.csv", rows, list(columns)))
-    drawn = [
-        draw_comparison(folder / "curves.png", rows, monitor),
-        draw_pareto(folder / "pareto.png", rows, monitor, mode),
-        draw_active_heads(folder / "active_heads.png", rows),
-    ]
-    pictures = [picture for picture in drawn if picture is not None]
+        _add(tables, write_comparison, folder / "comparison.csv", rows, list(columns))
+    _add(pictures, draw_comparison, folder / "curves.png", rows, monitor)
+    _add(pictures, draw_pareto, folder / "pareto.png", rows, monitor, mode)
+    _add(pictures, draw_active_heads, folder / "active_heads.png", rows)
+    drawn = [picture for picture in pictures if picture is not None]
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    page = write_report(folder / "report.html", folder.name, command, rows, runs, columns, pictures)
-    return [*tables, *pictures, page]
+    _add(pages, write_report, folder / "report.html", folder.name, command, rows, runs, columns, drawn)
+    return [*tables, *drawn, *pages]
+
+
+def _add(written: list[Any], write: Callable[..., Path | None], path: Path, *args: Any) -> None:
+    """Lets a file be written and adds it; one that cannot be written is said and left out."""
+    attempt(short(path), lambda: written.append(write(path, *args)))
 
 
 def _differing(config: DictConfig) -> dict[str, str]:

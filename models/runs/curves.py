@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.loggers.metrics_csv import read_metrics
+from models.side_outputs import put_figure
 
 
 class Line(NamedTuple):
@@ -63,7 +64,7 @@ def draw_curves(
                 _star(axis, PANELS[label][key].colour, points, scale, mode)
         _label(axis, label, per_epoch)
     path = run_dir / "curves.png"
-    figure.savefig(path, dpi=120)
+    put_figure(path, figure)
     return path
 
 

@@ -15,6 +15,7 @@ from models.callbacks.preemption import Stopped
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.curves import draw_curves
 from models.runs.headline import title
+from models.side_outputs import attempt
 
 
 @contextmanager
@@ -29,16 +30,17 @@ def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterat
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     finally:
-        curves = _curves(trainer, run_dir, config) if trainer.is_global_zero else None
-        if curves is not None:
-            log_picture(trainer.loggers, "curves", curves)
+        if trainer.is_global_zero:
+            attempt("curves.png", _curves, trainer, run_dir, config)
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandb):
                 logger.close()
 
 
-def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Path | None:
+def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> None:
     steps = trainer.num_training_batches / trainer.accumulate_grad_batches
     best = config["checkpoint"]
     per_epoch = steps if 0 < steps < math.inf else None
-    return draw_curves(run_dir, title(config), best["monitor"], best["mode"], per_epoch)
+    curves = draw_curves(run_dir, title(config), best["monitor"], best["mode"], per_epoch)
+    if curves is not None:
+        log_picture(trainer.loggers, "curves", curves)

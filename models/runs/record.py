@@ -3,9 +3,11 @@
 Nothing is written before training starts, so that a command that is refused leaves a folder as it was.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -26,37 +28,39 @@ from conf.revision import revision
 from data.sources.split_file import leave_split
 from models.callbacks.loops import call_last
 from models.runs.environment import environment
+from models.side_outputs import append, attempt, begin, put
 
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")  # colours, cursor movements, titles
 MAX_PATCH = 2**20  # bytes of uncommitted changes that are kept; of more only the hash
 
 
 class RunLog:
-    """Lines with the time at which they were printed, in memory until the file of the run is known."""
+    """Lines with the time at which they were printed, in memory until the file of the run is known and has room."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._path: Path | None = None
         self._lines: deque[str] = deque(maxlen=1000)  # other processes than the first never begin
+        self._process = os.getpid()
 
     def add(self, line: str) -> None:
-        entry = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line.rstrip()}\n"
-        if self._file is None:
-            self._lines.append(entry)
-        else:
-            self._file.write(entry)
+        if self._process != os.getpid():  # a loader process, which writes into the same file: not what waits here
+            self._lines.clear()
+            self._process = os.getpid()
+        self._lines.append(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line.rstrip()}\n")
+        self._write()
 
     def begin(self, path: Path) -> None:
         """Writes what was kept behind what the file holds already, and from now on every line as it comes."""
-        if self._file is None:
-            # one write per line, appended: loader processes write into the same file
-            self._file = path.open("a", buffering=1, encoding="utf-8", errors="replace")
-            self._file.writelines(self._lines)
-            self._lines.clear()
+        if self._path is None:
+            self._path = path
+            self._write()
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        with contextlib.suppress(OSError):  # said where the next file fails; the lines wait
+            append(self._path, "".join(self._lines))
+            self._lines.clear()
 
 
 class Tee:
@@ -83,6 +87,7 @@ class Tee:
 @contextmanager
 def recorded() -> Iterator[RunLog]:
     """Everything printed and logged inside goes to the terminal as ever and into the log; so does what ends it."""
+    begin()
     log, streams = RunLog(), (sys.stdout, sys.stderr)
     out, err = (Tee(stream, log) for stream in streams)
     handlers = [handler for handler in logging.root.handlers if isinstance(handler, logging.StreamHandler)]
@@ -102,7 +107,6 @@ def recorded() -> Iterator[RunLog]:
         sys.stdout, sys.stderr = streams
         for handler, stream in before.items():
             handler.setStream(stream)
-        log.close()
 
 
 class Record(Callback):
@@ -132,10 +136,12 @@ class Record(Callback):
             return
         self.begun = True
         self.printed.begin(self.run_dir / "train.log")
-        (self.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.config)))
-        leave_split(data.source, self.run_dir)
-        _write_hydra(self.run_dir / ".hydra", self.cfg)
-        write_environment(self.run_dir, {"step": step, "threads": self.config.get("threads")})
+        text = OmegaConf.to_yaml(OmegaConf.create(self.config))
+        attempt("config.yaml", put, self.run_dir / "config.yaml", text)
+        attempt("split.csv", leave_split, data.source, self.run_dir)
+        attempt(".hydra", _write_hydra, self.run_dir / ".hydra", self.cfg)
+        facts = {"step": step, "threads": self.config.get("threads")}
+        attempt("env.json", write_environment, self.run_dir, facts)
 
 
 def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
@@ -152,7 +158,7 @@ def write_environment(run_dir: Path, facts: dict[str, Any]) -> None:
     content = environment() | facts | {"patch": _keep_patch(run_dir)}
     if earlier:
         content["earlier"] = [{key: value for key, value in start.items() if key != "packages"} for start in earlier]
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    put(path, json.dumps(content, indent=2) + "\n")
 
 
 def _keep_patch(run_dir: Path) -> dict[str, Any] | None:
@@ -164,7 +170,7 @@ def _keep_patch(run_dir: Path) -> dict[str, Any] | None:
     if len(patch) > MAX_PATCH:
         return {"file": None, "bytes": len(patch), "sha256": digest}
     name = f"changes-{digest[:8]}.patch"
-    (run_dir / name).write_bytes(patch)
+    put(run_dir / name, patch)
     return {"file": name, "bytes": len(patch), "sha256": digest}
 
 
@@ -172,6 +178,5 @@ def _write_hydra(folder: Path, cfg: DictConfig) -> None:
     """The files by which Hydra would say what was asked for; it writes them before it is known whether a run begins."""
     folder.mkdir(exist_ok=True)
     hydra = HydraConfig.get()
-    OmegaConf.save(cfg, folder / "config.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": hydra}), folder / "hydra.yaml")
-    OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
+    for name, content in (("config", cfg), ("hydra", {"hydra": hydra}), ("overrides", hydra.overrides.task)):
+        put(folder / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content) if name == "hydra" else content))

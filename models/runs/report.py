@@ -12,6 +12,7 @@ from rich.table import Table
 from conf import families
 from conf.names import PARTS, PLACES, short
 from models.checkpoints.fitting import family_of
+from models.side_outputs import put
 
 ABREAST = 5  # columns of a table that a terminal has room for
 PERCENT = ("top1", "top5", "recognised", "routing/active")
@@ -20,7 +21,7 @@ PERCENT = ("top1", "top5", "recognised", "routing/active")
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Pretty JSON; numbers that are not finite become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-    path.write_text(json.dumps(clean, indent=2) + "\n")
+    put(path, json.dumps(clean, indent=2) + "\n")
 
 
 def shown(name: str, value: Any) -> str:

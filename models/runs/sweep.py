@@ -1,12 +1,15 @@
 """The runs of a sweep as rows of a table, as text and as CSV files: one row per setting, its seeds averaged."""
 
 import csv
+import io
 import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from models.side_outputs import put
 
 SEED = "seed"
 # what a row may show, in this order, and how it is called; of those behind `FIXED` no spread is shown
@@ -71,8 +74,17 @@ class Row(NamedTuple):
 def read_run(settings: dict[str, str], seed: int, folder: Path, said: str = "") -> SweptRun:
     """A run with the figures that it left; those of an earlier command are none of a run that failed now."""
     file = folder / "metrics.json"
-    figures = json.loads(file.read_text()) if file.exists() and not said else None
+    figures = _figures(file) if file.exists() and not said else None
     return SweptRun(settings, seed, folder, figures, said or ("" if figures else "it left no metrics.json"))
+
+
+def _figures(file: Path) -> dict[str, Any] | None:
+    """What metrics.json holds; None where it cannot be read."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def rows_of(runs: Sequence[SweptRun], monitor: str, mode: str = "max") -> list[Row]:
@@ -127,22 +139,25 @@ def table_of(rows: Sequence[Row], columns: dict[str, str]) -> list[list[str]]:
 def write_runs(path: Path, runs: Sequence[SweptRun], columns: Sequence[str]) -> Path:
     """runs.csv: one line per run, with what it said where there is no result."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings if key != SEED))
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *keys, SEED, *columns, "folder", "failed"])
-        for run in runs:
-            settings = [run.settings.get(key) for key in keys]
-            figures = [(run.figures or {}).get(key) for key in columns]
-            writer.writerow([run.title, *settings, run.seed, *figures, run.folder, run.said])
-    return path
+    lines = [["run", *keys, SEED, *columns, "folder", "failed"]]
+    for run in runs:
+        settings = [run.settings.get(key) for key in keys]
+        figures = [(run.figures or {}).get(key) for key in columns]
+        lines.append([run.title, *settings, run.seed, *figures, run.folder, run.said])
+    return _write(path, lines)
 
 
 def write_comparison(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> Path:
     """comparison.csv: one line per row, mean and standard deviation over its seeds, and their number."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "seeds", *(name for key in columns for name in (key, f"{key} sd"))])
-        for row in rows:
-            figures = [value for key in columns for value in (row.mean(key), row.spread(key))]
-            writer.writerow([row.name, len(row.runs), *figures])
+    lines = [["run", "seeds", *(name for key in columns for name in (key, f"{key} sd"))]]
+    for row in rows:
+        figures = [value for key in columns for value in (row.mean(key), row.spread(key))]
+        lines.append([row.name, len(row.runs), *figures])
+    return _write(path, lines)
+
+
+def _write(path: Path, lines: Sequence[Sequence[Any]]) -> Path:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    put(path, text.getvalue())
     return path

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from models.loggers.metrics_csv import read_metrics
 from models.runs.sweep import Row, SweptRun, is_share, label_of
+from models.side_outputs import put_figure
 
 ACTIVE = "routing/active"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")  # Okabe and Ito
@@ -30,7 +31,7 @@ def draw_comparison(path: Path, rows: Sequence[Row], monitor: str) -> Path | Non
         axis.grid(alpha=0.3)
     if len(rows) <= NAMED:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    put_figure(path, figure, 110)
     return path
 
 
@@ -70,7 +71,7 @@ def draw_pareto(path: Path, rows: Sequence[Row], monitor: str, mode: str) -> Pat
     axes[0].set_ylabel(_title(monitor))
     if len(rows) <= NAMED:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    put_figure(path, figure, 110)
     return path
 
 
@@ -103,7 +104,7 @@ def draw_active_heads(path: Path, rows: Sequence[Row]) -> Path | None:
     axis.set(xlabel="active heads (%)", ylabel="top-1 (%)", title="accuracy against active heads")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    put_figure(path, figure, 120)
     return path
 
 

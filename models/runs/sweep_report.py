@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.runs.pages import page, picture, table
 from models.runs.sweep import Row, SweptRun, table_of
+from models.side_outputs import put
 
 CAPTIONS = {
     "curves": "Validation and training over epochs: lines are means over seeds, bands reach from the lowest to the "
@@ -43,7 +44,7 @@ def write_report(
         "<h2>Every run</h2>",
         _runs(path.parent, runs, columns),
     ]
-    path.write_text(page(title, body))
+    put(path, page(title, body))
     return path
 
 

@@ -35,6 +35,7 @@ from models.runs.preflight import (
 from models.runs.record import Record, RunLog, recorded
 from models.runs.report import next_steps, print_table, write_json
 from models.runs.resume import compare_configs, find_resume
+from models.side_outputs import attempt
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
 
@@ -170,7 +171,7 @@ def _report(
     best = checkpoints.best_score if checkpoints is not None else None
     if best is not None:
         figures[f"best/{checkpoints.monitor}"] = best
-    write_json(run_dir / "metrics.json", figures)
+    attempt("metrics.json", write_json, run_dir / "metrics.json", figures)
     names = (
         "val/top1",
         "val/top1_ema",
