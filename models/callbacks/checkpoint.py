@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from conf.errors import UserError
 from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
 from models.callbacks.loops import call_last, validate_at_the_end, validate_now, validation_follows
-from models.checkpoints.format.directory import latest, read_manifest, step_directories, step_name
+from models.checkpoints.format.directory import CorruptCheckpoint, latest, read_manifest, step_directories, step_name
 from models.checkpoints.format.write import point, probe, remove_checkpoint, sweep
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,16 @@ class Checkpoints(Callback):
         """Refuses to write older steps into a folder that already holds newer ones, and makes up for a validation.
 
         Raises:
-            ValueError: the folder holds a valid checkpoint of a later step than the one training starts from.
+            ValueError: the folder holds a valid checkpoint of a later step than the one training starts from, or
+                checkpoints of which none can be read.
         """
         self._seen_step = trainer.global_step
         if trainer.fast_dev_run:
             return
-        newest = latest(self.directory, log.warning) if trainer.is_global_zero else None
-        step = trainer.strategy.broadcast(-1 if newest is None else read_manifest(newest)["step"], src=0)
+        found = trainer.strategy.broadcast(self._newest() if trainer.is_global_zero else None, src=0)
+        if isinstance(found, str):  # so that no rank is left waiting
+            raise UserError(found)
+        step = found
         if step > trainer.global_step:
             raise UserError(
                 f"Checkpoints: {self.directory} must not hold steps newer than the one training starts from, "
@@ -121,6 +124,14 @@ class Checkpoints(Callback):
         self._forget_best_of_elsewhere(trainer)
         if self._validation_due:
             validate_now(trainer)
+
+    def _newest(self) -> int | str:
+        """The newest valid step of the folder, -1 for none, or why none of those that are there can be read."""
+        try:
+            newest = latest(self.directory, log.warning)
+        except CorruptCheckpoint as error:
+            return str(error)
+        return -1 if newest is None else read_manifest(newest)["step"]
 
     def _forget_best_of_elsewhere(self, trainer: pl.Trainer) -> None:
         """A run that goes on in another folder, or without its best checkpoint, has no `best` until it finds one."""

@@ -115,9 +115,9 @@ def _write_picture(path: Path, picture: Any) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    from models.checkpoints.format.write import save_tensors
+    from models.checkpoints.write import write_weights
 
-    save_tensors(tensors, path)
+    write_weights(path, tensors)
 
 
 def _write_page(path: Path, text: str) -> None:

@@ -19,9 +19,10 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from conf.errors import UserError
 
@@ -35,8 +36,17 @@ MAX_JSON_BYTES = 64 * 2**20
 _STEP = re.compile(r"step-(\d{8,})")
 
 
+# A file that was written so few seconds before it was hashed may change again within one tick of its clock.
+FRESH = 2.0
+_hashed: dict[str, tuple[tuple[int, ...], str]] = {}
+
+
 class CorruptCheckpoint(UserError):
     """A checkpoint directory that is unfinished or whose content is not what was written."""
+
+
+class OtherFormat(CorruptCheckpoint):
+    """A checkpoint of a later version of this project: not damaged, but nothing that this version can read."""
 
 
 def step_name(step: int) -> str:
@@ -114,7 +124,7 @@ def read_json(path: Path) -> Any:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CorruptCheckpoint(f"checkpoint: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"checkpoint: {path} cannot be read, got {type(error).__name__}: {error}") from error
 
 
@@ -124,7 +134,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CorruptCheckpoint(f"checkpoint: {path} must have format {FORMAT}, got {found!r}; use another version")
+        kind = OtherFormat if type(found) is int and found > FORMAT else CorruptCheckpoint
+        raise kind(f"checkpoint: {path} must have format {FORMAT}, got {found!r}; use another version")
     files = manifest.get("files")
     well_formed = isinstance(files, dict) and all(
         Path(name).name == name and isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys()
@@ -163,10 +174,31 @@ def verify(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as the manifest stores them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
+    """Size and SHA-256 of a file, as the manifest stores them.
+
+    A file that stands since is not read again by this process: a resumed run looks at its checkpoint several times.
+
+    Raises:
+        CorruptCheckpoint: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            mark = _mark(file)
+            known = _hashed.get(str(path))
+            if known is not None and known[0] == mark:
+                return {"sha256": known[1], "bytes": mark[2]}
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if mark == _mark(file) and time.time() - max(mark[3:]) / 1e9 > FRESH:
+                _hashed[str(path)] = mark, digest
+            return {"sha256": digest, "bytes": mark[2]}
+    except OSError as error:
+        raise CorruptCheckpoint(f"checkpoint: {path} cannot be read, got {error}; {nearby(path.parent)}") from error
+
+
+def _mark(file: IO[bytes]) -> tuple[int, ...]:
+    """What changes with a file: where it is, its size, and when its content and anything of it were changed last."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -180,16 +212,33 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def latest(directory: str | os.PathLike, report: Callable[[str], None] | None = None) -> Path | None:
-    """The valid step directory with the highest step number in a `checkpoints` folder, or None.
+    """The valid step directory with the highest step number in a `checkpoints` folder; None where there is no step.
 
     Step numbers decide and never the clock. Each newer but damaged step is passed to `report` as one line.
+
+    Raises:
+        OtherFormat: a newer step was written by a later version, so that going on from an older one would lose it.
+        CorruptCheckpoint: there are steps, and none can be read: they are never taken for a new run.
     """
-    for path in reversed(step_directories(directory).values()):
-        try:
-            verify(path)
-        except (ValueError, OSError) as error:
-            if report is not None:
-                report(f"skipping a damaged checkpoint: {error}")
-        else:
-            return path.resolve()
-    return None
+    problems = []
+    try:
+        steps = step_directories(directory)
+        for path in reversed(steps.values()):
+            try:
+                verify(path)
+            except OtherFormat:
+                raise
+            except CorruptCheckpoint as error:
+                problems.append(str(error))
+            else:
+                for problem in problems if report is not None else ():
+                    report(f"skipping a damaged checkpoint: {problem}")
+                return path.resolve()
+        if not any(any(path.iterdir()) for path in steps.values()):
+            return None
+    except OSError as error:
+        problems.append(f"checkpoint: {directory} cannot be read, got {error}")
+    raise CorruptCheckpoint(
+        f"{problems[0].partition('; choose one of')[0]}; no checkpoint in {directory} can be read, so nothing is "
+        "started and nothing deleted: mend or move them, or give another run.name"
+    )

@@ -8,73 +8,108 @@ import contextlib
 import json
 import os
 import shutil
-import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
-from models.checkpoints.format.directory import FORMAT, MANIFEST, CorruptCheckpoint, file_entry, verify
+from models.checkpoints.format.directory import FORMAT, MANIFEST, CorruptCheckpoint, verify
+from models.checkpoints.format.disk import sync, write_file
+from models.checkpoints.format.tensors import save_tensors
 
 _WRITING, _TRASH = ".writing-", ".trash-"
 
 
-def write_checkpoint(path: Path, tensors: dict[str, dict[str, Tensor]], plain: dict[str, Any], manifest: dict) -> None:
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    plain: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    standing: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
     """Writes one checkpoint directory, replacing one of the same name.
+
+    Several processes do the same in parts: `begin` on one, `write_tensors` on each, `commit` on one.
 
     Args:
         path: the step directory to create.
         tensors: contents of the safetensors files, by file name.
         plain: contents of the JSON files, by file name.
         manifest: `step`, `epoch`, `metrics`, `commit` and `versions`; format and checksums are added here.
+        standing: sizes and checksums of the files of tensors in the directory that is replaced, where it holds these
+            very tensors: they are linked and not written again.
+
+    Returns:
+        Sizes and checksums of the files of tensors.
 
     Raises:
         OSError: nothing of the new checkpoint remains, and an older one of that name is still there.
     """
+    temporary = begin(path)
+    try:
+        files = _link(path, temporary, standing or {}) or write_tensors(temporary, tensors)
+        commit(temporary, path, files, plain, manifest)
+    except BaseException:
+        discard(temporary)
+        raise
+    return files
+
+
+def begin(path: Path) -> Path:
+    """The hidden directory in which the checkpoint `path` is made; `commit` or `discard` ends it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_WRITING}{path.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        for name, content in tensors.items():
-            save_tensors(content, temporary / name)
-        for name, content in plain.items():
-            _write(temporary / name, json.dumps(content, allow_nan=False).encode())
-        files = {name: file_entry(temporary / name) for name in [*tensors, *plain]}
-        text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1, allow_nan=False)
-        _write(temporary / MANIFEST, text.encode())
-        sync(temporary)
-        _replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    discard(temporary)
+    os.mkdir(temporary)
+    return temporary
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A new safetensors file, flushed to the disk, with the permissions that every other new file gets.
+def write_tensors(temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Writes files of tensors into what `begin` made; returns their sizes and checksums for `commit`."""
+    return {name: save_tensors(content, temporary / name) for name, content in tensors.items()}
 
-    Raises:
-        OSError: it could not be written.
+
+def commit(
+    temporary: Path,
+    path: Path,
+    files: Mapping[str, dict[str, Any]],
+    plain: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+) -> None:
+    """Writes the rest, the manifest last, and puts the directory in its place.
+
+    Args:
+        temporary: what `begin` made.
+        path: of the checkpoint.
+        files: sizes and checksums of all files of tensors in it, whichever process wrote them.
+        plain, manifest: as for `write_checkpoint`.
     """
-    with path.open("wb"):
-        mode = path.stat().st_mode  # as the umask has it; safetensors lets only the owner read
+    texts = {name: json.dumps(content, allow_nan=False).encode() for name, content in plain.items()}
+    files = {**files, **{name: write_file(temporary / name, text) for name, text in texts.items()}}
+    text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1, allow_nan=False)
+    write_file(temporary / MANIFEST, text.encode())
+    sync(temporary)
+    _replace(temporary, path)
+
+
+def discard(temporary: Path) -> None:
+    """Deletes what `begin` made."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link(path: Path, temporary: Path, standing: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Takes files over from the directory that is replaced; none of them where one cannot be linked."""
     try:
-        safetensors.torch.save_file(tensors, path, metadata)
-        path.chmod(stat.S_IMODE(mode))
-    except Exception as error:
-        # safetensors reports a full disk as its own error; the caller handles storage errors by their type.
-        if any(words in str(error) for words in ("I/O error", "os error", "IoError")):  # IoError: older
-            raise OSError(f"{path.name}: {error}") from error
-        raise
-    sync(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        for name, entry in standing.items():
+            os.link(path / name, temporary / name)
+            if os.stat(temporary / name).st_size != entry["bytes"]:
+                raise OSError(f"{path / name} has changed")
+    except OSError:  # a file system without links, or somebody was at the files: they are written anew
+        for name in standing:
+            (temporary / name).unlink(missing_ok=True)
+        return {}
+    return dict(standing)
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -99,15 +134,6 @@ def _replace(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Flushes a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def remove_checkpoint(path: Path) -> None:
     """Deletes a checkpoint: renamed first, so that a half-deleted directory never looks like a checkpoint."""
     trash = path.with_name(f"{_TRASH}{path.name}-{os.getpid()}")
@@ -124,7 +150,7 @@ def point(pointer: Path, target: Path) -> None:
     try:
         temporary.symlink_to(target.name)
     except OSError:
-        _write(temporary, f"{target.name}\n".encode())
+        write_file(temporary, f"{target.name}\n".encode())
     os.replace(temporary, pointer)
     sync(pointer.parent)
 
@@ -163,7 +189,8 @@ def probe(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     temporary, final = (directory / f"{_WRITING}probe-{kind}-{os.getpid()}" for kind in ("a", "b"))
     try:
-        _write(temporary, b"probe\n")
+        temporary.unlink(missing_ok=True)  # of a killed process of the same number
+        write_file(temporary, b"probe\n")
         os.rename(temporary, final)
         sync(directory)
     finally:

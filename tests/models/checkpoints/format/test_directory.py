@@ -1,5 +1,6 @@
 """A checkpoint directory is found, verified, replaced and swept as its format promises."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.checkpoints import latest, read_config, read_manifest, resolve, verify
-from models.checkpoints.format.directory import CorruptCheckpoint, step_directories, step_name
+from models.checkpoints.format.directory import CorruptCheckpoint, OtherFormat, step_directories, step_name
 from models.checkpoints.format.write import point, probe, recover, remove_checkpoint, sweep, write_checkpoint
 
 
@@ -255,3 +256,89 @@ def test_the_probe_leaves_nothing_and_passes_errors_on(tmp_path, monkeypatch):
     monkeypatch.setattr("models.checkpoints.format.write.os.rename", read_only)
     with pytest.raises(OSError, match="Read-only"):
         probe(tmp_path)
+
+
+def test_unreadable_checkpoints_are_never_taken_for_none(tmp_path):
+    for step in (1, 2):
+        flip(write(tmp_path, step) / "model.safetensors")
+    (tmp_path / step_name(3)).mkdir()  # a writer that never finished
+    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* can be read, so nothing is started and nothing"):
+        latest(tmp_path)
+    shutil.rmtree(tmp_path / step_name(1))
+    shutil.rmtree(tmp_path / step_name(2))
+    assert latest(tmp_path) is None
+    path = write(tmp_path, 4)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"has no manifest\.json.*; no checkpoint in .* can be read"):
+        latest(tmp_path)
+
+
+def test_a_later_format_is_not_damage(tmp_path):
+    """Older steps could be read, but to go on from them would lose the newer one."""
+    paths = [write(tmp_path, step) for step in (1, 2)]
+    manifest = json.loads((paths[1] / "manifest.json").read_text())
+    (paths[1] / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(OtherFormat, match=r"step-00000002 must have format 1, got 2; use another version"):
+        latest(tmp_path)
+    (paths[1] / "manifest.json").write_text(json.dumps(manifest | {"format": "1"}))
+    assert latest(tmp_path) == paths[0]
+
+
+def test_a_folder_or_file_that_gives_an_error_is_not_empty(tmp_path, monkeypatch):
+    paths = [write(tmp_path, step) for step in (1, 2)]
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("models.checkpoints.format.directory.hashlib.file_digest", broken)
+        with pytest.raises(
+            CorruptCheckpoint, match=r"cannot be read, got \[Errno 5\] Input/output error; no checkpoint"
+        ):
+            latest(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.iterdir", broken)
+        with pytest.raises(CorruptCheckpoint, match=r"cannot be read, got \[Errno 5\]"):
+            latest(tmp_path)
+    assert latest(tmp_path) == paths[1]
+
+
+def test_a_file_that_stands_is_hashed_once(tmp_path, monkeypatch):
+    path, real, hashed = write(tmp_path, 1), hashlib.file_digest, []
+
+    def note(file, kind):
+        hashed.append(os.path.basename(file.name))
+        return real(file, kind)
+
+    monkeypatch.setattr("models.checkpoints.format.directory.hashlib.file_digest", note)
+    verify(path)
+    verify(path)
+    assert hashed.count("model.safetensors") == 2, "it is so young that it could change within one tick"
+    monkeypatch.setattr("models.checkpoints.format.directory.FRESH", -1)
+    for _ in range(3):
+        verify(path)
+    assert hashed.count("model.safetensors") == 3
+    flip(path / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match="checksum mismatch"):
+        verify(path)
+
+
+def test_files_that_stand_are_linked_and_not_written_again(tmp_path, monkeypatch):
+    def put(value, standing=None):
+        content = {"model.safetensors": {"w": torch.full((3,), value)}}
+        manifest = {"step": 1, "epoch": 0, "metrics": {"value": value}}
+        return write_checkpoint(tmp_path / step_name(1), content, {"trainer.json": value}, manifest, standing)
+
+    files = put(1.0)
+    node = (tmp_path / step_name(1) / "model.safetensors").stat().st_ino
+    assert put(2.0, files) == files  # the same tensors, by their checksum
+    assert verify(tmp_path / step_name(1))["metrics"] == {"value": 2.0}
+    assert (tmp_path / step_name(1) / "model.safetensors").stat().st_ino == node
+
+    def no_links(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("models.checkpoints.format.write.os.link", no_links)
+    assert put(3.0, files) != files
+    assert verify(tmp_path / step_name(1))["metrics"] == {"value": 3.0}
+    assert [entry.name for entry in tmp_path.iterdir()] == [step_name(1)]
