@@ -15,7 +15,7 @@ import yaml
 from conf import families
 from conf.names import PARTS, PLACES, group_of
 from conf.names import options as names_in
-from models import list_attentions, recipe_tables
+from models import list_attentions, recipe_tables, scaling_table
 from models.facts import comment, facts, small_figure
 
 ROOT = families.CONF.parent
@@ -238,6 +238,7 @@ def plain(value: object) -> str:
 
 TABLES = {
     ROOT / "README.md": {"families": family_table},
+    ROOT / "docs" / "scale.md": {"scale": scaling_table.table},
     REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
     REFERENCE / "models.md": {"models": model_sections},
     REFERENCE / "parts.md": {"parts": part_sections, "places": place_sections},
