@@ -28,9 +28,11 @@ def table() -> str:
         steps = {n: step_of(n, GLOBAL, BATCH, 1e3 * BATCH / step_ms, size, machine) for n in GPUS}
         for n, step in steps.items():
             row = row_of(n, step, GLOBAL, EPOCHS, IMAGES, IMAGE_KB, steps[1], 1)
-            lines.append(
-                f"| {name if n == 1 else ''} | {n} | {row['step_ms']:.0f} | {row['hours']:.1f} "
-                f"| {row['gpu_hours']:,.0f} | {row['efficiency']:.0%} | {row['all_reduce_ms']:.1f} | {row['storage_mb_per_second']:,.0f} "
-                f"| {row['limit']} |"
-            )
+            cells = [
+                name if n == 1 else "",
+                *(str(n), f"{row['step_ms']:.0f}", f"{row['hours']:.1f}", f"{row['gpu_hours']:,.0f}"),
+                *(f"{row['efficiency']:.0%}", f"{row['all_reduce_ms']:.1f}", f"{row['storage_mb_per_second']:,.0f}"),
+                row["limit"],
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
