@@ -7,11 +7,15 @@ $ python train.py list models=swin
 """
 
 from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
-from models.runs import early
+from models.runs import early, launchers
 
 
 def job():
     """What is run, imported when it is: `--help` does not wait for torch."""
+    if launchers.sends_away():
+        from models.runs.launchers.slurm import send
+
+        return send
     from models.runs.training import train
 
     return train
@@ -25,4 +29,5 @@ def listed(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    launchers.register()
     cli.run("train", job, before=early.find_weights, words={"list": listed})

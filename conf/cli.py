@@ -73,6 +73,7 @@ def _read(config_name: str, arguments: list[str], before: Callable[[list[str]], 
     mistakes.Parser(get_args_parser(), config_name).parsed(arguments)
     if config_name == "eval":
         mistakes.refuse_foreign(arguments)
+        mistakes.refuse_launchers(arguments)
     else:
         arguments = _let_sweeps_set_everything(arguments)
     return arguments if before is None else before(arguments)
@@ -102,6 +103,7 @@ def _guarded(job: Callable[[], Callable[[DictConfig], object]], failed: list[int
             traceback.print_exc()
             return Failure(f"{type(error).__name__}: {error}")
 
+    guarded.statuses = failed  # a launcher whose runs are other processes adds theirs
     return guarded
 
 

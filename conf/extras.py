@@ -21,11 +21,16 @@ def missing(cfg: DictConfig) -> list[str]:
     for key, needing, package in NEEDS:
         value = _chosen(cfg, key)
         if value is not None and needing in (None, value) and find_spec(package) is None:
-            sentences.append(
-                f"{key}={value} needs the package {package}, which is not installed; "
-                f"run: python -m pip install '{requirement(package)}'"
-            )
+            sentences.append(sentence(f"{key}={value}", package))
     return sentences
+
+
+def sentence(setting: str, package: str) -> str:
+    """What is said of a package that is not installed."""
+    return (
+        f"{setting} needs the package {package}, which is not installed; "
+        f"run: python -m pip install '{requirement(package)}'"
+    )
 
 
 def _chosen(cfg: DictConfig, key: str) -> str | None:

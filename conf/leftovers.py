@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-BEGUN = ("train.log", "metrics.json")
+BEGUN = ("train.log", "metrics.json", "slurm")
 
 
 class _Noted(NamedTuple):

@@ -108,6 +108,17 @@ def refuse_foreign(arguments: list[str]) -> None:
             raise UserError(f"there is no setting {key!r}{foreign.advice('eval', key, value)}")
 
 
+def refuse_launchers(arguments: list[str]) -> None:
+    """An evaluation is not sent elsewhere."""
+    for argument in arguments:
+        key, given, value = argument.partition("=")
+        if given and key == "hydra/launcher" and value != "basic":
+            raise UserError(
+                f"hydra/launcher: eval.py measures in its own process, got {value}; "
+                "run it in a job: srun python eval.py ckpt=..."
+            )
+
+
 def refuse_recipes(arguments: list[str]) -> None:
     """Hydra only says that there is no such file."""
     names, known = recipes.names(), recipes.offered()

@@ -20,7 +20,7 @@ class CompareRuns(Callback):
 
     def __init__(self) -> None:
         self.jobs: list[tuple[list[str], int, Path, str]] = []
-        self.sweeps, self.total = False, None
+        self.sweeps, self.total, self.started = False, None, 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.sweeps = True
@@ -31,7 +31,8 @@ class CompareRuns(Callback):
         if self.sweeps:
             settings = " ".join(f"{key}={value}" for key, value in _differing(config).items())
             of = f" of {self.total}" if self.total else ""
-            print(f"\nrun {len(self.jobs) + 1}{of}: {settings or 'defaults'}", flush=True)
+            self.started += 1
+            print(f"\nrun {self.started}{of}: {settings or 'defaults'}", flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         result = job_return.return_value

@@ -1,0 +1,51 @@
+"""What a job of SLURM runs: a program in this process; one that was stopped is put into the queue again."""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.runs.launchers.queue import requeue, state
+
+PREEMPTED = 75  # the run has saved: start the same command again
+AHEAD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+def run(program: str, arguments: list[str]) -> None:
+    """Runs `program` with these arguments, as `python program arguments` would.
+
+    Raises:
+        SystemExit: it ended with a status; SLURM shows the job as failed.
+    """
+    for number in AHEAD:  # until the run has handlers of its own: there is nothing to be saved yet
+        signal.signal(number, _leave)
+    sys.argv = [program, *arguments]
+    sys.path.insert(0, str(Path(program).parent))
+    try:
+        runpy.run_path(program, run_name="__main__")
+        status: Any = 0
+    except SystemExit as end:
+        status = end.code or 0
+    if status == PREEMPTED and os.environ.get("SLURM_PROCID", "0") == "0":
+        _again(os.environ["SLURM_JOB_ID"])
+    if status:
+        sys.stdout.flush()
+        raise SystemExit(status)
+
+
+def _again(job: str) -> None:
+    """Asks SLURM to start the job once more, unless somebody has cancelled it."""
+    for number in AHEAD:  # SLURM ends a job that it puts into the queue
+        signal.signal(number, signal.SIG_IGN)
+    found = state(job)
+    if found != "RUNNING":
+        print(f"job {job} is {found or 'gone'}: it is not put into the queue again", flush=True)
+        return
+    requeue(job)
+    print(f"job {job} is put into the queue again, and continues there", flush=True)
+
+
+def _leave(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(PREEMPTED)
