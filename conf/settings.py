@@ -112,3 +112,39 @@ def check_trainer(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"trainer: {name} must be a whole number of at least {least}, got {value!r}; set trainer.{name}"
             )
+    _check_processes(settings)
+
+
+COMPRESSIONS = (None, "fp16", "bf16", "powersgd")
+
+
+def _check_processes(settings: dict[str, Any]) -> None:
+    """What several processes are told."""
+    timeout, compression = settings.get("timeout", 600), settings.get("gradient_compression")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise UserError(
+            f"trainer: timeout must be a number of seconds above 0, got {timeout!r}; set trainer.timeout=600"
+        )
+    if compression not in COMPRESSIONS:
+        known = ", ".join(map(str, COMPRESSIONS[1:]))
+        raise UserError(
+            f"trainer: gradient_compression must be one of {known} or null, got {compression!r}; "
+            "set trainer.gradient_compression"
+        )
+    for name in ("sync_batchnorm", "static_graph"):
+        if type(settings.get(name, False)) is not bool:
+            raise UserError(f"trainer: {name} must be true or false, got {settings[name]!r}; set trainer.{name}")
+    if settings.get("strategy") == "fsdp":
+        _check_shares(settings)
+
+
+def _check_shares(settings: dict[str, Any]) -> None:
+    """What `fsdp` cannot do."""
+    if settings.get("precision") == "16-mixed":
+        raise UserError(
+            "trainer: strategy=fsdp cannot scale the loss of 16-mixed, got precision=16-mixed; "
+            "set trainer.precision=bf16-mixed or 32-true"
+        )
+    for name in ("gradient_compression", "static_graph"):
+        if settings.get(name):
+            raise UserError(f"trainer: {name} is of strategy=ddp, got {settings[name]!r} with fsdp; leave it out")

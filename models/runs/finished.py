@@ -18,6 +18,7 @@ from models.checkpoints import check_config, load_weights, read_config, read_man
 from models.checkpoints.format.directory import of_run
 from models.checkpoints.hub import is_name
 from models.checkpoints.packed import config_of
+from models.engines.strategies import engine
 from models.probes import Subject
 from models.runs.headline import title
 from models.runs.initial import in_our_names
@@ -204,7 +205,9 @@ class Parts:
 
     def _trainer(self) -> pl.Trainer:
         check_accelerator(self.cfg.trainer)
-        return part_of(self.cfg, "trainer", logger=False, enable_model_summary=False, use_distributed_sampler=False)
+        settings, spread = engine(self.cfg.trainer)
+        whole = {"logger": False, "enable_model_summary": False, "use_distributed_sampler": False}
+        return part_of(settings, "trainer", **whole, **spread)
 
     def _subject(self, weights: str) -> Subject:
         found, given = self.weights, self.given

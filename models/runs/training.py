@@ -19,6 +19,7 @@ from models.callbacks.freezing import freezing
 from models.callbacks.progress import RunProgress, duration
 from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
+from models.engines.strategies import engine
 from models.loggers import build_loggers
 from models.runs.ending import ending
 from models.runs.facts import facts_of
@@ -137,13 +138,14 @@ def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, own: list[C
         if isinstance(callback, Checkpoints):
             callback.describe_run(run_dir, config)
     clocks = [callback.clock for callback in own if isinstance(callback, Throughput)]
+    settings, spread = engine(cfg.trainer)
     return part_of(
-        cfg,
+        settings,
         "trainer",
         callbacks=callbacks,
         logger=False,
         profiler=cfg.trainer.get("profiler") or clocks[0],
-        plugins=[DirectoryCheckpointIO()],
+        **spread | {"plugins": [DirectoryCheckpointIO(), *spread["plugins"]]},
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,
         enable_checkpointing=False,  # Lightning's own; `Checkpoints` takes its place

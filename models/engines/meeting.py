@@ -1,0 +1,32 @@
+"""How the processes of a run find each other."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments import ClusterEnvironment
+from torch.distributed.rendezvous import rendezvous
+
+
+def meet(environment: ClusterEnvironment, backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Starts the process group, unless it stands.
+
+    Processes that torchrun has started again find what those before them wrote in the store of their launcher, the
+    address of a dead process among it: every attempt has names of its own there.
+
+    Args:
+        environment: knows the ranks and where to meet.
+        backend: `nccl` or `gloo`.
+        timeout: of every operation that waits for other processes.
+        device: of this process; None for the CPU.
+    """
+    if dist.is_initialized():
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    rank, world = environment.global_rank(), environment.world_size()
+    store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
