@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import extras, help, layout, leftovers, mistakes, resolvers, settings, source, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError
+from conf.folders import escaped
 from conf.names import CONF, choosable, options
 
 
@@ -171,5 +172,6 @@ def _quit(message: str) -> None:
 
 
 def _print(message: str) -> None:
-    message, width = f"{Path(sys.argv[0]).name}: {message}", layout.width_of_errors()
+    message = escaped(f"{Path(sys.argv[0]).name}: {message}", keep="\n\t")
+    width = layout.width_of_errors()
     print(layout.fitted(message, width) if width else message, file=sys.stderr)

@@ -4,6 +4,7 @@ The number of classes is needed while a configuration is composed, before torch 
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ TREE = "<root>/train/<class>/<image> and <root>/val/<class>/<image>, or <root>/<
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test", "testing")  # the first that is there
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information")  # folders that no person made
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # directions of text too
 SHOWN = 8  # entries named when a folder is not what it should be
 
 
@@ -160,7 +162,12 @@ def suffixes(files: Iterable[str]) -> str:
 def printable(path: str | os.PathLike) -> str:
     """A path as it can be printed on one line: bytes that are no text and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(letter.encode("unicode_escape").decode() if letter < " " else letter for letter in text)
+    return escaped(text)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """A text of somebody else's for the terminal: control characters, with which it could be steered, as `\\x1b`."""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def _split_folder(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from data.sources.formats import image_of
 from data.transforms import sides
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def sizes_of(split: "Split", count: int = HEADERS) -> np.ndarray:
     found = []
     for index in np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)):
         try:
-            with Image.open(path(int(index))) as image:
+            with image_of(path(int(index))) as image:
                 found.append(image.size)
         except (OSError, ValueError, Image.DecompressionBombError):  # reading it in earnest says what is wrong
             continue

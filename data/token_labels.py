@@ -26,10 +26,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from conf.errors import UserError
+from conf.files import opened
 from data.batch import Batch, TokenLabels
 from data.sources.imagefolder import FolderSplit
 from data.transforms import View
 
+MAX_BYTES = 64 * 2**20  # of a map, unpacked
 CHECKED = 3  # files that are read before training
 
 
@@ -73,7 +75,9 @@ class LabelMaps:
         """
         path = self.path(index)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with opened(path) as stream, np.load(stream, allow_pickle=False) as file:
+                if (size := sum(member.file_size for member in file.zip.infolist())) > MAX_BYTES:
+                    raise ValueError(f"{size} bytes unpacked, a map has a few thousand")
                 scores, classes = file["scores"], file["classes"]
         except Exception as error:  # NumPy raises whatever a broken file makes it stumble on
             why = getattr(error, "strerror", None) or str(error).partition(". ")[0]  # not the path again

@@ -53,7 +53,7 @@ def reason(error: BaseException) -> str:
 
 
 def put(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then there, also where that is a link.
+    """Writes a file whole or not at all: beside its place first, then there. Links are replaced, not followed.
 
     Raises:
         OSError: it could not be written; what was there before is still there.
@@ -61,7 +61,9 @@ def put(path: Path, content: str | bytes) -> None:
     data = content.encode(errors="replace") if isinstance(content, str) else content
     waiting = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        waiting.write_bytes(data)
+        waiting.unlink(missing_ok=True)
+        with waiting.open("xb") as file:  # a link of that name, in the folder of somebody else, is not followed
+            file.write(data)
         waiting.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -9,21 +9,24 @@
 """
 
 import io
+import math
 import os
 import zlib
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from conf.errors import UserError
+from conf.files import contents
 from data.sources.form import Form, fitted
+from data.sources.formats import image_of
 
 # tags of TIFF
 WIDTH, HEIGHT, BITS, COMPRESSION, OFFSETS, SAMPLES, COUNTS, PLANAR, PREDICTOR, FORMAT = (
     *(256, 257, 258, 259, 273, 277, 279, 284, 317, 339),
 )
 TIFF = (b"II*\0", b"MM\0*")
+MAX_BYTES = 2**31  # of a file
 KINDS = {1: "u", 2: "i", 3: "f"}  # of the tag SampleFormat
 
 
@@ -33,18 +36,18 @@ def read_array(file: str | os.PathLike | bytes, form: Form) -> np.ndarray:
     Raises:
         ValueError, OSError: it cannot be read, or has other bands or numbers.
     """
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    content = file if isinstance(file, bytes) else contents(file, MAX_BYTES)
     return fitted(_pixels(content, form), form)
 
 
 def _pixels(content: bytes, form: Form) -> np.ndarray:
     if content.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        return _of_numpy(content)
     if content.startswith(b"\x89PNG") and content[24] == 16 and content[25] in (2, 4, 6):
         return _without_alpha(_of_deep_png(content), form)
     if content.startswith(TIFF) and (pixels := _of_tiff(content)) is not None:
         return pixels
-    with Image.open(io.BytesIO(content)) as image:
+    with image_of(content) as image:
         if getattr(image, "n_frames", 1) == form.channels > 1 and len(image.getbands()) == 1:
             frames = []
             for number in range(form.channels):
@@ -52,6 +55,17 @@ def _pixels(content: bytes, form: Form) -> np.ndarray:
                 frames.append(np.asarray(image))
             return np.stack(frames, -1)
         return _of_image(image, form)
+
+
+def _of_numpy(content: bytes) -> np.ndarray:
+    """What is claimed is compared with what there is, before memory is set aside for it."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(stream)
+    if not kind.hasobject and math.prod(shape) * kind.itemsize != len(content) - stream.tell():
+        raise UserError(f"an array of {shape} {kind} in {len(content)} bytes; save it again")
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _of_image(image: Image.Image, form: Form) -> np.ndarray:
@@ -68,7 +82,7 @@ def _of_deep_png(content: bytes) -> np.ndarray:
     """Colour of 16 bits, of which Pillow keeps one byte: the high ones are asked for, then the low ones."""
     halves = []
     for order in "BL":
-        with Image.open(io.BytesIO(content)) as image:
+        with image_of(content) as image:
             if image.mode not in ("RGB", "RGBA"):
                 raise UserError("grey of 16 bits with alpha; save it without alpha")
             (tile,) = image.tile

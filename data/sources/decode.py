@@ -5,7 +5,6 @@ CMYK is converted, 16-bit grey is scaled to 8 bits (Pillow's own conversion woul
 first frame is taken. The EXIF orientation is ignored, as timm and torchvision do, and with them the published results.
 """
 
-import io
 import os
 
 import numpy as np
@@ -15,6 +14,7 @@ from conf.errors import UserError
 from conf.folders import printable
 from data.sources.arrays import read_array
 from data.sources.form import RGB, Form, as_image
+from data.sources.formats import image_of
 
 MAX_RATIO = 256  # of the sides: resized to a square's height, a thinner picture would fill the memory
 
@@ -34,8 +34,8 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None, form: F
         form: channels and depth of the run.
 
     Raises:
-        UnreadableImage: anything that keeps it from being decoded: missing, truncated, not an image, larger than
-            Pillow's limit against decompression bombs (about 179 million pixels), a thin strip, floating-point pixels.
+        UnreadableImage: anything that keeps it from being decoded: missing, no file, truncated, not an image, larger
+            than Pillow's limit against decompression bombs (about 179 million pixels), a strip, floating-point pixels.
     """
     name = name or (f"{len(file)} bytes" if isinstance(file, bytes) else os.fspath(file))
     name = printable(name)
@@ -44,7 +44,7 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None, form: F
             return read_array(file, form)
         if name.endswith(".npy"):
             return as_image(read_array(file, form))
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with image_of(file) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 width, height = image.size
                 raise ValueError(f"{width} × {height} pixels, one side more than {MAX_RATIO} times the other")

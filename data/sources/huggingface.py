@@ -7,15 +7,17 @@ map-style: prepared once in the cache of `datasets`, then read in any order.
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
+from conf.folders import printable
 from conf.values import flag
 from data.order.stratified import check_fraction, held_out
-from data.sources.decode import read_image
+from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
 from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, files_of
 
@@ -23,8 +25,15 @@ from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, fil
 class HuggingFaceSplit:
     """One split: rows with an encoded image and an integer label."""
 
-    def __init__(self, rows: Any, image: str, labels: np.ndarray, numbers: np.ndarray | None = None) -> None:
-        self.rows, self.image, self.labels = rows, image, labels
+    def __init__(
+        self,
+        rows: Any,
+        image: str,
+        labels: np.ndarray,
+        numbers: np.ndarray | None = None,
+        folders: Sequence[str] = (),
+    ) -> None:
+        self.rows, self.image, self.labels, self.folders = rows, image, labels, folders
         self.numbers = np.arange(len(rows)) if numbers is None else numbers  # of the rows that belong to it
 
     def __len__(self) -> int:
@@ -37,7 +46,7 @@ class HuggingFaceSplit:
 
     def take(self, chosen: np.ndarray) -> "HuggingFaceSplit":
         """Some of the images, by a mask or by rising positions."""
-        return HuggingFaceSplit(self.rows, self.image, self.labels[chosen], self.numbers[chosen])
+        return HuggingFaceSplit(self.rows, self.image, self.labels[chosen], self.numbers[chosen], self.folders)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])
@@ -47,7 +56,16 @@ class HuggingFaceSplit:
         number = int(self.numbers[index])
         file = self.rows[number][self.image] or {"path": None, "bytes": None}
         name = f"row {number}" + (f" ({file['path']})" if file["path"] else "")
+        if file["bytes"] is None and not self._may_name(file["path"]):
+            raise UnreadableImage(
+                f"HuggingFace: a row must hold its image, or name a file of the data set, got {printable(name)}; put "
+                "the images into the files, or load them as path=imagefolder"
+            )
         return read_image(file["path"] if file["bytes"] is None else file["bytes"], name, form)
+
+    def _may_name(self, path: str | None) -> bool:
+        """Whether rows may name a file: one below the folders of the data set."""
+        return path is not None and any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in self.folders)
 
 
 class HuggingFace:
@@ -204,7 +222,9 @@ class HuggingFace:
     @cached_property
     def _splits(self) -> dict[str, HuggingFaceSplit]:
         splits = {
-            part: HuggingFaceSplit(self._images[part], self._columns[0], labels - self._first, self._chosen.get(part))
+            part: HuggingFaceSplit(
+                self._images[part], self._columns[0], labels - self._first, self._chosen.get(part), self._folders
+            )
             for part, labels in self._numbers.items()
         }
         if self.val_fraction is None:
@@ -212,6 +232,21 @@ class HuggingFace:
         fraction, whole = check_fraction(self.val_fraction, "data.val_fraction"), splits["train"]
         chosen = held_out(whole.labels, [str(number) for number in whole.numbers.tolist()], fraction, self.seed)
         return {"train": whole.take(~chosen), "val": whole.take(chosen)}
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """What rows may name files in: folders of images here, or what `datasets` has downloaded and unpacked.
+
+        Parquet and Arrow files hold their images; the rows of a stranger's could name any file of this machine.
+        """
+        if self.path in ("parquet", "arrow"):
+            return []
+        given = [self.data_dir, *_files_in(self.data_files), *([self.path] if "/" in self.path else [])]
+        here = [os.path.abspath(os.path.expanduser(str(place))) for place in given if place is not None]
+        from datasets import config
+
+        caches = [self.cache_dir or config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.HF_CACHE_HOME]
+        return [place if os.path.isdir(place) else os.path.dirname(place) for place in here] + [*map(str, caches)]
 
     @cached_property
     def _first(self) -> int:
@@ -251,6 +286,13 @@ class HuggingFace:
             return {part: rows.labels[self._chosen[part]] for part, rows in self._images.items()}
         columns = {part: rows.with_format("numpy", columns=[label])[:][label] for part, rows in self._rows.items()}
         return {part: np.asarray(column).astype(np.int64) for part, column in columns.items()}
+
+
+def _files_in(files: Any) -> list[str]:
+    """The files of `data_files`, however they are grouped."""
+    if isinstance(files, Mapping):
+        return [file for part in files.values() for file in _files_in(part)]
+    return [files] if isinstance(files, str) else list(files or ())
 
 
 def _plain(files: Any) -> Any:

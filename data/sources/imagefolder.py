@@ -190,6 +190,11 @@ class ImageFolder:
                 "give the split.csv of a run"
             )
         folder, files = self._base(listed.files)
+        if away := [name for name in files if os.path.isabs(name) or ".." in name.split("/")]:
+            raise UserError(
+                f"data.split: files must lie below the root, got {printable(away[0])} in {printable(self.split)}; give "
+                "the split.csv of a run"
+            )
         missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
         if missing:
             raise UserError(

@@ -23,9 +23,15 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the file is of another adapter or another model; nothing was changed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"load_adapter: no safetensors file can be read, got {path}: {error}; fetch it again"
+        ) from error
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.plugins.io import CheckpointIO
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.errors import UserError
@@ -27,6 +26,7 @@ from models.checkpoints.format.directory import (
     resolve,
     verify,
 )
+from models.checkpoints.format.door import read_tensors
 from models.checkpoints.format.write import remove_checkpoint, write_checkpoint
 
 # Entries that callbacks add to Lightning's checkpoint and that get a file of their own.
@@ -83,11 +83,11 @@ class DirectoryCheckpointIO(CheckpointIO):
         """
         path = resolve(path)
         files = verify(path)["files"]
-        state = decode(read_json(path / TRAINER), load_file(path / TENSORS))
-        model = load_file(path / MODEL)
+        state = decode(read_json(path / TRAINER), read_tensors(path / TENSORS))
+        model = read_tensors(path / MODEL)
         state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
         if EMA in files:
-            state[EMA_KEY] = load_file(path / EMA)
+            state[EMA_KEY] = read_tensors(path / EMA)
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:

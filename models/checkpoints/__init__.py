@@ -5,12 +5,15 @@
 
 from models.checkpoints.again import create_from
 from models.checkpoints.conversion import convert, export, settings_of
-from models.checkpoints.format.config import check_config
+from models.checkpoints.format.config import check_config, check_stored
 from models.checkpoints.format.directory import latest, read_config, read_manifest, resolve, verify
 from models.checkpoints.weights import load_weights
+from models.checkpoints.within import built_within
 
 __all__ = [
+    "built_within",
     "check_config",
+    "check_stored",
     "convert",
     "create_from",
     "export",

@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
-from models.checkpoints.format.config import check_config
+from models.checkpoints.format.config import check_stored
 from models.checkpoints.format.directory import read_config
 from models.checkpoints.packed import config_of
 from models.checkpoints.weights import load_weights
+from models.checkpoints.within import built_within
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
     from torch import nn
@@ -33,8 +34,8 @@ def create_from(path: str | os.PathLike, ema: bool = False) -> nn.Module:
     config = config_of(path)
     if config is None:
         config = _of_run(path)
-    check_config({key: config[key] for key in ("attention", "model") if key in config})
-    model = instantiate(OmegaConf.create(config["model"]))
+    check_stored(config)
+    model = built_within(path, lambda: instantiate(OmegaConf.create(config["model"])))
     model.load_state_dict(load_weights(path, ema))
     return model.eval()
 

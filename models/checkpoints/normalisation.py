@@ -4,7 +4,6 @@ Our checkpoints have them in their configuration, files of timm in the `config.j
 timm's `augreg` files it is known that both are 0.5. Torch-free.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.values import is_number
 from models.checkpoints.format.directory import CONFIG, resolve
+from models.checkpoints.format.door import read_json
 from models.checkpoints.hub import fetch
 
 KEYS = ("mean", "std")
@@ -27,8 +27,8 @@ def normalisation(path: str | os.PathLike) -> Normalisation | None:
     try:
         found = fetch(path)
         folder = found.parent if found.is_file() and found.name not in ("best", "last") else resolve(found)
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (UserError, OSError, ValueError):
+        config = read_json(folder / CONFIG)
+    except (UserError, OSError):
         config = {}
     found = _in(config) if isinstance(config, dict) else None
     if found is None and "augreg" in Path(path).name:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from models.checkpoints.format.directory import MAX_JSON_BYTES
+from models.checkpoints.format.config import legible
+from models.checkpoints.format.door import CorruptCheckpoint, read_head, read_json
 from models.checkpoints.hub import CONFIG, fetch
 
 KEYS = ("run", "seed", "image_size", "attention", "model", "augment", "data")
@@ -27,30 +28,29 @@ def config_of(path: str | os.PathLike) -> dict[str, Any] | None:
     file = fetch(path)
     if not file.is_file():
         return None
-    for text in (_within(file), _beside(file)):
-        try:
-            config = json.loads(text) if text else None
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(config, dict) and config.keys() >= {*KEYS} and isinstance(config["run"], dict):
-            return config
+    for found in (_within(file), _beside(file)):
+        if isinstance(found, dict) and found.keys() >= {*KEYS} and isinstance(found["run"], dict):
+            return legible(found)
     return None
 
 
-def _within(file: Path) -> str | bytes:
-    """The text in the head of a safetensors file: eight bytes with the length of a JSON, and that."""
+def _within(file: Path) -> Any:
+    """What the text in the head of a safetensors file says."""
     if file.suffix != ".safetensors":
-        return b""
+        return None
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            head = json.loads(opened.read(length)) if length <= MAX_JSON_BYTES else {}
-    except (ValueError, RecursionError) as error:
+        text = read_head(file.resolve()).metadata.get("config", "")
+    except CorruptCheckpoint as error:
         raise UserError(f"load_weights: not a valid safetensors file, got {file}: {error}; fetch it again") from error
-    metadata = head.get("__metadata__") if isinstance(head, dict) else None
-    return metadata.get("config", "") if isinstance(metadata, dict) else ""
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None
 
 
-def _beside(file: Path) -> bytes:
-    config = file.with_name(CONFIG)
-    return config.read_bytes() if config.is_file() and config.stat().st_size <= MAX_JSON_BYTES else b""
+def _beside(file: Path) -> Any:
+    """What the `config.json` in its folder says."""
+    try:
+        return read_json(file.with_name(CONFIG))
+    except (CorruptCheckpoint, OSError):
+        return None

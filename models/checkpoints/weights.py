@@ -9,10 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from conf.errors import UserError
+from conf.files import opened
 from models.checkpoints.format.directory import EMA, MODEL, read_manifest, resolve, verify
+from models.checkpoints.format.door import CorruptCheckpoint, read_tensors
 from models.checkpoints.hub import fetch
 from models.checkpoints.stand_ins import Settings, stand_ins
 
@@ -58,27 +58,23 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
 def _from_directory(path: Path, ema: bool) -> dict[str, Tensor]:
     if ema and EMA not in read_manifest(path)["files"]:
         raise UserError(f"load_weights: this checkpoint has no averaged weights, got {path}; use ema=False")
-    from safetensors.torch import load_file
-
     name = EMA if ema else MODEL
     verify(path, [name])
-    return load_file(path / name)
+    return read_tensors(path / name)
 
 
 def _from_safetensors(path: Path, ema: bool) -> dict[str, Tensor]:
     if ema and path.name != EMA:
         raise UserError(f"load_weights: a single file has no averaged weights beside it, got {path}; use ema=False")
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return read_tensors(path.resolve())  # a link that the user names may lead anywhere
+    except CorruptCheckpoint as error:
         raise UserError(f"load_weights: not a valid safetensors file, got {path}: {error}; fetch it again") from error
 
 
 def _begins_as_safetensors(path: Path) -> bool:
     """Whether a file of another suffix has the head of a safetensors file: eight bytes of length, then JSON."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return file.read(10)[8:] == b'{"'
 
 

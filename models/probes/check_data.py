@@ -18,6 +18,7 @@ from rich.progress import Progress
 from conf.errors import UserError
 from data.sources.decode import UnreadableImage
 from data.sources.form import RGB, Form
+from data.sources.formats import image_of
 from models.probes import Report
 from models.probes.drawing.charts import chart_of_classes, chart_of_sizes
 
@@ -96,7 +97,7 @@ def look_at(name: str, split: Any, index: int, form: Form = RGB) -> Seen:
             return place._replace(size=stored[0], mode=stored[1], digest=digest)
         content = Path(file).read_bytes()
         if not str(file).endswith(".npy"):
-            with Image.open(file) as image:
+            with image_of(file) as image:
                 stored = image.size, image.mode
         return place._replace(size=stored[0], mode=stored[1], digest=_digest(content))
     except (UnreadableImage, OSError) as error:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from conf import cases, probes, recipes, text
 from conf.compose import compose_run
 from conf.errors import UserError
+from conf.files import inside
 from conf.folders import layout
 from conf.names import PLACES, choosable, options
 from models.checkpoints.packed import config_of
@@ -172,12 +173,21 @@ def _with_backend(node: Any, backend: str) -> Any:
     return {key: backend if key == "backend" else _with_backend(value, backend) for key, value in node.items()}
 
 
+def _with_own_resources(data: dict) -> None:
+    """Processes and patience are those of the command line, or the usual ones, and no stranger's."""
+    data["workers"] = "auto"
+    data.pop("timeout", None)
+
+
 def _split_of(ckpt: str) -> str | None:
     """The `split.csv` of the run that wrote a checkpoint: it is measured on the images that it was not trained on."""
     from models.checkpoints.format.directory import resolve
 
     path = resolve(ckpt).resolve().parents[1] / "split.csv"
-    return str(path) if path.is_file() else None
+    try:
+        return str(inside(path.parent, path.name))
+    except OSError:
+        return None
 
 
 def _has_validation(root: str) -> bool:
@@ -193,7 +203,7 @@ def _lists(split: str | None, root: str) -> bool:
     if split is None or not Path(split).is_file():
         return False
     with Path(split).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        names = [row["file"] for row in csv.DictReader(file) if row.get("split") == "val"]
+        names = [row.get("file") or "" for row in csv.DictReader(file) if row.get("split") == "val"]
     return bool(names) and all(Path(root, name).is_file() for name in names)
 
 
@@ -202,11 +212,11 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict |
 
     `carried` is the configuration of exported weights, which have no task of their own where none was known.
     """
-    from models.checkpoints import check_config, read_config
-    from models.checkpoints.normalisation import KEYS
+    from models.checkpoints import check_stored, read_config
 
     try:
         saved = read_config(arguments["ckpt"]) if carried is None else {"task": {}} | carried
+        check_stored(saved, importing=False)  # and what it names before it is built (`models.runs.finished`)
         kept = {key: saved[key] for key in ("seed", "image_size", "attention", "model", "augment", "data")}
         kept |= _of_generation(saved["task"])
     except OSError as error:
@@ -215,6 +225,20 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict |
         raise UserError(
             f"eval: the configuration in {arguments['ckpt']} has no {error}; is it a run of ours?"
         ) from error
+    try:
+        return _settings_of(saved, kept, arguments, probe, carried)
+    except (AttributeError, TypeError, LookupError) as error:  # a part of another kind than ours have it
+        raise UserError(
+            f"eval: the configuration in {arguments['ckpt']} cannot be used, got {type(error).__name__}: {error}; is "
+            "it a run of ours?"
+        ) from error
+
+
+def _settings_of(saved: dict, kept: dict, arguments: dict[str, str], probe: str | None, carried: dict | None) -> dict:
+    """What of a stored configuration an evaluation is offered, with the keys of the command line in their places."""
+    from models.checkpoints.format.config import check_local
+    from models.checkpoints.normalisation import KEYS
+
     run = {key: saved.get("run", {}).get(key) for key in ("model", "attention", "data")}
     run["task"] = _task_of(saved["task"]) or (saved.get("run") or {}).get("task")
     if fit := saved.get("run", {}).get("fit"):
@@ -226,7 +250,6 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict |
         )
     if probe is not None:
         refuse_useless(arguments, kept | {"run": run}, probe)
-    check_config(kept, importing=False)  # and what it names before it is built (`models.runs.finished`)
     kept = _with_backend(kept, "${backend}") | {"run": run}
     _without_token_labels(kept["data"])
     if "data" in arguments:
@@ -234,6 +257,8 @@ def _of_checkpoint(arguments: dict[str, str], probe: str | None, carried: dict |
         kept["data"] = {key: kept["data"][key] for key in KEYS if key in kept["data"]}
         return kept
     data, size = kept["data"], kept["image_size"]
+    check_local(data, arguments.keys())
+    _with_own_resources(data)
     for part in (data, data.get("eval", {})):
         for key in ("image_size", "size"):
             if part.get(key) == size:

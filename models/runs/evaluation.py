@@ -1,5 +1,6 @@
 """Evaluations from their composed configurations: build what the probe asks for, print what it finds, and write it."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from conf import cases, probes, recipes, text
 from conf.compose import compose
 from conf.errors import UserError
+from conf.folders import escaped
 from conf.settings import resolved
 from models.attention.backend import describe_backend
 from models.probes import Report
@@ -107,7 +109,7 @@ def _tell(
     if rows and alone:
         print_table(title, rows)
     for line in report.lines:
-        print(line)
+        print(escaped(line, keep="\n\t"))
     recipe, verdict = (given.get("run") or {}).get("recipe"), None
     if recipe in recipes.names() and report.measured is not None:
         measured, images = report.measured
@@ -127,6 +129,8 @@ def _write(
     """A file of its own for every result; that of the last one beside the weights too, where it always was."""
     if weights is not None and report.measured is not None:
         try:
+            if weights.latest.parent.is_symlink() and weights.latest.parent.name == "checkpoints":
+                raise OSError(f"{weights.latest.parent} is a link")
             write_json(weights.latest, report.figures | known)
             print(f"metrics: {weights.latest}")
         except OSError:
@@ -134,7 +138,7 @@ def _write(
     settings = {"arguments": " ".join(given.get("arguments") or [])}
     name = given["probe"]["_target_"].rpartition(".")[2]
     for line in keep(report, folder, stem(given, weights), known | settings, f"{name}: {title}" if title else name):
-        print(line)
+        print(escaped(line))
 
 
 def stem(given: dict[str, Any], weights: Weights | None) -> str:
@@ -147,4 +151,5 @@ def stem(given: dict[str, Any], weights: Weights | None) -> str:
         None if weights is None else weights.name,
         None if name == DEFAULT else name,
     ]
-    return "-".join(str(part) for part in parts if part is not None)
+    # a word of a stored configuration makes no path
+    return "-".join(re.sub(r"[^\w.+@=-]", "_", str(part)) for part in parts if part is not None)

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.inputs import images_of
 from data.sources.pictures import Pictures
 from data.sources.relabelled import Relabelled
-from models.checkpoints import check_config, load_weights, read_config, read_manifest, resolve
+from models.checkpoints import built_within, check_stored, load_weights, read_config, read_manifest, resolve
 from models.checkpoints.format.directory import of_run
 from models.checkpoints.hub import is_name
 from models.checkpoints.packed import config_of
@@ -52,7 +52,8 @@ class Weights(NamedTuple):
     def folder(self) -> Path:
         """Where results belong: in the folder of the run, or beside the file."""
         place = self.path.parent
-        return (place.parent if place.name == "checkpoints" and self.path.is_dir() else place) / FOLDER
+        found = (place.parent if place.name == "checkpoints" and self.path.is_dir() else place) / FOLDER
+        return Path(FOLDER) if found.is_symlink() else found  # which may lead anywhere
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     try:
         path = resolve(named)
         config, step = read_config(path), read_manifest(path)["step"]
-        check_config({key: config[key] for key in ("attention", "model", "augment", "data") if key in config})
+        check_stored(config)
     except OSError as error:
         raise UserError(str(error)) from error
     if changed := differences(config, given, ("attention", "model")):
@@ -100,7 +101,7 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
     """A file of weights, in the authors' names or in ours, of the model that the recipe or the command line names."""
     path, classes = Path(cfg.ckpt), given["model"]["num_classes"]
     carried = config_of(cfg.ckpt) or {}
-    check_config({key: carried[key] for key in ("attention", "model", "augment", "data") if key in carried})
+    check_stored(carried)
     if is_name(cfg.ckpt):  # results go to the working directory
         path = Path(path.name.rpartition(":")[2])
 
@@ -197,7 +198,7 @@ class Parts:
             state = self.weights.load(ema)
             if state is None:
                 return None
-            model = part_of(self.cfg, "model")
+            model = built_within(self.given["ckpt"], lambda: part_of(self.cfg, "model"))
             model.load_state_dict(state)
         except (OSError, RuntimeError) as error:
             raise UserError(str(error)) from error

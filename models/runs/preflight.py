@@ -68,14 +68,18 @@ def part_of(cfg: DictConfig, key: str, **extra: Any) -> Any:
         return instantiate(cfg[key], **extra)
     except (InstantiationException, ValueError, TypeError) as error:
         cause = cause_of(error)
-        if isinstance(
-            cause, ValueError | TypeError | FileNotFoundError | pl.utilities.exceptions.MisconfigurationException
-        ):
-            raise UserError(_say(key, cause)) from error
-        raise
+        if isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__:
+            raise cause from error
+        raise UserError(_say(key, cause)) from error
+
+
+_SAID = ValueError | TypeError | FileNotFoundError | pl.utilities.exceptions.MisconfigurationException
 
 
 def _say(key: str, cause: BaseException) -> str:
+    if not isinstance(cause, _SAID):  # a setting that nobody thought of
+        reason = " ".join(str(cause).split())[:300]
+        return f"{key}: cannot be built with these settings, got {type(cause).__name__}: {reason}; change them"
     if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
         return f"{key}: {str(cause).removeprefix('__init__() ')}; remove that key"
     return str(cause)

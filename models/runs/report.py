@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from conf import families
+from conf.folders import escaped
 from conf.names import PARTS, PLACES, short
 from models.checkpoints.fitting import family_of
 from models.side_outputs import put
@@ -19,7 +21,7 @@ PERCENT = ("top1", "top5", "recognised", "routing/active")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Pretty JSON; numbers that are not finite become null."""
+    """Pretty JSON, whole or not at all; numbers that are not finite become null. No link of its name is followed."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     put(path, json.dumps(clean, indent=2) + "\n")
 
@@ -41,11 +43,16 @@ def print_table(title: str, rows: dict[str, Any], console: Console | None = None
     table.add_column(style="bold")
     table.add_column(justify="left", overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, shown(name, value))
+        table.add_row(_text(name), _text(shown(name, value)))
     console = console or Console()
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(_text(title), style="bold", highlight=False, soft_wrap=True)
     # where there is no terminal to fit in, commands and paths stay in one piece
     console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)
+
+
+def _text(given: str) -> Text:
+    """As it is: what looks like markup in the name of a class is none, and nothing in it steers the terminal."""
+    return Text(escaped(given, keep="\n"))
 
 
 def next_steps(run_dir: Path, config: dict[str, Any]) -> list[str]:
@@ -86,11 +93,11 @@ def print_columns(
 ) -> None:
     """Several tables of two columns side by side, `ABREAST` at a time: the figures of each below its heading."""
     console = Console()
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(_text(title), style="bold", highlight=False, soft_wrap=True)
     names = list(dict.fromkeys(name for column in columns for name in column))
     for first in range(0, len(columns), ABREAST):
         chosen = slice(first, first + ABREAST)
-        table = Table("", *headings[chosen])
+        table = Table("", *map(_text, headings[chosen]))
         for name in names:
-            table.add_row(name, *(shown(name, column.get(name)) for column in columns[chosen]))
+            table.add_row(_text(name), *(_text(shown(name, column.get(name))) for column in columns[chosen]))
         console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)

@@ -1,6 +1,7 @@
 """Where the results of an evaluation go: files of their own beside what was evaluated, and nothing is overwritten."""
 
 import csv
+import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -56,7 +57,7 @@ def _reserved(folder: Path, name: str) -> tuple[Path, list[str]]:
     """
     place, said = writable(folder)
     for path in numbered(place / name):
-        if not path.with_suffix("").exists():
+        if not os.path.lexists(path.with_suffix("")):
             try:
                 path.touch(exist_ok=False)
             except FileExistsError:

@@ -16,7 +16,6 @@ file system has no links. A directory without a manifest was never finished and 
 """
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -25,24 +24,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from conf.errors import UserError
+from conf.files import opened
+from models.checkpoints.format.config import legible
+from models.checkpoints.format.door import CorruptCheckpoint, checked, read_json
 
 FORMAT = 1
 MODEL, EMA, ADAPTER = "model.safetensors", "ema.safetensors", "adapter.safetensors"
 TENSORS, TRAINER = "trainer.safetensors", "trainer.json"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 POINTERS = ("last", "best")
-# A trainer.json of a thousand-layer model has about 1 MB; the limit keeps a hostile file from filling the memory.
-MAX_JSON_BYTES = 64 * 2**20
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 # A file that was written so few seconds before it was hashed may change again within one tick of its clock.
 FRESH = 2.0
 _hashed: dict[str, tuple[tuple[int, ...], str]] = {}
-
-
-class CorruptCheckpoint(UserError):
-    """A checkpoint directory that is unfinished or whose content is not what was written."""
 
 
 class OtherFormat(CorruptCheckpoint):
@@ -74,6 +70,8 @@ def resolve(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     target = path = of_run(path)
+    if path.name in POINTERS and path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise CorruptCheckpoint(f"checkpoint: {path} is a link that leads out of its folder; {nearby(path.parent)}")
     if path.is_file() and path.name in POINTERS:
         target = path.parent / _pointer_text(path)
     if not target.exists():
@@ -96,7 +94,7 @@ def of_run(path: Path) -> Path:
 
 def _pointer_text(path: Path) -> str:
     """The step name in a text pointer; checked, so that a pointer never leads out of its folder."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         name = file.read(64).decode("ascii", "replace").strip()
     if not _STEP.fullmatch(name):
         raise CorruptCheckpoint(f"checkpoint: the pointer {path} must name a step, got {name!r}; {nearby(path)}")
@@ -112,20 +110,6 @@ def nearby(path: str | os.PathLike) -> str:
         if names:
             return f"choose one of {', '.join(names[:8])} in {folder}"
     return f"no checkpoint was found in {path.parent} either"
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a checkpoint.
-
-    Raises:
-        CorruptCheckpoint: the file is missing, too large or not JSON.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CorruptCheckpoint(f"checkpoint: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
-        return json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"checkpoint: {path} cannot be read, got {type(error).__name__}: {error}") from error
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -164,7 +148,7 @@ def verify(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[
             raise CorruptCheckpoint(f"checkpoint: {path} was saved without {name}, got {sorted(manifest['files'])}")
         if not (path / name).is_file():
             raise CorruptCheckpoint(f"checkpoint: {path / name} is missing; use another checkpoint: {nearby(path)}")
-        found = file_entry(path / name)
+        found = file_entry(checked(path / name))
         if found != {"sha256": entry["sha256"], "bytes": entry["bytes"]}:
             raise CorruptCheckpoint(
                 f"checkpoint: checksum mismatch in {path / name}: expected {entry['bytes']} bytes with SHA-256 "
@@ -182,7 +166,7 @@ def file_entry(path: Path) -> dict[str, Any]:
         CorruptCheckpoint: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             mark = _mark(file)
             known = _hashed.get(str(path))
             if known is not None and known[0] == mark:
@@ -208,7 +192,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise CorruptCheckpoint(f"checkpoint: {path / CONFIG} must hold a mapping, got {type(config).__name__}")
-    return config
+    return legible(config)
 
 
 def latest(directory: str | os.PathLike, report: Callable[[str], None] | None = None) -> Path | None:

@@ -4,6 +4,7 @@ Source: the evaluation suite of Dhariwal & Nichol, NeurIPS 2021, arXiv:2105.0523
 which the figures of DiT and MoH-DiT were measured: an .npz whose `arr_0` holds uint8 images (n, H, W, 3).
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def _place(folder: Path) -> Path:
     place, said = writable(folder)
     for line in said:
         print(line)
-    taken = any((place / name).exists() for name in (FILE, PICTURE))
-    found = next(path for path in numbered(place / "samples") if not path.exists()) if taken else place
+    taken = any(os.path.lexists(place / name) for name in (FILE, PICTURE))  # a link that leads nowhere, too
+    found = next(path for path in numbered(place / "samples") if not os.path.lexists(path)) if taken else place
     found.mkdir(exist_ok=True)
     return found
 

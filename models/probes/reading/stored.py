@@ -9,7 +9,7 @@ from torch import nn
 
 from conf.errors import UserError
 from data.order.randomness import preserved
-from models.checkpoints import check_config, load_weights, read_config, resolve
+from models.checkpoints import built_within, check_stored, load_weights, read_config, resolve
 from models.factory import build_model
 
 
@@ -33,8 +33,9 @@ def stored(path: str | Path, averaged: bool = False) -> Stored:
     try:
         place = resolve(path)
         config = read_config(place)
+        check_stored(config)
         ema = averaged and (place / "ema.safetensors").exists()
-        model = _built(config)
+        model = built_within(place, lambda: _built(config))
         model.load_state_dict(load_weights(place, ema))
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"probe: {path} cannot be read: {error}; give a checkpoint of a run") from error
@@ -46,11 +47,11 @@ def initial(config: dict[str, Any]) -> nn.Module:
 
     As in a run the model is the first thing that draws from the seed.
     """
+    check_stored(config)
     with preserved():
         torch.default_generator.manual_seed(config["seed"])
         return _built(config)
 
 
 def _built(config: dict[str, Any]) -> nn.Module:
-    check_config({key: config[key] for key in ("attention", "model") if key in config})
     return build_model(OmegaConf.create({"model": config["model"]}))

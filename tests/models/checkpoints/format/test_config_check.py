@@ -16,6 +16,8 @@ def ours(monkeypatch):
     module.Net = type("Net", (), {"__module__": module.__name__})
     module.load, module.torch, module.SIZE = torch.load, torch, 3
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    listed = {f"{module.__name__}.{name}" for name in ("Net", "load", "torch.load", "SIZE", "torch", "Missing")}
+    monkeypatch.setattr("models.checkpoints.format.config.offered", lambda: listed)
 
 
 GOOD = {
@@ -96,3 +98,9 @@ def test_deep_nesting_is_refused():
         config = {"a": config}
     with pytest.raises(ValueError, match="nested deeper than 64 levels"):
         check_config(config)
+
+
+def test_what_conf_does_not_offer_is_refused():
+    """Ours alone is not enough: some of our functions write files."""
+    with pytest.raises(ValueError, match=r"conf/ offers, got 'data.sources.split_file.write_split'"):
+        check_config({"data": {"source": {"_target_": "data.sources.split_file.write_split", "path": "x"}}})

@@ -1,0 +1,59 @@
+"""Files of others, opened with care: a pipe, a socket or a device is refused, not waited for, and sizes are bounded."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from conf.errors import UserError
+
+
+def opened(path: str | os.PathLike) -> BinaryIO:
+    """An ordinary file to be read. Nothing else is opened so that it waits, or acts on a device.
+
+    Raises:
+        OSError: there is none, or it is something else.
+    """
+    return open(path, "rb", opener=_ordinary)
+
+
+def _ordinary(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # of a pipe without a writer: at once
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a folder Python says so itself
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"it is {_KINDS.get(stat.S_IFMT(mode), 'no ordinary file')}, not a file")
+
+
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def contents(path: str | os.PathLike, at_most: int) -> bytes:
+    """All of an ordinary file.
+
+    Raises:
+        OSError: there is none, or it is something else.
+        UserError: it has more bytes.
+    """
+    with opened(path) as file:
+        found = file.read(at_most + 1)
+    if len(found) > at_most:
+        raise UserError(f"{path}: must have at most {at_most} bytes, got more; it is no file of ours")
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """An ordinary file in a folder of somebody else's. A link may only lead to where the folder ends.
+
+    Of a snapshot of Hugging Face's cache that is the whole repository, whose files are links to `blobs`.
+
+    Raises:
+        OSError: there is none, it is something else, or a link leads out of the folder.
+    """
+    path = folder / name
+    end = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if path.is_symlink() and not path.resolve().is_relative_to(end.resolve()):
+        raise OSError(f"{path} is a link that leads out of its folder")
+    with opened(path):
+        return path

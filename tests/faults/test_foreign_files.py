@@ -1,0 +1,277 @@
+"""Checkpoints that somebody else sent: read as data, or refused in one sentence; nothing outside is read or written."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from conf.errors import UserError
+from models.checkpoints import load_weights, read_config, read_manifest, resolve, verify
+from models.checkpoints.format.config import check_local, check_stored
+from models.checkpoints.format.door import MAX_JSON_BYTES, CorruptCheckpoint, read_head, read_json
+from models.runs.evaluated import take_config
+from tests.faults.programs import TINY, run
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """A checkpoint of ours."""
+    folder = tmp_path_factory.mktemp("honest")
+    status, text = run(folder, *TINY, "run.name=a", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
+    assert status == 0, text
+    return (folder / "outputs/a/checkpoints/last").resolve()
+
+
+@pytest.fixture
+def forge(honest, tmp_path):
+    """The checkpoint as a stranger would send it: with another configuration, and checksums that fit."""
+
+    def forged(config=None, change=None) -> Path:
+        target = tmp_path / "foreign/checkpoints/step-00000002"
+        shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
+        shutil.copytree(honest, target)
+        if config is not None:
+            content = json.loads((target / "config.json").read_text())
+            config(content)
+            (target / "config.json").write_text(json.dumps(content))
+        if change is not None:
+            change(target)
+        manifest = json.loads((target / "manifest.json").read_text())
+        manifest["files"] = {name: entry(target / name) for name in manifest["files"]}
+        (target / "manifest.json").write_text(json.dumps(manifest))
+        return target
+
+    return forged
+
+
+def entry(file: Path) -> dict:
+    if not file.is_file():
+        return {"sha256": "0", "bytes": 0}
+    return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+
+
+def put(*keys, value):
+    """What sets a key of a configuration."""
+
+    def change(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = value
+
+    return change
+
+
+HOSTILE = {
+    "an interpolation in run": (put("run", "model", value="${oc.env:HOME}"), r"config.run.model: interpolations"),
+    "a resolver in run": (put("run", "data", value="${class_folders:/}"), r"config.run.data: interpolations"),
+    "one where nothing is built": (put("callbacks", "x", value="${a}"), r"config.callbacks.x: interpolations"),
+    "one in the trainer": (put("trainer", "precision", value="${a}"), r"config.trainer.precision: interpolations"),
+    "run is a list": (put("run", value=["x"]), r"config.run: must be a mapping"),
+    "a mapping for a name": (put("run", "model", value={"a": 1}), r"config.run.model: must be one word"),
+    "a foreign target": (put("model", "_target_", value="os.system"), r"config.model._target_: must name"),
+    "a writer of ours": (put("data", "source", "_target_", value="data.sources.split_file.write_split"), r"offers"),
+    "numpy.load": (put("data", "source", "_target_", value="numpy.load"), r"must name something below"),
+    "depth": (put("model", "depth", value=10**12), r"config.model.depth: must be at most"),
+    "width": (put("model", "dim", value=-(10**9)), r"config.model.dim: must be at most"),
+    "pixels": (put("image_size", value=10**6), r"config.image_size: must be at most"),
+    "classes": (put("classes", value=[[1]]), r"config.classes: must be a list of names"),
+    "data is a list": (put("data", value=[]), r"config.data: must be a mapping"),
+    "source is text": (put("data", "source", value="x"), r"config.data.source: must be a mapping"),
+    "task is text": (put("task", value="x"), r"config.task: must be a mapping"),
+    "no model": (lambda config: config.pop("model"), r"has no 'model'"),
+    "eval is a list": (put("data", "eval", value=[1]), r"cannot be used"),
+}
+
+
+@pytest.mark.case(32)
+@pytest.mark.case(33)
+@pytest.mark.case(35)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_configuration_is_refused_before_anything_is_built(forge, name):
+    change, match = HOSTILE[name]
+    with pytest.raises(UserError, match=match):
+        take_config([f"ckpt={forge(change)}"])
+
+
+HUB = {"_target_": "data.sources.huggingface.HuggingFace", "path": "parquet"}
+
+
+@pytest.mark.case(32)
+@pytest.mark.parametrize(
+    "source",
+    [
+        HUB | {"data_files": {"train": "http://127.0.0.1:9/who"}},
+        HUB | {"data_files": ["a.parquet", "hf://datasets/x/y.parquet"]},
+        HUB | {"data_files": "zip://x::https://y"},
+        HUB | {"path": "somebody/images"},
+        {"root": "s3://bucket"},
+    ],
+)
+def test_no_address_of_a_stored_configuration_is_asked(forge, source):
+    path = forge(put("data", "source", value=source))
+    with pytest.raises(UserError, match=r"may only name data of this machine, got .*; give data.source.\w+="):
+        take_config([f"ckpt={path}"])
+    ((key, value),) = [(key, value) for key, value in source.items() if key != "_target_" and value != "parquet"]
+    check_local({"source": source}, {f"data.source.{key}"})  # the user means it
+    assert value
+
+
+@pytest.mark.case(32)
+def test_nothing_is_downloaded_or_prepared_where_a_stored_configuration_wants_it():
+    data = {"source": {"name": "cifar10", "root": "/x", "download": True, "cache_dir": "/y"}}
+    check_local(data)
+    assert data["source"] == {"name": "cifar10", "root": "/x", "download": False, "cache_dir": None}
+
+
+@pytest.mark.case(35)
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"[" * 70 + b"]" * 70,
+        b" " * (MAX_JSON_BYTES + 1),
+    ],
+    ids=["empty", "cut", "no UTF-8", "very deep", "5000 digits", "deep", "large"],
+)
+def test_json_that_is_none_is_one_sentence(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(CorruptCheckpoint, match=r"^checkpoint: .*x.json"):
+        read_json(tmp_path / "x.json")
+
+
+def header(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+HEADS = {
+    "1 TB": struct.pack("<Q", 1 << 40) + b"{}",
+    "empty": b"",
+    "cut": struct.pack("<Q", 100) + b"{}",
+    "no mapping": header(b"[1]"),
+    "no shape": header(b'{"a": {"dtype": "F32"}}'),
+    "negative": header(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}') + b"1234",
+    "unknown type": header(b'{"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}') + b"1234",
+    "more than there is": header(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}') + b"1234",
+    "text in its place": b"<html>",
+}
+
+
+@pytest.mark.case(35)
+@pytest.mark.parametrize("name", HEADS)
+def test_tensors_that_are_none_are_one_sentence(forge, name):
+    path = forge(change=lambda folder: (folder / "model.safetensors").write_bytes(HEADS[name]))
+    with pytest.raises(UserError, match=r"model.safetensors (cannot be read|is no safetensors file), got"):
+        load_weights(path)
+
+
+@pytest.mark.case(35)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_ordinary_files_of_the_folder_are_read(forge, tmp_path, name, kind):
+    def change(folder):
+        outside = tmp_path / f"outside-{name}"
+        (folder / name).replace(outside)
+        {
+            "link": lambda: (folder / name).symlink_to(outside),
+            "pipe": lambda: os.mkfifo(folder / name),
+            "folder": (folder / name).mkdir,
+        }[kind]()
+
+    if name == "manifest.json":
+        path = forge()
+        change(path)
+    else:
+        path = forge(change=change)
+    with pytest.raises(UserError, match=r"^checkpoint: "):
+        verify(path)
+        load_weights(path)
+        read_config(path)
+
+
+@pytest.mark.case(35)
+def test_a_pointer_does_not_lead_out_of_its_folder(forge, honest):
+    path = forge()
+    (path.parent / "last").symlink_to(path.name)
+    assert resolve(path.parent / "last") == path
+    (path.parent / "best").symlink_to(honest)
+    with pytest.raises(UserError, match="best is a link that leads out of its folder"):
+        resolve(path.parent.parent)
+
+
+def test_a_link_inside_a_repository_of_the_hub_is_followed(tmp_path):
+    """As Hugging Face's cache has them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots/abc").mkdir(parents=True)
+    (tmp_path / "blobs/1").write_text("{}")
+    (tmp_path / "snapshots/abc/config.json").symlink_to("../../blobs/1")
+    assert read_json(tmp_path / "snapshots/abc/config.json") == {}
+    (tmp_path.parent / "secret.json").write_text("{}")
+    (tmp_path / "snapshots/abc/other.json").symlink_to(tmp_path.parent / "secret.json")
+    with pytest.raises(CorruptCheckpoint, match="leads out of its folder"):
+        read_json(tmp_path / "snapshots/abc/other.json")
+
+
+def test_the_heads_of_honest_files_say_what_is_in_them(honest):
+    head = read_head(honest / "model.safetensors")
+    weights = load_weights(honest)
+    assert head.shapes == {name: tuple(value.shape) for name, value in weights.items()}
+    assert head.numbers == sum(value.numel() for value in weights.values())
+    check_stored(read_config(honest))
+    assert read_manifest(honest)["step"] == 2
+
+
+@pytest.mark.case(32)
+@pytest.mark.case(35)
+def test_an_evaluation_writes_and_reads_nothing_outside(forge, tmp_path):
+    """Links where results go, control characters in names, and words that would be paths."""
+
+    def config(content):
+        content["run"] |= {"model": "\x1b]0;owned\x07\x1b[31mred", "data": "../../../escaped"}
+        content["data"]["workers"] = 40
+
+    path = forge(config)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "mine.json").write_text("mine")
+    (path.parent / "metrics.json").symlink_to(precious / "mine.json")
+    (path.parent.parent / "evaluation").symlink_to(precious)
+    os.mkfifo(path.parent.parent / "split.csv")
+    status, text = run(tmp_path, f"ckpt={path}", "trainer.accelerator=cpu", program="eval.py")
+    assert status == 0, text
+    assert "\x1b]" not in text and "\x1b[31m" not in text and r"\x1b]0;owned" in text
+    assert os.listdir(precious) == ["mine.json"] and (precious / "mine.json").read_text() == "mine"
+    assert not (path.parent / "metrics.json").is_symlink()
+    assert json.loads((path.parent / "metrics.json").read_text())["step"] == 2
+    assert not list(tmp_path.rglob("escaped*")) and list((tmp_path / "evaluation").glob("*escaped*"))
+
+
+@pytest.mark.case(32)
+def test_a_model_that_is_larger_than_its_weights_is_not_built(forge, tmp_path):
+    for key, value in (("depth", 2**20), ("dim", 2**18)):
+        path = forge(put("model", key, value=value))
+        status, text = run(tmp_path, f"ckpt={path}", "trainer.accelerator=cpu", program="eval.py")
+        assert status == 2 and "describes a larger model than the weights" in text, text
+
+
+@pytest.mark.case(35)
+@pytest.mark.parametrize(
+    "value", [{"$tuple": 5}, {"$dict": [[[], 1]]}, [1], {"$tensor": []}, {"$what": 1}, 7, {"a": 1}]
+)
+def test_a_state_that_is_none_of_ours_is_one_sentence(forge, tmp_path, value):
+    def change(folder):
+        state = json.loads((folder / "trainer.json").read_text())
+        state["callbacks"] = value
+        (folder / "trainer.json").write_text(json.dumps(state))
+
+    arguments = (*TINY, "trainer.limit_train_batches=2", f"resume={forge(change=change)}", "run.name=b")
+    status, text = run(tmp_path, *arguments)
+    assert status == 2 and "Traceback" not in text, text
+    assert "checkpoint" in text
