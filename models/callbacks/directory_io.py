@@ -4,7 +4,9 @@ The format is described in `models/checkpoints/format/directory.py`.
 """
 
 import platform
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,17 @@ from models.checkpoints.format.directory import (
     resolve,
     verify,
 )
-from models.checkpoints.format.door import read_tensors
+from models.checkpoints.format.door import CorruptCheckpoint, read_tensors
 from models.checkpoints.format.write import remove_checkpoint, write_checkpoint
 
 # Entries that callbacks add to Lightning's checkpoint and that get a file of their own.
 EMA_KEY, ADAPTER_KEY, CONFIG_KEY, METRICS_KEY = "ema", "adapter", "run_config", "metrics"
 _PREFIX = "model."
+# what Lightning restores by these names, and what they are
+_ENTRIES = {
+    **{"epoch": int, "global_step": int, "state_dict": dict, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list},
+}
 _LIBRARIES = ("torch", "pytorch-lightning", "timm", "safetensors", "numpy")
 
 
@@ -83,7 +90,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         """
         path = resolve(path)
         files = verify(path)["files"]
-        state = decode(read_json(path / TRAINER), read_tensors(path / TENSORS))
+        state = _state_in(path)
         model = read_tensors(path / MODEL)
         state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
         if EMA in files:
@@ -93,3 +100,52 @@ class DirectoryCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint directory."""
         remove_checkpoint(Path(path))
+
+
+def _state_in(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides weights.
+
+    Raises:
+        CorruptCheckpoint: it is another thing than what a run writes.
+    """
+    content, tensors = read_json(path / TRAINER), read_tensors(path / TENSORS)
+    try:
+        state = decode(content, tensors)
+        wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state[name], kind)]
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise CorruptCheckpoint(
+            f"checkpoint: {path / TRAINER} is no state of a run, got {type(error).__name__}: {error}; "
+            "use another checkpoint"
+        ) from error
+    if wrong:
+        raise CorruptCheckpoint(
+            f"checkpoint: {path / TRAINER} is no state of a run, got {wrong[0]} of {type(state[wrong[0]]).__name__}; "
+            "use another checkpoint"
+        )
+    return state
+
+
+@contextmanager
+def restoring(path: Path | None) -> Iterator[None]:
+    """What goes wrong while Lightning restores a checkpoint is said of the checkpoint: it holds another run's state.
+
+    Raises:
+        CorruptCheckpoint: in place of whatever was raised there.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        places = traceback.extract_tb(error.__traceback__)
+        within = any(place.name.startswith(_RESTORING) and "checkpoint_connector" in place.filename for place in places)
+        if path is None or not within or "out of memory" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptCheckpoint(
+            f"checkpoint: the state in {path} cannot be restored, got {type(error).__name__}: {reason}; "
+            "use another checkpoint"
+        ) from error
+
+
+_RESTORING = ("restore", "_restore", "resume_start")

@@ -14,7 +14,7 @@ from data.cores import usable_cores
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints
-from models.callbacks.directory_io import DirectoryCheckpointIO
+from models.callbacks.directory_io import DirectoryCheckpointIO, restoring
 from models.callbacks.freezing import freezing
 from models.callbacks.progress import RunProgress, duration
 from models.callbacks.throughput import Throughput, peak_memory
@@ -74,7 +74,7 @@ def train(cfg: DictConfig) -> float | None:
         trainer = run.trainer
         if trainer.is_global_zero:
             print(headline(config, run.trainer, run.task, run.data, run_dir, run.notes))
-        with ending(trainer, run_dir, config):
+        with ending(trainer, run_dir, config), restoring(run.checkpoint):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
         if not trainer.is_global_zero:
             return None

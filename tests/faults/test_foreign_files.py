@@ -262,9 +262,7 @@ def test_a_model_that_is_larger_than_its_weights_is_not_built(forge, tmp_path):
 
 
 @pytest.mark.case(35)
-@pytest.mark.parametrize(
-    "value", [{"$tuple": 5}, {"$dict": [[[], 1]]}, [1], {"$tensor": []}, {"$what": 1}, 7, {"a": 1}]
-)
+@pytest.mark.parametrize("value", [{"$tuple": 5}, {"$dict": [[[], 1]]}, [1], {"$tensor": []}, {"$what": 1}, 7])
 def test_a_state_that_is_none_of_ours_is_one_sentence(forge, tmp_path, value):
     def change(folder):
         state = json.loads((folder / "trainer.json").read_text())
@@ -275,3 +273,39 @@ def test_a_state_that_is_none_of_ours_is_one_sentence(forge, tmp_path, value):
     status, text = run(tmp_path, *arguments)
     assert status == 2 and "Traceback" not in text, text
     assert "checkpoint" in text
+
+
+@pytest.mark.full
+@pytest.mark.case(35)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loops", {"fit_loop": {"state_dict": 1}}),
+        ("loops", {"fit_loop": {"epoch_progress": {"total": 5}}}),
+        ("optimizer_states", [{"state": 5}]),
+        ("optimizer_states", [{"state": {}, "param_groups": []}]),
+        ("lr_schedulers", ["x"]),
+        ("callbacks", {"Checkpoints": []}),
+        ("pytorch-lightning_version", "none"),
+        ("epoch", "x"),
+        ("state_dict", {"foreign": 1}),
+    ],
+)
+def test_a_state_with_parts_of_another_kind_is_one_sentence(forge, tmp_path, key, value):
+    def change(folder):
+        state = json.loads((folder / "trainer.json").read_text())
+        (folder / "trainer.json").write_text(json.dumps(state | {key: value}))
+
+    arguments = (*TINY, "trainer.limit_train_batches=2", f"resume={forge(change=change)}", "run.name=b")
+    status, text = run(tmp_path, *arguments)
+    unused = ("callbacks", "lr_schedulers")  # of one that the run has not; the schedule is computed from the step
+    assert "Traceback" not in text and (status == 2 or key in unused), text
+
+
+@pytest.mark.case(24)
+@pytest.mark.case(35)
+@pytest.mark.parametrize("name", ["run is a list", "data is a list", "task is text", "no model", "classes"])
+def test_a_run_is_not_continued_from_a_configuration_of_another_kind(forge, tmp_path, name):
+    arguments = (*TINY, f"resume={forge(HOSTILE[name][0])}", "run.name=b")
+    status, text = run(tmp_path, *arguments)
+    assert status == 2 and "Traceback" not in text, text
