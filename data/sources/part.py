@@ -23,6 +23,10 @@ class PartSplit:
     def __getitem__(self, index: int) -> Any:
         return self._split[int(self._chosen[index])]
 
+    def path(self, index: int) -> str:
+        """Of a split whose images are files."""
+        return self._split.path(int(self._chosen[index]))
+
 
 class Part:
     """A source of which only a part is trained on; validation is that of the source.

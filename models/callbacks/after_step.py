@@ -20,7 +20,8 @@ class AfterStep(Callback):
     ) -> None:
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
-            self.update(pl_module.model)
+            if not getattr(pl_module, "step_left_out", False):  # `models.callbacks.guard`: nothing has changed
+                self.update(pl_module.model)
 
     def update(self, model: nn.Module) -> None:
         """One step."""

@@ -1,6 +1,6 @@
 """Names the module in which numbers stop being finite, in the forward or in the backward pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.callbacks.culprit import tensors
 from models.callbacks.guard import NonFinite
 
 
@@ -81,16 +82,3 @@ class Anomaly(Callback):
     def _remove(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of real numbers in what a module takes or gives."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors(part)

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from conf.errors import RunFailed, UserError
+from conf.errors import NumericsFailed, UserError
 from models.callbacks.guard import NonFinite
 from models.callbacks.preemption import Stopped
 from models.loggers.weights_and_biases import SafeWandb, log_picture
@@ -26,7 +26,7 @@ def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterat
     except Stopped as stop:
         raise SystemExit(stop.status) from None
     except NonFinite as error:
-        raise RunFailed(str(error)) from None
+        raise NumericsFailed(str(error)) from None
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     finally:

@@ -18,8 +18,7 @@ import torch
 from models.callbacks.preemption import Preemption, Stopped
 from models.callbacks.randomness import StepRandomness
 from models.checkpoints import latest, read_manifest
-from models.runs.identity import compare_configs
-from models.runs.resume import find_resume
+from models.runs.resume import compare_configs, find_resume
 from tests.models.callbacks.tiny_run import TinyBatch, fingerprint, fit
 
 ROOT = Path(__file__).parents[3]
@@ -237,8 +236,7 @@ SAVED = {"model": {"_target_": "models.backbones.swin.Swin", "num_classes": 5}, 
 
 
 def test_configs_that_agree_where_it_matters():
-    compare_configs(SAVED, SAVED | {"image_size": 384, "logger": {"name": "csv"}})
-    compare_configs(SAVED | {"logger": {"name": "none"}}, SAVED | {"logger": {"name": "csv"}})
+    compare_configs(SAVED, SAVED | {"lr": 0.2, "image_size": 384})
 
 
 @pytest.mark.parametrize("section", ["optimizer", "schedule", "augment", "data", "task"])

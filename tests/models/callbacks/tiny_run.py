@@ -123,6 +123,8 @@ def fit(
     epochs: int = 2,
     callbacks: tuple[pl.Callback, ...] = (),
     checkpoints: Checkpoints | None = None,
+    guard: NonFiniteGuard | None = None,
+    plugins: tuple = (),
     **trainer_keywords,
 ) -> tuple[Task, pl.Trainer]:
     task = Task(signals or {}, nan_at)
@@ -131,8 +133,11 @@ def fit(
     keywords = {"accelerator": "cpu", "devices": 1, "max_epochs": epochs, "num_sanity_val_steps": 0} | trainer_keywords
     trainer = pl.Trainer(
         # The order is the wrong one on purpose: what saves must put itself behind what it saves.
-        callbacks=[Preemption(), checkpoints, StepRandomness(seed=3), EMA(decay=0.9), NonFiniteGuard(), *callbacks],
-        plugins=[DirectoryCheckpointIO()],
+        callbacks=[
+            *(Preemption(), checkpoints, StepRandomness(seed=3), EMA(decay=0.9)),
+            *(guard or NonFiniteGuard(), *callbacks),
+        ],
+        plugins=[DirectoryCheckpointIO(), *plugins],
         default_root_dir=folder,
         use_distributed_sampler=False,
         enable_checkpointing=False,

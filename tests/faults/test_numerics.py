@@ -1,0 +1,76 @@
+"""Numbers that are not finite and memory that is not there, in real runs."""
+
+import json
+
+import pytest
+
+from models.checkpoints import verify
+from models.loggers.metrics_csv import read_metrics
+from tests.faults.programs import TINY, digests, run
+
+pytestmark = pytest.mark.case(44)
+# the loss of these calls of the training step, counted from 1, is multiplied or made bad otherwise
+BAD_LOSS = """
+import torch
+from models.tasks.classification import Classification
+calls, step = [0], Classification.training_step
+def bad(self, batch, number):
+    calls[0] += 1
+    loss = step(self, batch, number)
+    return loss * {factor} if calls[0] in {calls} else loss
+Classification.training_step = bad
+"""
+BAD_GRADIENT = """
+from models.tasks.base import Task
+def after(self):
+    if self.trainer.global_step + 1 in {steps}:
+        next(self.model.parameters()).grad.view(-1)[0] = float("inf")
+Task.on_after_backward = after
+"""
+
+
+def test_one_bad_step_does_not_end_a_run(tmp_path):
+    status, text = run(tmp_path, "run.name=a", *TINY, before=BAD_LOSS.format(factor="float('nan')", calls=[5]))
+    assert status == 0, text
+    assert (
+        "step 5, epoch 0: the training loss is NaN or infinite; the step is left out (1 in a row, 10 allowed)" in text
+    )
+    assert "first in the loss of outputs that are finite" in text
+    assert "1 steps were left out, see non_finite/ in the folder of the run" in text
+    kept = json.loads((tmp_path / "outputs/a/non_finite/step-00000005.json").read_text())
+    assert len(kept["indices"]) == 16 and kept["learning_rate"] > 0
+    rows = read_metrics(tmp_path / "outputs/a/metrics.csv")
+    assert [row["train/left_out"] for row in rows if row.get("train/left_out")][-1] == "1.0"
+
+
+def test_a_bad_gradient_is_left_out_and_resumed_alike(tmp_path):
+    """A run that is stopped behind the step, and one that is not, end with the same bits."""
+    hook = BAD_GRADIENT.format(steps=[3])
+    short = (*TINY, "trainer.max_epochs=1", "schedule.sched=constant")
+    assert run(tmp_path, "run.name=a", *short, before=hook)[0] == 0
+    stop = "\nimport os, signal\ndef start(self):\n    if self.trainer.global_step == 4: os.kill(os.getpid(), 15)\n"
+    stop += "Task.on_train_batch_start = lambda self, *_: start(self)\n"
+    status, text = run(tmp_path, "run.name=b", *short, before=hook + stop)
+    assert status == 75, text
+    status, text = run(tmp_path, "run.name=b", *short, before=hook)
+    assert status == 0 and "continues from" in text, text
+    assert digests(tmp_path / "outputs/a") == digests(tmp_path / "outputs/b")
+
+
+def test_too_many_bad_steps_end_with_a_status_of_their_own(tmp_path):
+    hook = BAD_LOSS.format(factor="float('inf')", calls="range(4, 100)")
+    status, text = run(tmp_path, "run.name=a", *TINY, "callbacks.non_finite.skip=3", before=hook)
+    assert status == 76 and "Traceback" not in text, text
+    assert "the training loss is NaN or infinite, got it at step 7" in text and "lower the rate" in text
+    assert len(list((tmp_path / "outputs/a/non_finite").iterdir())) == 4
+    assert not (tmp_path / "outputs/a/metrics.json").exists()
+
+
+def test_an_average_that_is_bad_is_never_saved(tmp_path):
+    hook = "from models.callbacks.ema import EMA\nupdate, n = EMA.update, [0]\ndef bad(self, model):\n"
+    hook += "    update(self, model); n[0] += 1\n"
+    hook += "    if n[0] == 5: next(iter(self.model.parameters())).data.fill_(float('nan'))\nEMA.update = bad"
+    status, text = run(tmp_path, "run.name=a", *TINY, "checkpoint.every_n_steps=2", before=hook)
+    assert status == 76 and "Traceback" not in text, text
+    assert "the averaged weights hold NaN or infinity, got it at step 6" in text and "first in " in text
+    assert verify(tmp_path / "outputs/a/checkpoints/last")["step"] == 4
