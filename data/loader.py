@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from conf.errors import DataFailed
+from data import workers as processes
 from data.batch import Batch
 from data.dataset import Carried, Samples, collate_carried, delivered
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
@@ -21,7 +23,20 @@ class EpochLoader(DataLoader):
     """
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(delivered, super().__iter__())
+        with processes.held():
+            batches = super().__iter__()
+        return self._delivered(batches)
+
+    def _delivered(self, batches: Iterator[Any]) -> Iterator[Batch]:
+        try:
+            yield from map(delivered, batches)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise DataFailed(
+                f"data: no batch came from {self.num_workers} loader processes within data.timeout={self.timeout:g} "
+                "seconds; look whether the storage answers, or raise data.timeout"
+            ) from None
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -48,6 +63,7 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         timeout=timeout if workers > 0 else 0,
+        worker_init_fn=processes.begin,
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -15,13 +15,14 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from conf.errors import UserError
+from data import workers as processes
 from data.augment import Augment
 from data.batch import Batch
 from data.cautions import cautions
 from data.checks import data_problems, setting_problems, trainer_problems
 from data.dataset import Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
-from data.loader import loader, worker_count
+from data.loader import EpochLoader, loader, worker_count
 from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
 from data.order.spread import spread_over
 from data.sources import Source
@@ -103,6 +104,7 @@ class ImageData(pl.LightningDataModule):
         self.start_batch = 0
         self._delivered: tuple[int, int] | None = None  # epoch and number of the last training batch handed out
         self._skips: Skips | None = None
+        self._loaders: list[EpochLoader] = []
 
     # What others may ask before the trainer exists
 
@@ -161,6 +163,7 @@ class ImageData(pl.LightningDataModule):
         self.check(training=stage == "fit")
         if stage == "fit":
             self.start_epoch, self.start_batch, self._delivered = None, 0, None
+        self._loaders.clear()
 
     def train_dataloader(self) -> DataLoader:
         split = self.source.train
@@ -206,7 +209,14 @@ class ImageData(pl.LightningDataModule):
         )
 
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:
-        return loader(samples, sampler, self._worker_count, self.timeout, self.seed)
+        made = loader(samples, sampler, self._worker_count, self.timeout, self.seed)
+        self._loaders.append(made)
+        return made
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The run is over: a worker that hangs does not hold its end."""
+        for made in self._loaders:
+            processes.end(made)
 
     @cached_property
     def _worker_count(self) -> int:

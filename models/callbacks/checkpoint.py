@@ -14,9 +14,22 @@ from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
 from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
-from models.callbacks.loops import call_last, validate_at_the_end, validate_now, validation_follows
+from models.callbacks.loops import (
+    Position,
+    begin_between_epochs,
+    call_last,
+    end_all,
+    go_on,
+    log_step,
+    position,
+    validate_at_the_end,
+    validate_now,
+    validation_follows,
+    validation_is_due,
+)
 from models.checkpoints.format.directory import CorruptCheckpoint, latest, read_manifest, step_directories, step_name
 from models.checkpoints.format.write import point, probe, remove_checkpoint, sweep
+from models.side_outputs import attempt
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +74,8 @@ class Checkpoints(Callback):
         self._seen_step = 0
         self._failures = 0
         self._validation_due = False
+        self._position: Position | None = None  # of the next batch
+        self.unfinished = False  # what follows the last step has still to be done, also when nothing is left to train
 
     def describe_run(self, run_dir: str | Path, config: dict[str, Any]) -> None:
         """Tells the folder of the run and its resolved, plain configuration, which is stored with each checkpoint."""
@@ -86,6 +101,7 @@ class Checkpoints(Callback):
         if stage != "fit" or trainer.fast_dev_run:
             return
         call_last(trainer, self)
+        end_all(trainer, lambda: self._validation_due or self.unfinished)
         self.directory = Path(trainer.default_root_dir) / "checkpoints" if self.directory is None else self.directory
         problem = None
         if trainer.is_global_zero:
@@ -109,6 +125,7 @@ class Checkpoints(Callback):
                 checkpoints of which none can be read.
         """
         self._seen_step = trainer.global_step
+        begin_between_epochs(trainer)
         if trainer.fast_dev_run:
             return
         found = trainer.strategy.broadcast(self._newest() if trainer.is_global_zero else None, src=0)
@@ -122,6 +139,9 @@ class Checkpoints(Callback):
             )
         self.saved_step = step if step == trainer.global_step else -1
         self._forget_best_of_elsewhere(trainer)
+        if self.saved_step >= 0 and trainer.is_global_zero:  # killed before the pointers were moved
+            attempt("the pointers best and last", self._arrange, self.directory / step_name(step))
+        self._validation_due = self._validation_due and validation_is_due(trainer)
         if self._validation_due:
             validate_now(trainer)
 
@@ -149,11 +169,17 @@ class Checkpoints(Callback):
             "best_score": self._best_score,
             "best_step": self._best_step,
             "validation_due": self._validation_due,
+            "position": None if self._position is None else list(self._position),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best_score, self._best_step = state_dict["best_score"], state_dict["best_step"]
         self._validation_due = state_dict["validation_due"]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        if trainer.state.fn == "fit":
+            saved = checkpoint["callbacks"].get(self.state_key, {})
+            self._position = go_on(trainer, checkpoint, saved.get("position"))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint[CONFIG_KEY], checkpoint[METRICS_KEY] = self.config, self._metrics
@@ -170,11 +196,12 @@ class Checkpoints(Callback):
         step = trainer.global_step
         if step == self._seen_step:  # in the middle of an accumulated batch: its gradients are in no checkpoint
             return
-        self._seen_step = step
+        self._seen_step, self._position = step, position(trainer)
         self._metrics = {}
         validate_at_the_end(trainer)
         self._validation_due = validation_follows(trainer)
         if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
+            log_step(trainer)  # a run that is killed right behind the checkpoint has the row
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,11 +1,11 @@
 """Stopping on a signal, after a checkpoint of the last full step."""
 
+import contextlib
 import logging
-import os
+import math
 import signal
 import sys
-import threading
-from types import FrameType
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,42 +15,39 @@ from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
 from models.callbacks.checkpoint import Checkpoints
-from models.callbacks.loops import call_last
+from models.callbacks.loops import call_last, leave_signals_alone, log_step
+from models.callbacks.signals import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Requests, Stopped, requests
 
 log = logging.getLogger(__name__)
 
-PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
-INTERRUPTED = 130  # what shells report for Ctrl-C
-
-
-class Stopped(Exception):
-    """Training was stopped on request, after saving; the entry point exits with `status`."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 class Preemption(Callback):
-    """Stops a run on SIGTERM or SIGUSR1 (status 75) or Ctrl-C (status 130), with a checkpoint of the last full step.
+    """Stops a run on SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or SIGXCPU (status 75) or Ctrl-C (130), after saving the step.
 
-    A handler only notes the signal; the ranks agree at the end of an optimizer step, save, and raise `Stopped`. During
-    a validation a single process stops after the batch it is at, since the step is already saved; several processes
-    stop after the validation, because they may have different numbers of batches. A second Ctrl-C quits at once.
+    A handler only notes the signal (`models.callbacks.signals`); the ranks agree at the end of an optimizer step, save,
+    and raise `Stopped`. During a validation they stop after the batch that they are at, since the step is already
+    saved. A second Ctrl-C quits at once; a second other signal, two seconds or more after the first, ends a step that
+    hangs.
+
+    Args:
+        grace: seconds without a finished batch after which one signal ends a process that hangs.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = SIGNALS
 
-    def __init__(self) -> None:
-        self._received: set[int] = set()
-        self._previous: dict[int, Any] = {}
-        self._process = os.getpid()
+    def __init__(self, grace: float = GRACE) -> None:
+        if isinstance(grace, bool) or not isinstance(grace, int | float) or not grace > 0:
+            raise UserError(f"Preemption: grace must be a number of seconds above 0, got {grace!r}")
+        self.grace = float(grace)
+        self._requests = Requests()
+        self._own = False
         self._group: Any = None
         self._checkpoints: Checkpoints | None = None
         self._seen_step = 0
+        self._together = 0  # batches of validation that every rank has
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the callback that saves.
+        """Finds the callback that saves, and listens before Lightning would.
 
         Raises:
             ValueError: there is none, or more than one.
@@ -64,90 +61,107 @@ class Preemption(Callback):
                 "set callbacks.preemption=null where there are no checkpoints"
             )
         self._checkpoints = found[0]
+        leave_signals_alone(trainer)
+        self._own = requests() is None
+        self._requests = Requests() if self._own else requests()
+        self._requests.grace = self.grace
+        if self._own:
+            self._requests.listen()
+            self._requests.looked_at = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         call_last(trainer, self)  # behind Checkpoints too, which has put itself last in setup
-
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_over(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen_step = trainer.global_step
-        self._take_over(trainer)
+        self._requests.looked_at = True
+        self._requests.others = getattr(trainer.strategy.launcher, "procs", ())
         if trainer.world_size > 1:
             # A group of its own on the CPU: asking costs no synchronisation with the device.
             self._group = dist.new_group(backend="gloo")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        self._finished(trainer)
+        self._stop_if_asked(trainer, save=False)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._finished(trainer)
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
             self._stop_if_asked(trainer)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        if trainer.world_size == 1 and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_asked(trainer, save=False)
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._validates(trainer) and self._group is not None:
+            batches = trainer.num_val_batches[0]
+            self._together = self._agreed(int(batches) if math.isfinite(batches) else 0, dist.ReduceOp.MIN)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._validates(trainer):
+            self._finished(trainer)
+            # processes may have different numbers of batches
+            if self._group is None or (dataloader_idx == 0 and batch_idx < self._together):
+                self._stop_if_asked(trainer, save=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._validates(trainer):
+            self._finished(trainer)
             self._stop_if_asked(trainer, save=False)
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._requests.saving = True  # until the next batch, or the end: whoever saves
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._give_back()
+        self._requests.saving = False
+        if self._own:
+            self._requests.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._give_back()
+        self._requests.saving = False
+        self._requests.looked_at = False  # everything is saved: what follows may be left at any moment
+        if self._own:
+            self._requests.close()
 
-    def _take_over(self, trainer: pl.Trainer) -> None:
-        """Installs the handlers in place of Lightning's, whose SIGTERM handler waits for the other ranks."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python allows handlers in the main thread only
-        self._process = os.getpid()
-        for number in self.SIGNALS:
-            previous = signal.signal(number, self._note)
-            self._previous.setdefault(number, previous)
-        # Lightning asks rank 0 about SIGTERM before each batch, on the device; with these handlers nobody needs it.
-        if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+    def _validates(self, trainer: pl.Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def _give_back(self) -> None:
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
+    def _finished(self, trainer: pl.Trainer) -> None:
+        self._requests.alive, self._requests.saving = time.monotonic(), False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """The handler. A worker of a data loader inherits it, and so outlives a signal sent to the whole job.
-
-        The second Ctrl-C ends this process. The second SIGTERM ends a worker: the loader and Python's exit each send
-        one to a worker that hangs.
-        """
-        last_word = signal.SIGINT if os.getpid() == self._process else signal.SIGTERM
-        if number == last_word and number in self._received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._received.add(number)
+    def _agreed(self, number: int, how: Any) -> int:
+        """The largest or the smallest of the ranks' numbers."""
+        if self._group is None:
+            return number
+        agreed = torch.tensor([number])
+        dist.all_reduce(agreed, op=how, group=self._group)
+        return int(agreed)
 
     def _stop_if_asked(self, trainer: pl.Trainer, save: bool = True) -> None:
         """Saves, unless the state is that of a half-done validation, and raises `Stopped` if any rank was asked to."""
-        number = max(self._received, default=0)
-        if self._group is not None:
-            agreed = torch.tensor([number])
-            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
-            number = int(agreed)
+        number = self._agreed(self._requests.number, dist.ReduceOp.MAX)
         if not number:
             return
         checkpoints = self._checkpoints
+        self._requests.saving = True
+        if save:
+            log_step(trainer)
         if save and checkpoints.saved_step != trainer.global_step and not checkpoints.save(trainer):
             log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
+        self._requests.saving = False
         message = f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"
         if checkpoints.saved_step >= 0:
             message += f"; to go on: resume={checkpoints.directory / 'last'}"
         if trainer.is_global_zero:
-            print(message, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+                print(message, file=sys.stderr, flush=True)
+        others = getattr(trainer.strategy.launcher, "procs", None)
+        if others:
+            others.clear()  # they stop too: Lightning's observer would kill this process for it
         raise Stopped(INTERRUPTED if number == signal.SIGINT else PREEMPTED, message)
-
-
-def _ask_nobody() -> None:
-    """Stands in for Lightning's broadcast, one device synchronisation for each batch."""

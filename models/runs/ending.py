@@ -11,7 +11,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from conf.errors import NumericsFailed, UserError
 from models.callbacks.guard import NonFinite
-from models.callbacks.preemption import Stopped
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.curves import draw_curves
 from models.runs.headline import title
@@ -20,11 +19,9 @@ from models.side_outputs import attempt
 
 @contextmanager
 def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """A stop on request and a loss that is not finite end the process with their status and what to do next."""
+    """A loss that is not finite ends the process with its status and what to do next."""
     try:
         yield
-    except Stopped as stop:
-        raise SystemExit(stop.status) from None
     except NonFinite as error:
         raise NumericsFailed(str(error)) from None
     except MisconfigurationException as error:

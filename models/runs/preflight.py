@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import warnings
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,9 +86,21 @@ def _say(key: str, cause: BaseException) -> str:
     return str(cause)
 
 
+_LOCKS: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for file in list(_LOCKS):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)  # a process that outlives this one must not go on to hold its folder
+
+
 def lock_folder(run_dir: Path) -> IO[str]:
     """Holds the run folder until it is closed or the process ends, so that no second run writes into it."""
     file = (run_dir / ".lock").open("a+")
+    _LOCKS.add(file)
     if rank_zero_only.rank != 0:
         return file
     try:

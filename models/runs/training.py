@@ -17,6 +17,7 @@ from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.directory_io import DirectoryCheckpointIO, restoring
 from models.callbacks.freezing import freezing
 from models.callbacks.progress import RunProgress, duration
+from models.callbacks.signals import listening
 from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.engines.strategies import engine
@@ -66,7 +67,7 @@ def train(cfg: DictConfig) -> float | None:
     config = resolved(cfg)
     check_settings(config)
     check_accelerator(config["trainer"])
-    with lock_folder(run_dir), recorded() as log:
+    with recorded() as log, listening(), lock_folder(run_dir):
         run = _prepared(cfg, config, run_dir, log)
         run.notes.extend(precision)
         trainer = run.trainer

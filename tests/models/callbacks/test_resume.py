@@ -17,6 +17,7 @@ import torch
 
 from models.callbacks.preemption import Preemption, Stopped
 from models.callbacks.randomness import StepRandomness
+from models.callbacks.signals import Requests
 from models.checkpoints import latest, read_manifest
 from models.runs.resume import compare_configs, find_resume
 from tests.models.callbacks.tiny_run import TinyBatch, fingerprint, fit
@@ -176,9 +177,10 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            callback = Preemption()
+            requests = Requests()
+            requests.looked_at = True
             for _ in range(2):
-                callback._note(signal.SIGINT, None)
+                requests._note(signal.SIGINT, None)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT

@@ -130,7 +130,8 @@ def fit(
     task = Task(signals or {}, nan_at)
     checkpoints = checkpoints or Checkpoints(every_n_steps=every)
     checkpoints.describe_run(folder, {"seed": 3})
-    keywords = {"accelerator": "cpu", "devices": 1, "max_epochs": epochs, "num_sanity_val_steps": 0} | trainer_keywords
+    keywords = {"accelerator": "cpu", "devices": 1, "max_epochs": epochs, "num_sanity_val_steps": 0, "logger": False}
+    keywords |= trainer_keywords
     trainer = pl.Trainer(
         # The order is the wrong one on purpose: what saves must put itself behind what it saves.
         callbacks=[
@@ -143,7 +144,6 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
         **keywords,
     )
     trainer.fit(task, Data(), ckpt_path=find_resume(resume, folder))
