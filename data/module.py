@@ -25,6 +25,7 @@ from data.device import DeviceStage
 from data.loader import EpochLoader, loader, worker_count
 from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
 from data.order.spread import spread_over
+from data.place import place
 from data.sources import Source
 from data.sources.form import Form, per_channel
 from data.sources.part import Part, subset_problems
@@ -225,7 +226,7 @@ class ImageData(pl.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and the number of processes."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return place(self.trainer)
 
     # The device stage
 

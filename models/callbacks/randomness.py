@@ -32,7 +32,9 @@ class StepRandomness(Callback):
                 "StepRandomness: a training batch must be a named tuple with the fields epoch and number, "
                 f"got {type(batch).__name__}; build it as data.Batch is built"
             )
-        entropy = [self.seed, int(epoch), int(number), trainer.global_rank]
+        # processes that read the same images draw the same
+        rank = (trainer.distributed_sampler_kwargs or {}).get("rank", trainer.global_rank)
+        entropy = [self.seed, int(epoch), int(number), rank]
         torch_seed, numpy_seed, python_seed = np.random.SeedSequence(entropy).generate_state(3, np.uint64).tolist()
         # The generator itself: torch.manual_seed costs 90 µs because it also prepares devices that are not there.
         torch.default_generator.manual_seed(torch_seed % 2**63)

@@ -94,7 +94,8 @@ class Throughput(Callback):
         now = time.perf_counter()
         if self._warm:
             self.seconds += now - self._start
-            self.images += len(batch.images) * trainer.world_size
+            readers = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+            self.images += len(batch.images) * readers
             self._waited += self.clock.seconds - self._fetched
         self._start, self._fetched, self._warm = now, self.clock.seconds, True
         if trainer.global_step % trainer.log_every_n_steps:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import Strategy
 
 from models.engines.distributed import Distributed
+from models.engines.sequence_parallel import SequenceParallel
 from models.engines.sync_norm import SyncNorms
 
 OURS = ("static_graph", "gradient_compression", "timeout")
@@ -41,6 +42,8 @@ def strategy(settings: Mapping[str, Any]) -> Strategy | None:
         unused = {"find_unused_parameters": UNUSED[word]} if word in UNUSED else {}
         static = {"static_graph": True} if settings.get("static_graph") else {}
         return Distributed(timeout, settings.get("gradient_compression"), **unused, **static)
+    if word == "sequence_parallel":
+        return SequenceParallel(timeout)
     return None
 
 

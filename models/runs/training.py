@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from conf.names import short
 from conf.settings import check_settings, resolved
 from data.cores import usable_cores
+from data.place import readers
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints
@@ -20,6 +21,7 @@ from models.callbacks.progress import RunProgress, duration
 from models.callbacks.signals import listening
 from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
+from models.engines.sequence_parallel import share_tokens
 from models.engines.strategies import engine
 from models.loggers import build_loggers
 from models.runs.ending import ending
@@ -107,13 +109,14 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     record = Record(run_dir, log, cfg, config)
     frozen = freezing(config, task.model)
     trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
+    spread = share_tokens(trainer.strategy, task.model, trainer.world_size)
     accumulate(config, trainer, data)
     if checkpoint is not None:
         check_resumed(read_config(checkpoint), trainer)
     attention = describe_backend(task.model, trainer.strategy.root_device)
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
-    notes = [*data.notes(), *data.warnings(trainer.world_size), attention, *threads, *origin, *map(str, frozen)]
+    notes = [*data.notes(), *data.warnings(readers(trainer)), *spread, attention, *threads, *origin, *map(str, frozen)]
     return Run(trainer, task, data, progress, record, checkpoint, step, notes)
 
 

@@ -11,11 +11,12 @@ import pytorch_lightning as pl
 
 from conf import recipes
 from conf.errors import UserError
+from data.place import readers
 
 
 def images_per_step(trainer: pl.Trainer, data: pl.LightningDataModule) -> int:
     """Images per optimizer step over all processes, accumulated ones included."""
-    return data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    return data.batch_size * readers(trainer) * trainer.accumulate_grad_batches
 
 
 def scaled_rate(rate: float, reference_batch: int | None, images: int) -> float:
@@ -34,9 +35,9 @@ def accumulate(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningDa
         return
     if type(images) is not int or images < 1:
         raise UserError(f"global_batch: must be a whole number of at least 1, got {images!r}; set global_batch=1024")
-    at_once = data.batch_size * trainer.world_size
+    at_once = data.batch_size * readers(trainer)
     if images % at_once:
-        raise UserError(_does_not_fit(images, data.batch_size, trainer.world_size))
+        raise UserError(_does_not_fit(images, data.batch_size, readers(trainer)))
     batches = images // at_once
     if given not in (None, 1, batches):
         raise UserError(
@@ -73,7 +74,7 @@ def describe(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningData
     rule)", and what the recipe of the run trains with where that is another number.
     """
     images, accumulated = images_per_step(trainer, data), trainer.accumulate_grad_batches
-    processes = f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}"
+    processes = f"{readers(trainer)} process{'es' if readers(trainer) > 1 else ''}"
     if images == data.batch_size:
         step = f"batch {images} on {processes}"
     else:
@@ -103,7 +104,7 @@ def _short(rate: float) -> str:
 
 def _whole_steps(images: int, accumulated: int, trainer: pl.Trainer, data: pl.LightningDataModule) -> int:
     """Batches of an epoch that make whole steps."""
-    limit, batches = trainer.limit_train_batches, data.steps_per_epoch(trainer.world_size)
+    limit, batches = trainer.limit_train_batches, data.steps_per_epoch(readers(trainer))
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if batches < accumulated:
         raise UserError(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from conf.errors import UserError
+from data.place import readers
 from models.cost import example_inputs, image_channels
 
 FEW = "Expected more than 1 value per channel"  # what torch says of a batch norm that has one value
@@ -47,7 +48,7 @@ def _check_smallest_batch(model: nn.Module, data: Any) -> None:
     """A batch norm that has one value per channel cannot train: a batch of one image, where the map is one cell."""
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
-    world = 1 if data.trainer is None else data.trainer.world_size
+    world = readers(data.trainer)
     if data.smallest_batch(world) > 1 or _trains_on_one(model, data):
         return
     images, whole = len(data.source.train), data.batch_size * world

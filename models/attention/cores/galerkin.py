@@ -22,6 +22,7 @@ from models.attention.contract import Grid, Mixer, Refused, Site
 from models.attention.contract.heads import head_channels
 from models.attention.contract.layout import KEYS, SAME, SHORTENED
 from models.attention.contract.options import check_flags
+from models.attention.cores.stateful import State, StateCore
 from models.attention.multihead import Core
 
 COORDINATES = 2
@@ -93,18 +94,21 @@ class SoftmaxFree(Core):
         return torch.cat([places_NP.expand(*x_BMND.shape[:2], -1, -1), x_BMND], dim=-1)
 
 
-class GalerkinCore(SoftmaxFree):
+class GalerkinCore(SoftmaxFree, StateCore):
     """q (LN(k)ᵀ LN(v)) / S: weights q LN(k)ᵀ / S of normalised values."""
 
     def __init__(self, num_heads: int, head_dim: int, positions: bool = False) -> None:
         super().__init__(num_heads, head_dim, positions)
         self.norm_k, self.norm_v = HeadNorm(num_heads, head_dim), HeadNorm(num_heads, head_dim)
 
-    def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device):
-            q, k = self.placed(wide(q_BMND), grid), self.placed(self.norm_k(k_BMSD), kv_grid)
-            o_BMND = q @ (k.mT @ self.valued(v_BMSD, kv_grid) / k.shape[2])
-        return o_BMND.to(v_BMSD.dtype)
+    def queried(self, q_BMND: Tensor, grid: Grid) -> Tensor:
+        return self.placed(wide(q_BMND), grid)
+
+    def state(self, k_BMSD: Tensor, v_BMSD: Tensor, kv_grid: Grid) -> State:
+        return (self.placed(self.norm_k(k_BMSD), kv_grid).mT @ self.valued(v_BMSD, kv_grid),)
+
+    def read(self, q_BMND: Tensor, state: State, keys: int) -> Tensor:
+        return q_BMND @ (state[0] / keys)
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S), of both signs: quadratic, for looking at and for tests."""

@@ -22,7 +22,7 @@ from models.attention.assemble import Composition, assemble
 from models.attention.contract import Grid, Mixer, Site
 from models.attention.contract.heads import head_channels
 from models.attention.contract.options import check_flags, check_whole
-from models.attention.multihead import Core
+from models.attention.cores.stateful import State, StateCore
 
 FEATURES = ("softmax", "exp", "joint")
 EPS = 1e-12
@@ -102,7 +102,7 @@ class Features(nn.Module):
         return torch.cat(parts, dim=-1).clamp(min=EPS)
 
 
-class HedgehogCore(Core):
+class HedgehogCore(StateCore):
     """Features, the state φ(k)ᵀ v, and its reading by every query."""
 
     row_stochastic = True
@@ -113,18 +113,23 @@ class HedgehogCore(Core):
         self.feature_q = Features(num_heads, head_dim, feature_dim, **features)
         self.feature_k = None if tied else Features(num_heads, head_dim, feature_dim, **features)
 
-    def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device):
-            q, k = self._features(q_BMND, k_BMSD)
-            o_BMND = q @ (k.mT @ wide(v_BMSD)) / (q @ k.sum(2, keepdim=True).mT + EPS)
-        return o_BMND.to(v_BMSD.dtype)
+    def queried(self, q_BMND: Tensor, grid: Grid) -> Tensor:
+        return self.feature_q(q_BMND)
+
+    def state(self, k_BMSD: Tensor, v_BMSD: Tensor, kv_grid: Grid) -> State:
+        k = self._of_keys(k_BMSD)
+        return k.mT @ wide(v_BMSD), k.sum(2, keepdim=True)
+
+    def read(self, q_BMND: Tensor, state: State, keys: int) -> Tensor:
+        state_BMFD, k_BM1F = state
+        return q_BMND @ state_BMFD / (q_BMND @ k_BM1F.mT + EPS)
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S): quadratic, for looking at, for distillation and for tests."""
         with full_precision(q_BMND.device):
-            q, k = self._features(q_BMND, k_BMSD)
+            q, k = self.feature_q(q_BMND), self._of_keys(k_BMSD)
             weights = q @ k.mT
             return weights / (weights.sum(-1, keepdim=True) + EPS)
 
-    def _features(self, q_BMND: Tensor, k_BMSD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.feature_q(q_BMND), (self.feature_k or self.feature_q)(k_BMSD)
+    def _of_keys(self, k_BMSD: Tensor) -> Tensor:
+        return (self.feature_k or self.feature_q)(k_BMSD)

@@ -17,7 +17,7 @@ from kernels.precision import full_precision, wide
 from models.attention.assemble import Composition, assemble
 from models.attention.contract import Grid, Mixer, Site
 from models.attention.contract.heads import head_channels
-from models.attention.multihead import Core
+from models.attention.cores.stateful import State, StateCore
 
 
 def linear_attention(site: Site, *, denominator_min: float = 100, **composition: Unpack[Composition]) -> Mixer:
@@ -33,7 +33,7 @@ def linear_attention(site: Site, *, denominator_min: float = 100, **composition:
     return assemble(site, lambda heads, *_: LinearCore(heads, dim, denominator_min), **composition)
 
 
-class LinearCore(Core):
+class LinearCore(StateCore):
     """Features, the state φ(k)ᵀ v, and its reading by every query; in float32 at least."""
 
     ignores_grid = True
@@ -43,18 +43,22 @@ class LinearCore(Core):
         self.denominator_min = denominator_min
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), head_dim**-0.5))
 
-    def forward(self, q_BMND: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device):
-            q, k = wide(q_BMND).relu(), wide(k_BMSD).relu()
-            state_BMDD = k.mT @ wide(v_BMSD) * self.temperature
-            o_BMND = q @ state_BMDD / self._denominator(q, k)
-        return o_BMND.to(v_BMSD.dtype)
+    def queried(self, q_BMND: Tensor, grid: Grid) -> Tensor:
+        return wide(q_BMND).relu()
+
+    def state(self, k_BMSD: Tensor, v_BMSD: Tensor, kv_grid: Grid) -> State:
+        k = wide(k_BMSD).relu()
+        return k.mT @ wide(v_BMSD), k.sum(2, keepdim=True)
+
+    def read(self, q_BMND: Tensor, state: State, keys: int) -> Tensor:
+        state_BMDD, k_BM1D = state
+        return q_BMND @ (state_BMDD * self.temperature) / self._denominator(q_BMND, k_BM1D)
 
     def matrix(self, q_BMND: Tensor, k_BMSD: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
         """The weights (B, M, N, S): quadratic, for looking at and for tests."""
         with full_precision(q_BMND.device):
             q, k = wide(q_BMND).relu(), wide(k_BMSD).relu()
-            return q @ k.mT * self.temperature / self._denominator(q, k)
+            return q @ k.mT * self.temperature / self._denominator(q, k.sum(2, keepdim=True))
 
-    def _denominator(self, q_BMND: Tensor, k_BMSD: Tensor) -> Tensor:
-        return (q_BMND @ k_BMSD.sum(2, keepdim=True).mT).clamp(min=self.denominator_min)
+    def _denominator(self, q_BMND: Tensor, k_BM1D: Tensor) -> Tensor:
+        return (q_BMND @ k_BM1D.mT).clamp(min=self.denominator_min)

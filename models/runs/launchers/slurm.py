@@ -37,7 +37,7 @@ def send(cfg: DictConfig) -> Failure | None:
     if finished(run_dir, cfg.trainer):
         print(f"{short(run_dir)} has finished; raise trainer.max_epochs to go on, or give another run.name")
         return None
-    options = asked_for(OmegaConf.to_container(hydra.launcher, resolve=True), cfg.trainer)
+    options = asked_for(OmegaConf.to_container(hydra.launcher, resolve=True), OmegaConf.to_container(cfg.trainer))
     check_here()
     if (known := submitted(run_dir)) and (state := queue.state(known)):
         print(f"{short(run_dir)} is job {known}, {state.lower()}: nothing is submitted")
@@ -50,12 +50,12 @@ def send(cfg: DictConfig) -> Failure | None:
     return Failure(f"job {number}, submitted")
 
 
-def asked_for(given: dict[str, Any], trainer: DictConfig) -> dict[str, Any]:
+def asked_for(given: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
     """The options of submitit's executor.
 
     Args:
         given: `hydra.launcher`.
-        trainer: says how many processes there are where `given` does not.
+        trainer: says how many processes there are where `given` does not, unless it takes them from the job.
 
     Raises:
         UserError: a value is wrong, or the two contradict each other.

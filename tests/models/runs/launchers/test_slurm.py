@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from omegaconf import OmegaConf
 
 from conf import cli
 from conf.errors import UserError
@@ -157,11 +156,12 @@ def test_without_slurm_or_submitit_there_is_one_sentence(train, tmp_path, monkey
         ({"devices": 8, "num_nodes": 2}, {}, (2, 8, 8)),
         ({"devices": 2, "num_nodes": 1, "accelerator": "cpu"}, {}, (1, 2, None)),
         ({"devices": "auto", "num_nodes": 1}, {"gpus_per_node": 4}, (1, 4, 4)),
-        ({"devices": None, "num_nodes": None}, {"gpus_per_node": 4, "nodes": 3}, (3, 4, 4)),
+        ({"devices": "${slurm:tasks_per_node}", "num_nodes": "${slurm:nodes}"}, {"gpus_per_node": 4}, (1, 4, 4)),
+        ({"devices": "auto", "num_nodes": "${slurm:nodes}"}, {"gpus_per_node": 4, "nodes": 3}, (3, 4, 4)),
     ],
 )
 def test_a_job_has_what_the_trainer_asks_for(trainer, given, wanted):
-    options = slurm.asked_for(GIVEN | given, OmegaConf.create(trainer))
+    options = slurm.asked_for(GIVEN | given, trainer)
     assert (options["nodes"], options["ntasks_per_node"], options.get("gpus_per_node")) == wanted
 
 
@@ -183,7 +183,7 @@ def test_a_job_has_what_the_trainer_asks_for(trainer, given, wanted):
 )
 def test_a_wrong_setting_is_refused(given, message):
     with pytest.raises(UserError) as error:
-        slurm.asked_for(GIVEN | given, OmegaConf.create({"devices": 1, "num_nodes": 1}))
+        slurm.asked_for(GIVEN | given, {"devices": 1, "num_nodes": 1})
     assert message in str(error.value)
 
 
