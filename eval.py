@@ -7,12 +7,14 @@ $ python eval.py probe=check_data data=imagefolder data.root=photos
 $ python eval.py doctor
 """
 
-from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
+from conf import apart, cli  # isort: skip  (first: it refuses a Python that is too old)
 from models.runs import evaluated
 
 
 def job():
     """What is run, imported when it is: `--help` does not wait for torch."""
+    with apart.without("wandb"):
+        import timm.utils  # noqa: F401
     from models.runs.evaluation import evaluate
 
     return evaluate

@@ -6,7 +6,7 @@ $ python train.py --help
 $ python train.py list models=swin
 """
 
-from conf import cli  # isort: skip  (first: it refuses a Python that is too old)
+from conf import apart, cli  # isort: skip  (first: it refuses a Python that is too old)
 from models.runs import early, launchers
 
 
@@ -16,6 +16,8 @@ def job():
         from models.runs.launchers.slurm import send
 
         return send
+    with apart.without("wandb"):
+        import timm.utils  # noqa: F401
     from models.runs.training import train
 
     return train

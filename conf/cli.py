@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, help, layout, leftovers, mistakes, resolvers, settings, source, text
+from conf import extras, help, layout, leftovers, mistakes, output, resolvers, settings, source, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError
 from conf.folders import escaped
@@ -39,12 +39,22 @@ def run(
     arguments, and gives those that Hydra shall see; what it raises is reported in the same way. `words` are other
     things to do, by the word that stands first in place of settings; of eval.py the name of a probe is such a word.
     """
+    with output.kept():
+        _run(config_name, job, before, words or {})
+
+
+def _run(
+    config_name: str,
+    job: Callable[[], Callable[[DictConfig], object]],
+    before: Callable[[list[str]], list[str]] | None,
+    words: dict[str, Callable[[list[str]], None]],
+) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     for module in (resolvers, source, text):
         module.register()
     arguments, failed = sys.argv[1:], []
     with _reported(config_name, arguments):
-        if arguments and arguments[0] in (words or {}):
+        if arguments and arguments[0] in words:
             return words[arguments[0]](arguments[1:])
         arguments[:] = _read(config_name, arguments, before)
         with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf import apart, output
 from conf.errors import UserError
 
 if TYPE_CHECKING:  # `--help` and a wrong argument do not wait for torch
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check(chosen)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
+            with apart.without("wandb"):
+                import timm.utils  # noqa: F401
             lines = _run(chosen)
     except (ValueError, TypeError, OSError) as error:
         print(f"models.checkpoints: {' '.join(str(error).split())}", file=sys.stderr)
@@ -139,4 +142,5 @@ def _write(state: dict[str, Tensor], chosen: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output.kept():
+        sys.exit(main())

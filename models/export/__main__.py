@@ -25,7 +25,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, mistakes, resolvers, settings, source, text
+from conf import apart, extras, mistakes, output, resolvers, settings, source, text
 from conf.compose import compose
 from conf.errors import UserError
 from models.export.arguments import Wanted, wanted
@@ -43,6 +43,8 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         asked = wanted(given)
         cfg = configured(asked)
+        with apart.without("wandb"):
+            import timm.utils  # noqa: F401
         from models.export.job import export
 
         for line in export(cfg, asked):
@@ -84,4 +86,5 @@ def _refused(message: str, status: int = 2) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output.kept():
+        sys.exit(main())

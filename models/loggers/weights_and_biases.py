@@ -3,81 +3,168 @@
 import hashlib
 import netrc
 import os
-import re
 import socket
+import time
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
 
 from conf.names import short
+from models.loggers.messenger import Messenger
+from models.side_outputs import attempt
 
 WANDB_URL = "https://api.wandb.ai"
-SETTINGS = {"init_timeout": 30, "finish_timeout": 60, "silent": True, "console": "off"}  # seconds
+PROGRAM = Path(__file__).with_name("wandb_process.py")
+SETTINGS = {
+    **{"init_timeout": 15, "finish_timeout": 10, "finish_timeout_raises": True},  # seconds
+    **{"silent": True, "console": "off"},
+}
+END, STOP, UPLOAD = 12.0, 5.0, 300.0  # seconds that the end of a run waits: one that stops; one that uploads its best
+# seconds that the end of a run waits for the beginning of its W&B run: offline, which asks nobody; online; of a stop
+START_OFFLINE, START_ONLINE, START_STOPPED = 60.0, 3.0, 1.0
 
 
-class SafeWandb(WandbLogger):
-    """A WandbLogger whose failures are reported once and then ignored."""
+class SafeWandb(Logger):
+    """The W&B run of a run, in a process of its own: nothing that W&B does is waited for, but at the end for a while.
 
-    broken = False
-    checkpoint: Path | None = None  # what becomes an artifact at the end
+    Its failures are said once; metrics.csv has everything.
 
+    Args:
+        run_dir: the folder of the run.
+        given: what the process starts with, see `models.loggers.wandb_process`.
+        checkpoint: what becomes an artifact at the end.
+    """
+
+    def __init__(self, run_dir: Path, given: Mapping[str, Any], checkpoint: Path | None = None) -> None:
+        super().__init__()
+        self.run_dir, self.given, self.checkpoint = run_dir, given, checkpoint
+        self.broken, self.mode = False, ""
+        self._stopped = self._finished = self._closed = False
+        self._messenger: Messenger | None = None
+        self._told: list[tuple[str, Any]] = []  # until the W&B run has begun
+
+    @property
+    def name(self) -> str:
+        return self.given["init"]["project"]
+
+    @property
+    def version(self) -> str:
+        return self.given["ids"][self.given["modes"][0]]
+
+    def start(self) -> bool:
+        """Starts the process; False where there can be none."""
+        if not _installed():
+            self._fail("it is not installed")
+        elif attempt("logger: the process for Weights & Biases", self._start):
+            self._messenger.tell(self.given)
+        return self._messenger is not None
+
+    def _start(self) -> None:
+        self._messenger = Messenger(PROGRAM)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is shown from the start."""
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._try(super().log_metrics, metrics, step)
+        self._tell("log", dict(metrics) | ({} if step is None else {"trainer/global_step": step}))
 
-    def log_hyperparams(self, params: Any) -> None:
-        self._try(super().log_hyperparams, params)
+    def log_image(self, name: str, path: Path) -> None:
+        """Shows a picture file."""
+        self._tell("image", {"name": name, "path": str(path.absolute())})
 
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        self._try(super().log_image, key, images, step, **kwargs)
-
+    @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._try(super().finalize, status)
-
-    def start(self, config: dict[str, Any], figures: Iterable[str] = ()) -> bool:
-        """Opens the W&B run, shows it the configuration and names the figures of which the best value counts.
-
-        False when that fails.
-        """
-        self._try(lambda: self.experiment.config.update(config, allow_val_change=True))
-        for name in figures:
-            best = "min" if "loss" in name else "max"
-            self._try(lambda name=name, best=best: self.experiment.define_metric(name, summary=f"{best},last"))
-        return not self.broken
+        """Lightning says how the run ended; one that was stopped is in a hurry, and the W&B run ends from here on."""
+        if status != "success" and not self._stopped:
+            self._stopped = True
+            self._tell("finish", 1)
 
     def close(self) -> None:
-        """Ends the W&B run; without this the next run of a sweep would write into it."""
-        import wandb
-
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._try(self._upload, self.checkpoint.resolve())
-        self._try(wandb.finish)
-
-    def _upload(self, folder: Path) -> None:
-        """Makes the checkpoint an artifact of the run, called as the run."""
-        import wandb
-
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", self.experiment.name), type="model")
-        artifact.add_dir(str(folder))
-        self.experiment.log_artifact(artifact, aliases=["best"])
-
-    def _try(self, call: Any, *args: Any, **kwargs: Any) -> None:
-        if self.broken:
+        """Ends the W&B run, and what has not ended after a while; says how to send what was not sent."""
+        if self._messenger is None or self._closed:
             return
-        try:
-            call(*args, **kwargs)
-        except Exception as error:  # whatever a remote service does, training goes on
+        self._closed = True
+        if not self._begun() and not self.broken and self.given["modes"][0] == "online":
+            self._go_offline()
+        seconds = STOP if self._stopped else END
+        if not self._stopped and self.checkpoint is not None and self.checkpoint.exists():
+            self._tell("artifact", str(self.checkpoint.resolve()))
+            seconds = UPLOAD
+        if not self._stopped:
+            self._tell("finish", 0)
+        ended = self._messenger.close(seconds)
+        if not ((self._hear() or self._finished) and ended):
+            self._fail("its process ended" if ended else f"it has not ended within {seconds:.0f} s")
+        if self.broken and list(self.run_dir.glob("wandb/run-*")):
+            print(f"logger: what was not sent lies in the folder; upload with: {self._sync('run-*')}", flush=True)
+
+    def _begun(self) -> bool:
+        """Whether the W&B run has begun, of a run that may be over within seconds; waits a little for it."""
+        seconds = START_OFFLINE if self.given["modes"] == ["offline"] else START_ONLINE
+        end = time.monotonic() + (START_STOPPED if self._stopped else seconds)
+        while not (self.mode or self.broken) and time.monotonic() < end:
+            self._finished = self._hear() or self._finished
+            time.sleep(0.05)
+        return bool(self.mode)
+
+    def _go_offline(self) -> None:
+        """Begins anew where no server is asked, with everything that was told so far."""
+        self._messenger.close(0)
+        self._fail("the server does not answer")
+        self.given = {**self.given, "modes": ["offline"]}
+        told, self._told, self.broken = self._told, [], False
+        self._start()
+        self._messenger.tell(self.given)
+        for order, content in told:
+            self._tell(order, content)
+        self.say_offline()
+
+    def _tell(self, order: str, content: Any) -> None:
+        self._messenger.tell((order, content))
+        if not self.mode:
+            self._told.append((order, content))
+        self._finished = self._hear() or self._finished
+
+    def _hear(self) -> bool:
+        """Says what the process says; whether it has finished."""
+        events = self._messenger.heard()
+        for event in events:
+            if event["event"] == "failed":
+                self._fail(event["reason"])
+            elif event["event"] == "started":
+                self.broken, asked, self.mode = False, self.given["modes"][0], event["mode"]
+                self._told.clear()
+                if self.mode == "offline" != asked:
+                    self.say_offline()
+        if self._messenger.lost:
+            self._fail("it does not answer")
+        return any(event["event"] == "finished" for event in events)
+
+    def _fail(self, why: str) -> None:
+        if not self.broken:
             self.broken = True
-            print(f"logger: Weights & Biases failed ({error}); the run goes on, metrics.csv has everything")
+            print(f"logger: Weights & Biases failed ({why}); the run goes on, metrics.csv has everything", flush=True)
+
+    def say_offline(self) -> None:
+        """Says that nothing is sent now, and how it is sent later."""
+        print(f"logger: Weights & Biases is offline; upload with: {self._sync('offline-run-*')}")
+
+    def _sync(self, runs: str) -> str:
+        return f"wandb sync {short(self.run_dir)}/wandb/{runs}"
 
 
 def log_picture(loggers: Iterable[Logger], name: str, path: Path) -> None:
     """Shows a picture file to the loggers that take pictures."""
     for logger in loggers:
         if isinstance(logger, SafeWandb):
-            logger.log_image(name, [str(path)])
+            logger.log_image(name, path)
 
 
 def open_wandb(
@@ -88,45 +175,51 @@ def open_wandb(
     figures: Iterable[str] = (),
 ) -> list[Logger]:
     """Online, or else offline, or else nothing."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # its greetings; failures are reported here
     mode = os.environ.get("WANDB_MODE") or settings["mode"]
     if mode == "auto":
         mode = "online" if _has_key() and _reachable() else "offline"
-    modes = {"online": ["online", "offline"]}.get(mode, [mode])
-    for attempt in modes:
-        logger = _wandb_logger(settings, run_dir, attempt, config.get("run", {}))
-        if logger.start({**config, **(facts or {})}, figures):
-            if attempt == "offline":
-                print(
-                    f"logger: Weights & Biases is offline; upload with: wandb sync {short(run_dir)}/wandb/offline-run-*"
-                )
-            return [logger]
-    return []
+    if mode == "disabled":
+        return []
+    given = start_with(settings, run_dir, mode, {**config, **(facts or {})}, figures)
+    best = run_dir.absolute() / "checkpoints" / "best" if settings.get("artifacts") else None
+    logger = SafeWandb(run_dir, given, best)
+    if not logger.start():
+        return []
+    if given["modes"] == ["offline"]:
+        logger.say_offline()
+    return [logger]
 
 
-def _wandb_logger(settings: Mapping[str, Any], run_dir: Path, mode: str, run: Mapping[str, Any]) -> SafeWandb:
-    import wandb
-
-    known = wandb.Settings.model_fields  # older releases have no finish_timeout
-    # the same folder is the same run: a continued run goes on in the same W&B run
-    identity = hashlib.sha256(f"{run_dir.resolve()} {mode}".encode()).hexdigest()[:12]
+def start_with(
+    settings: Mapping[str, Any], run_dir: Path, mode: str, config: Mapping[str, Any], figures: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What the process of W&B is told first."""
+    run = config.get("run", {})
     sweep, name = place(run_dir, str(run.get("name")))
-    logger = SafeWandb(
-        project=settings["project"],
-        name=name,
-        group=settings.get("group") or sweep or run.get("recipe"),
-        job_type=settings.get("job_type"),
-        save_dir=str(run_dir),
-        id=identity,
-        mode=mode,
-        resume="allow",
-        entity=settings["entity"],
-        tags=tags_of(settings["tags"], run),
-        settings=wandb.Settings(**{key: value for key, value in SETTINGS.items() if key in known}),
-    )
-    logger._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns of it
-    logger.checkpoint = run_dir / "checkpoints" / "best" if settings.get("artifacts") else None
-    return logger
+    modes = {"online": ["online", "offline"]}.get(mode, [mode])
+    init = {
+        "project": settings["project"],
+        "name": name,
+        "group": settings.get("group") or sweep or run.get("recipe"),
+        "job_type": settings.get("job_type"),
+        "dir": str(run_dir.absolute()),
+        "resume": "allow",
+        "entity": settings["entity"],
+        "tags": tags_of(settings["tags"], run),
+    }
+    # the same folder is the same run: a continued run goes on in the same W&B run
+    ids = {m: hashlib.sha256(f"{run_dir.resolve()} {m}".encode()).hexdigest()[:12] for m in modes}
+    best = {figure: "min" if "loss" in figure else "max" for figure in figures}
+    return {"modes": modes, "init": init, "ids": ids, "settings": SETTINGS, "config": plain(config), "best": best}
+
+
+def plain(value: Any) -> Any:
+    """What JSON has a word for; anything else as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def place(run_dir: Path, name: str) -> tuple[str | None, str]:
@@ -141,6 +234,13 @@ def tags_of(given: Iterable[Any], run: Mapping[str, Any]) -> list[str]:
     """What was chosen, to filter by, and the user's own; W&B takes at most 64 letters each."""
     chosen = [run.get(key) for key in ("model", "attention", "data", "recipe")]
     return list(dict.fromkeys(str(tag)[:64] for tag in [*chosen, *given] if tag))
+
+
+def _installed() -> bool:
+    try:
+        return find_spec("wandb") is not None
+    except ValueError:  # somebody has put something in its place
+        return True
 
 
 def _reachable() -> bool:

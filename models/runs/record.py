@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
+from conf.output import Kept
 from conf.revision import revision
 from data.sources.split_file import leave_split
 from models.callbacks.loops import call_last
@@ -31,6 +32,7 @@ from models.runs.environment import environment
 from models.side_outputs import append, attempt, begin, put
 
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07|.)")  # colours, cursor movements, titles
+PATIENCE = 10.0  # seconds that training waits for whoever reads what it prints; train.log has everything
 MAX_PATCH = 2**20  # bytes of uncommitted changes that are kept; of more only the hash
 
 
@@ -68,6 +70,7 @@ class Tee:
 
     def __init__(self, stream: TextIO, log: RunLog) -> None:
         self._stream, self._log, self._line = stream, log, ""
+        self._lost = False
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
@@ -78,6 +81,9 @@ class Tee:
                 self._log.add(shown)
         self._line = self._line[self._line.rfind("\r") + 1 :]
         self._stream.write(text)
+        if not self._lost and getattr(self._stream, "lost", False):
+            self._lost = True
+            self._log.add("what is printed is not read, or there is no room for it: from here on it stands here only")
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,6 +100,7 @@ def recorded() -> Iterator[RunLog]:
     moved = {handler: out if handler.stream is streams[0] else err for handler in handlers if handler.stream in streams}
     before = {handler: handler.setStream(tee) for handler, tee in moved.items()}
     sys.stdout, sys.stderr = out, err
+    _wait_for_readers(streams, PATIENCE)
     try:
         yield log
     except UserError as error:  # printed by the command line, when the streams are the terminal's again
@@ -105,8 +112,15 @@ def recorded() -> Iterator[RunLog]:
         raise
     finally:
         sys.stdout, sys.stderr = streams
+        _wait_for_readers(streams, None)
         for handler, stream in before.items():
             handler.setStream(stream)
+
+
+def _wait_for_readers(streams: tuple[TextIO, TextIO], seconds: float | None) -> None:
+    for stream in streams:
+        if isinstance(stream, Kept):
+            stream.patience = seconds
 
 
 class Record(Callback):

@@ -1,6 +1,7 @@
 """metrics.csv, and the loggers that may fail without failing a run."""
 
 import csv
+import json
 import socket
 import struct
 from pathlib import Path
@@ -51,29 +52,111 @@ def test_an_unknown_logger_is_named(tmp_path):
         build_loggers({"name": "wandd"}, tmp_path, {}, 0)
 
 
-def test_wandb_falls_back_to_offline_and_then_to_nothing(tmp_path, monkeypatch, capsys):
-    tried = []
+# stands in for wandb in the process that imports it: `FAULT` is run by init, with the mode
+STANDIN = """
+import json, os
+class Settings:
+    def __init__(self, **given): pass
+class Run:
+    name, config = "r", {}
+    def define_metric(self, *given, **named): pass
+    def log(self, figures): print(json.dumps(figures), file=OUT, flush=True)
+    def finish(self, status): print(json.dumps({"finish": status}), file=OUT, flush=True)
+def init(mode, **given):
+    FAULT
+    return Run()
+OUT = open(os.environ["STANDIN"], "a")
+"""
 
-    def start(self, config, figures=()):
-        tried.append(self._wandb_init["mode"] if not self._offline else "offline")
-        self._try(lambda: 1 / 0)
-        return not self.broken
 
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr(wandb_logger, "_reachable", lambda: True)
-    monkeypatch.setattr(SafeWandb, "start", start)
-    assert len(build_loggers(WANDB, tmp_path, {}, 0)) == 1
-    assert tried == ["online", "offline"]
-    assert "Weights & Biases failed (division by zero); the run goes on" in capsys.readouterr().out
+@pytest.fixture
+def standin(tmp_path, monkeypatch):
+    """`standin("raise OSError") -> the file of what it was told`, with a server that seems to answer."""
+
+    def make(fault: str) -> Path:
+        (tmp_path / "shim/wandb").mkdir(parents=True)
+        (tmp_path / "shim/wandb/__init__.py").write_text(STANDIN.replace("FAULT", fault))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "shim"))
+        monkeypatch.setenv("STANDIN", str(tmp_path / "told"))
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setattr(wandb_logger, "_reachable", lambda: True)
+        return tmp_path / "told"
+
+    return make
+
+
+def logged(tmp_path: Path) -> SafeWandb:
+    """A logger that has been told of two steps and has ended."""
+    logger = build_loggers(WANDB, tmp_path / "run", {}, 0, figures=["val/loss"])[1]
+    for step in range(2):
+        logger.log_metrics({"loss": 0.5}, step)
+    logger.finalize("success")
+    logger.close()
+    return logger
+
+
+@pytest.mark.case(46)
+def test_wandb_falls_back_to_offline_and_then_to_nothing(tmp_path, standin, capsys):
+    told = standin("if mode == 'online': raise OSError('no such server')")
+    logger = logged(tmp_path)
+    assert (logger.mode, logger.broken) == ("offline", False)
+    rows = [{"loss": 0.5, "trainer/global_step": step} for step in range(2)]
+    assert [json.loads(line) for line in told.read_text().splitlines()] == [*rows, {"finish": 0}]
+    out = capsys.readouterr().out
+    assert out.count("Weights & Biases failed (OSError: no such server); the run goes on") == 1
+    assert out.count("Weights & Biases is offline; upload with: wandb sync") == 1
+
+
+@pytest.mark.case(46)
+def test_a_wandb_that_cannot_be_used_is_done_without(tmp_path, standin, capsys, monkeypatch):
+    standin("raise BaseException('none')")
+    assert logged(tmp_path).broken
+    assert "Weights & Biases failed (BaseException: none); the run goes on" in capsys.readouterr().out
+    (tmp_path / "shim/wandb/__init__.py").write_text("raise RuntimeError('broken')")
+    assert logged(tmp_path).broken
+    assert "Weights & Biases failed (RuntimeError: broken); the run goes on" in capsys.readouterr().out
+    monkeypatch.setattr(wandb_logger, "find_spec", lambda name: None)
+    assert [type(log) for log in build_loggers(WANDB, tmp_path, {}, 0)] == [MetricsCSV]
+    assert "Weights & Biases failed (it is not installed); the run goes on" in capsys.readouterr().out
+
+
+@pytest.mark.case(46)
+def test_a_server_that_never_answers_leaves_the_run_on_the_disk(tmp_path, standin, capsys, monkeypatch):
+    """A run that is over before W&B has given up on its server begins anew offline, with all that it was told."""
+    told = standin("if mode == 'online': import time; time.sleep(600)")
+    monkeypatch.setattr(wandb_logger, "START_ONLINE", 0.1)
+    logger = logged(tmp_path)
+    assert (logger.mode, logger.broken) == ("offline", False)
+    assert len(told.read_text().splitlines()) == 3
+    assert "failed (the server does not answer)" in capsys.readouterr().out
+
+
+@pytest.mark.case(46)
+def test_a_wandb_that_hangs_at_the_end_is_left(tmp_path, standin, capsys, monkeypatch):
+    standin("Run.finish = lambda *_: __import__('time').sleep(600)")
+    monkeypatch.setattr(wandb_logger, "END", 0.5)
+    monkeypatch.setattr(wandb_logger, "START_ONLINE", 60.0)
+    (tmp_path / "run/wandb/run-1").mkdir(parents=True)
+    assert logged(tmp_path).broken
+    out = capsys.readouterr().out
+    assert "failed (it has not ended within 0 s)" in out and out.count("wandb sync") == 1 and "/wandb/run-*" in out
+
+
+@pytest.mark.case(46)
+def test_a_failure_in_one_run_of_a_sweep_is_none_in_the_next(tmp_path, standin):
+    told = standin("if os.path.exists(os.environ['STANDIN'] + '-bad'): raise OSError('away')")
+    bad = tmp_path / "told-bad"
+    bad.touch()
+    assert logged(tmp_path).broken
+    bad.unlink()
+    assert not logged(tmp_path).broken and '"finish": 0' in told.read_text()
 
 
 def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypatch, capsys):
     modes = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(
-        wandb_logger, "_wandb_logger", lambda settings, run_dir, mode, run: modes.append(mode) or Fake()
-    )
+    monkeypatch.setattr(SafeWandb, "start", lambda self: modes.append(self.given["modes"]) or True)
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: False)
     build_loggers(WANDB, tmp_path, {}, 0)
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: True)
@@ -81,13 +164,8 @@ def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypa
         silent.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         build_loggers(WANDB, tmp_path, {}, 0)
-    assert modes == ["offline", "offline"]
+    assert modes == [["offline"], ["offline"]]
     assert "127.0.0.1 cannot be reached" in capsys.readouterr().out
-
-
-class Fake:
-    def start(self, config, figures=()):
-        return True
 
 
 def test_keys_are_found_in_the_environment_and_in_netrc(tmp_path, monkeypatch):
@@ -108,7 +186,7 @@ RUN = {"name": "s", "model": "vit_tiny", "attention": "agent", "data": "digits",
 
 def opened_with(run_dir, run, **settings):
     """What W&B would be started with."""
-    return wandb_logger._wandb_logger({**WANDB, **settings}, run_dir, "offline", run)._wandb_init
+    return wandb_logger.start_with({**WANDB, **settings}, run_dir, "offline", {"run": run})["init"]
 
 
 def test_a_run_of_a_sweep_is_called_by_what_differs(tmp_path):
@@ -157,6 +235,7 @@ def test_what_wandb_writes(tmp_path, monkeypatch):
     logger = build_loggers(settings, run_dir, {"seed": 0, "run": RUN}, 0, {"flops": 123}, figures)[1]
     for step, (top1, loss) in enumerate([(0.5, 1.0), (0.7, 0.5), (0.6, 0.8)]):
         logger.log_metrics({"val/top1": top1, "val/loss": loss}, step)
+    logger.finalize("success")
     logger.close()
     assert not logger.broken
     found = list(records(next(run_dir.glob("wandb/offline-run-*/run-*.wandb"))))
