@@ -14,14 +14,16 @@ from models.callbacks.guard import NonFinite
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.curves import draw_curves
 from models.runs.headline import title
+from models.runs.memory import explained
 from models.side_outputs import attempt
 
 
 @contextmanager
 def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """A loss that is not finite ends the process with its status and what to do next."""
+    """A loss that is not finite, or no memory, ends the process with a status and what to do next."""
     try:
-        yield
+        with explained(config, trainer):
+            yield
     except NonFinite as error:
         raise NumericsFailed(str(error)) from None
     except MisconfigurationException as error:

@@ -16,6 +16,7 @@ from models.attention.backend import describe_backend
 from models.probes import Report
 from models.runs import evaluated
 from models.runs.finished import Parts, Weights
+from models.runs.memory import explained
 from models.runs.preflight import part_of, quiet
 from models.runs.report import print_columns, print_table, write_json
 from models.runs.results import keep, keep_table
@@ -51,6 +52,11 @@ class Outcome(NamedTuple):
 
 def _evaluate(cfg: DictConfig, alone: bool = True) -> Outcome:
     given = resolved(cfg)
+    with explained(given, training=False):
+        return _found(cfg, given, alone)
+
+
+def _found(cfg: DictConfig, given: dict[str, Any], alone: bool) -> Outcome:
     wanted = probes.wants(given["probe"]["_target_"])
     parts = Parts(cfg, given)
     made = parts.made(wanted)

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from conf.errors import UserError
 from conf.names import short
 from models.factory import cause_of, instantiate
+from models.runs.memory import shortage
 
 
 def quiet() -> None:
@@ -69,7 +70,7 @@ def part_of(cfg: DictConfig, key: str, **extra: Any) -> Any:
         return instantiate(cfg[key], **extra)
     except (InstantiationException, ValueError, TypeError) as error:
         cause = cause_of(error)
-        if isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__:
+        if shortage(cause) is not None:
             raise cause from error
         raise UserError(_say(key, cause)) from error
 

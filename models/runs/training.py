@@ -29,6 +29,7 @@ from models.runs.facts import facts_of
 from models.runs.headline import headline, title
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
+from models.runs.memory import explained
 from models.runs.preflight import (
     check_data,
     check_monitor,
@@ -70,7 +71,8 @@ def train(cfg: DictConfig) -> float | None:
     check_settings(config)
     check_accelerator(config["trainer"])
     with recorded() as log, listening(), lock_folder(run_dir):
-        run = _prepared(cfg, config, run_dir, log)
+        with explained(config):
+            run = _prepared(cfg, config, run_dir, log)
         run.notes.extend(precision)
         trainer = run.trainer
         if trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """Numbers that are not finite and memory that is not there, in real runs."""
 
 import json
+import re
 
 import pytest
 
@@ -74,3 +75,48 @@ def test_an_average_that_is_bad_is_never_saved(tmp_path):
     assert status == 76 and "Traceback" not in text, text
     assert "the averaged weights hold NaN or infinity, got it at step 6" in text and "first in " in text
     assert verify(tmp_path / "outputs/a/checkpoints/last")["step"] == 4
+
+
+MEMORY = """
+import torch
+from models.tasks.{file} import {kind} as Task
+calls, step = [0], Task.{method}
+def short(self, *args):
+    calls[0] += 1
+    if calls[0] == {call}:
+        raise {error}
+    return step(self, *args)
+Task.{method} = short
+"""
+TOO_MUCH = "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')"
+NONE_LEFT = "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 4294967296 bytes.')"
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "place"),
+    [
+        ("training_step", TOO_MUCH, r"step 5 ran out of it with data\.batch_size=16 \(2 GiB were asked for"),
+        (
+            "validation_step",
+            NONE_LEFT,
+            r"the validation after step 8 ran out of it with data\.batch_size=16 \(4\.0 GiB",
+        ),
+    ],
+)
+def test_no_memory_is_one_sentence(tmp_path, method, error, place):
+    file, kind = ("classification", "Classification") if method == "training_step" else ("base", "Task")
+    before = MEMORY.format(file=file, kind=kind, method=method, call=5 if kind != "Task" else 1, error=error)
+    status, text = run(tmp_path, "run.name=a", *TINY, before=before)
+    assert status == 2 and "Traceback" not in text, text
+    said = " ".join(text.split())
+    assert re.search(place, said), text
+    assert "data.batch_size=8 trainer.accumulate_grad_batches=2 | task.gradient_checkpointing=true" in said
+
+
+def test_no_memory_in_an_evaluation(tmp_path):
+    assert run(tmp_path, "run.name=a", *TINY, "trainer.max_epochs=1")[0] == 0
+    before = MEMORY.format(file="base", kind="Task", method="validation_step", call=1, error=NONE_LEFT)
+    before = before.replace("Task.validation_step = short", "Task.test_step = Task.validation_step = short")
+    status, text = run(tmp_path, "ckpt=outputs/a", program="eval.py", before=before)
+    assert status == 2 and "Traceback" not in text, text
+    assert "the evaluation ran out of it with data.batch_size=16" in " ".join(text.split())
