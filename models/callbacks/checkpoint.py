@@ -6,6 +6,7 @@
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,11 @@ class Checkpoints(Callback):
         self.saved_step = -1  # the step of the checkpoint that this run wrote last or started from; -1: none
         self._best_score, self._best_step = math.nan, -1
         self._metrics: dict[str, float] = {}
+        self._figures: dict[str, float] = {}  # of the step before a validation, which may be made up for without them
         self._seen_step = 0
         self._failures = 0
         self._validation_due = False
-        self._position: Position | None = None  # of the next batch
+        self.position: Position | None = None  # of the next batch
         self.unfinished = False  # what follows the last step has still to be done, also when nothing is left to train
 
     def describe_run(self, run_dir: str | Path, config: dict[str, Any]) -> None:
@@ -169,17 +171,19 @@ class Checkpoints(Callback):
             "best_score": self._best_score,
             "best_step": self._best_step,
             "validation_due": self._validation_due,
-            "position": None if self._position is None else list(self._position),
+            "figures": self._figures,
+            "position": None if self.position is None else list(self.position),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best_score, self._best_step = state_dict["best_score"], state_dict["best_step"]
         self._validation_due = state_dict["validation_due"]
+        self._figures = state_dict.get("figures", {})
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         if trainer.state.fn == "fit":
             saved = checkpoint["callbacks"].get(self.state_key, {})
-            self._position = go_on(trainer, checkpoint, saved.get("position"))
+            self.position = go_on(trainer, checkpoint, saved.get("position"))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint[CONFIG_KEY], checkpoint[METRICS_KEY] = self.config, self._metrics
@@ -196,12 +200,13 @@ class Checkpoints(Callback):
         step = trainer.global_step
         if step == self._seen_step:  # in the middle of an accumulated batch: its gradients are in no checkpoint
             return
-        self._seen_step, self._position = step, position(trainer)
+        self._seen_step, self.position = step, position(trainer)
         self._metrics = {}
         validate_at_the_end(trainer)
         self._validation_due = validation_follows(trainer)
         if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
             log_step(trainer)  # a run that is killed right behind the checkpoint has the row
+            self._figures = _numbers(trainer.callback_metrics)
             self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,7 +217,7 @@ class Checkpoints(Callback):
         """
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:
             return
-        self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._metrics = self._figures | _numbers(trainer.callback_metrics)
         self._validation_due = False
         before = self._best_score, self._best_step
         if self.monitor is not None and self._improves():
@@ -279,6 +284,10 @@ class Checkpoints(Callback):
         older = [entry for entry in steps.values() if entry.name != path.name and entry != best]
         for entry in older[: max(len(older) - self.keep, 0)]:
             remove_checkpoint(entry)
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
 
 
 def _free_bytes(directory: Path) -> int:

@@ -30,6 +30,7 @@ from models.runs.headline import headline, title
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.memory import explained
+from models.runs.over import limit_of, out_of_time, reported_step, saved_figures, saver_of
 from models.runs.preflight import (
     check_data,
     check_monitor,
@@ -77,17 +78,22 @@ def train(cfg: DictConfig) -> float | None:
         trainer = run.trainer
         if trainer.is_global_zero:
             print(headline(config, run.trainer, run.task, run.data, run_dir, run.notes))
+        told = reported_step(run_dir) == run.step
+        if (saver := saver_of(trainer)) is not None:
+            saver.unfinished = not told
         with ending(trainer, run_dir, config), restoring(run.checkpoint):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
         if not trainer.is_global_zero:
             return None
-        if trainer.global_step == run.step and (run_dir / "metrics.json").exists():
-            print(
-                f"the run has finished at step {run.step}; raise trainer.max_epochs to go on, or give another run.name"
-            )
+        limit = limit_of(trainer)
+        if trainer.global_step == run.step and told and limit is not None:
+            print(f"the run has finished at step {run.step}; raise {limit} to go on, or give another run.name")
             return None
         run.record.begin(run.step, run.data)  # of a run without a step
-        return _report(trainer, config, run.task, run_dir, run.progress)
+        best = _report(config, run, run_dir)
+        if limit is None and config["trainer"].get("max_time") is not None:
+            print(out_of_time(trainer, config["trainer"]["max_time"]))
+        return best
 
 
 def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLog) -> Run:
@@ -161,11 +167,11 @@ def _trainer(cfg: DictConfig, config: dict[str, Any], run_dir: Path, own: list[C
     )
 
 
-def _report(
-    trainer: pl.Trainer, config: dict[str, Any], task: Task, run_dir: Path, progress: RunProgress
-) -> float | None:
+def _report(config: dict[str, Any], run: Run, run_dir: Path) -> float | None:
     """Writes metrics.json, prints the table at the end; returns the best monitored value."""
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures
+    trainer, task, progress = run.trainer, run.task, run.progress
+    figures = saved_figures(trainer) if trainer.global_step == run.step else {}
+    figures |= {name: float(value) for name, value in trainer.callback_metrics.items()} | task.final_figures
     figures |= {
         "images_per_second": progress.throughput.images_per_second or None,
         "data_wait": progress.throughput.data_wait,
@@ -175,7 +181,7 @@ def _report(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
     }
-    checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    checkpoints = saver_of(trainer)
     best = checkpoints.best_score if checkpoints is not None else None
     if best is not None:
         figures[f"best/{checkpoints.monitor}"] = best

@@ -23,21 +23,53 @@ NOTHING = "nothing"
 
 CASES = {
     # a process ends
-    1: Case("killed (−9) in the middle of an epoch", "the same command goes on; it ends with the same bits", STEPS),
+    1: Case(
+        "killed (−9) in the middle of an epoch",
+        "the same command goes on and ends with the same bits; loader processes die with it",
+        STEPS,
+    ),
     2: Case("killed while a checkpoint is written", "the older checkpoint stands, or the new one is complete", STEPS),
-    3: Case("SIGTERM, to the process or to the whole job", "saves the last full step, status 75", NOTHING),
-    4: Case("SIGUSR1, to the process or to the whole job", "saves the last full step, status 75", NOTHING),
-    5: Case("Ctrl-C, once or twice", "saves, status 130; the second time it ends at once", "once " + NOTHING),
-    6: Case("a signal during a validation", "stops after its batch; the validation is made up for", NOTHING),
+    3: Case(
+        "SIGTERM, to the process or to the whole job",
+        "saves the last full step, status 75; loader processes outlive a signal to the job; torchrun makes it 1",
+        NOTHING,
+    ),
+    4: Case(
+        "SIGUSR1, to the process or to the whole job",
+        "saves the last full step, status 75; so do SIGUSR2, SIGHUP and SIGXCPU; nothing is requeued by Lightning",
+        NOTHING,
+    ),
+    5: Case(
+        "Ctrl-C, once or twice",
+        "saves, status 130; the second time it ends at once, the last checkpoint stays",
+        NOTHING,
+    ),
+    6: Case(
+        "a signal during a validation",
+        "stops after the batch of validation; the next start makes up for the validation, as of its epoch",
+        NOTHING,
+    ),
     7: Case("a signal in the middle of an optimizer step", "the step is finished and saved", NOTHING),
-    8: Case("a signal in the middle of accumulated batches", "the step is finished and saved", NOTHING),
-    9: Case("a signal to one process of several, or to all", "all stop at the same step", NOTHING),
+    8: Case(
+        "a signal in the middle of accumulated batches",
+        "the accumulated step is finished and saved; a second signal ends a step that hangs",
+        NOTHING,
+    ),
+    9: Case(
+        "a signal to one process of several, or to all",
+        "all stop at the same step, which is saved once; status 75 (torchrun makes it 1)",
+        NOTHING,
+    ),
     10: Case("one process of several is killed", "the others end and say which; torchrun starts all again", STEPS),
     11: Case("one process of several hangs", "the others end after trainer.timeout and say which", STEPS),
     12: Case("an exception in one process of several", "all end at once; its traceback is in errors/", STEPS),
     13: Case("the job is put into the queue again", "the same command continues the run", NOTHING),
     14: Case("two jobs with one folder", "the second is refused and leaves no trace", NOTHING),
-    15: Case("a finished run is started again", "says that it has finished", NOTHING),
+    15: Case(
+        "a finished run is started again",
+        "says that it has finished and by which limit; what was owed at its end is done; a longer run goes on",
+        NOTHING,
+    ),
     16: Case("nothing to continue", "a path is refused with what is near; auto says that it starts at 0", NOTHING),
     # storage
     17: Case("the disk is full", "older checkpoints stay, training goes on; status 74 after three failures", STEPS),
@@ -47,7 +79,11 @@ CASES = {
     21: Case("killed while an old checkpoint is deleted", "the rest is swept at the next start", NOTHING),
     22: Case("the clock jumps", "the newest checkpoint is that of the highest step", NOTHING),
     # going on
-    23: Case("stopped and continued at any places, any number of times", "ends as the run that never stopped", NOTHING),
+    23: Case(
+        "stopped and continued at any places, any number of times",
+        "ends as the run that never stopped: weights, moments, averages, best, validations, rows",
+        NOTHING,
+    ),
     24: Case("a setting that changes the result is given otherwise", "refused in one sentence that names it", NOTHING),
     25: Case("another number of processes, another batch", "the same global batches, or refused", NOTHING),
     26: Case("weights of another number of classes", "a new head is said; evaluation refuses", NOTHING),
