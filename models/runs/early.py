@@ -15,7 +15,7 @@ def find_weights(arguments: list[str]) -> list[str]:
         UserError: there are none.
     """
     given = {key: text.plain(value) for key, _, value in (argument.partition("=") for argument in arguments)}
-    if given.get("resume", "") not in ("", "auto", "null") and not any(a.startswith("-") for a in arguments):
+    if given.get("resume", "") not in ("", "auto", "must", "null") and not any(a.startswith("-") for a in arguments):
         resolve(given["resume"])
     path = given.get("init", "")
     folder = Path("outputs", given.get("run.name", ""), "checkpoints")

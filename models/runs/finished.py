@@ -21,11 +21,11 @@ from models.checkpoints.packed import config_of
 from models.engines.strategies import engine
 from models.probes import Subject
 from models.runs.headline import title
+from models.runs.identity import differences
 from models.runs.initial import in_our_names
 from models.runs.machine import check_accelerator
 from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
-from models.runs.resume import differences
 from models.runs.useful import is_weights
 
 SHOWN = 5  # names in a message before it says how many more there are

@@ -27,6 +27,7 @@ from models.loggers import build_loggers
 from models.runs.ending import ending
 from models.runs.facts import facts_of
 from models.runs.headline import headline, title
+from models.runs.identity import compare_configs, usual_settings
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.memory import explained
@@ -40,7 +41,7 @@ from models.runs.preflight import (
 )
 from models.runs.record import Record, RunLog, recorded
 from models.runs.report import next_steps, print_table, write_json
-from models.runs.resume import compare_configs, find_resume
+from models.runs.resume import begins_again, find_resume
 from models.side_outputs import attempt
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
@@ -67,14 +68,15 @@ def train(cfg: DictConfig) -> float | None:
     """
     quiet()
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    left_open = cfg.trainer.get("precision") == "auto"
     precision = fit_precision(cfg)
     config = resolved(cfg)
     check_settings(config)
     check_accelerator(config["trainer"])
     with recorded() as log, listening(), lock_folder(run_dir):
         with explained(config):
-            run = _prepared(cfg, config, run_dir, log)
-        run.notes.extend(precision)
+            run = _prepared(cfg, config, run_dir, log, left_open)
+        run.notes.extend(precision if run.checkpoint is None else [])
         trainer = run.trainer
         if trainer.is_global_zero:
             print(headline(config, run.trainer, run.task, run.data, run_dir, run.notes))
@@ -96,9 +98,9 @@ def train(cfg: DictConfig) -> float | None:
         return best
 
 
-def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLog) -> Run:
+def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLog, left_open: bool) -> Run:
     """Everything built and checked; `config` gets what only the parts know."""
-    checkpoint = _resume(cfg, run_dir, config)
+    checkpoint = _resume(cfg, run_dir, config, left_open)
     if checkpoint is None:
         check_given(config)
     config["threads"], threads = fit_threads(cfg, read_config(checkpoint).get("threads") if checkpoint else None)
@@ -125,14 +127,20 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)
     notes = [*data.notes(), *data.warnings(readers(trainer)), *spread, attention, *threads, *origin, *map(str, frozen)]
+    notes += begins_again(run_dir) if checkpoint is None and cfg.resume == "auto" else []
     return Run(trainer, task, data, progress, record, checkpoint, step, notes)
 
 
-def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any]) -> Path | None:
+def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any], left_open: bool) -> Path | None:
+    """The checkpoint to go on from, which asks for the same; a precision that the command leaves open is its own."""
     checkpoint = find_resume(None if cfg.resume is None else str(cfg.resume), run_dir)
     follow_weights(cfg, config, checkpoint)
-    if checkpoint is not None:
-        compare_configs(read_config(checkpoint), config)
+    if checkpoint is None:
+        return None
+    saved = read_config(checkpoint)
+    if left_open and isinstance(saved.get("trainer"), dict) and saved["trainer"].get("precision") is not None:
+        cfg.trainer.precision = config["trainer"]["precision"] = saved["trainer"]["precision"]
+    compare_configs(saved, config, usual_settings(cfg))
     return checkpoint
 
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import recipes
 from conf.compose import compose_run
-from models.runs.resume import without_backend
+from models.runs.identity import without_backend
 
 # What decides a figure besides the weights; paths, batch sizes and what only training uses do not.
 JUDGED = ("image_size", "attention", "model", "data")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from models import create_model
 from models.callbacks.freezing import Freezing, freezing
-from models.runs.resume import compare_configs
+from models.runs.identity import compare_configs
 from models.tasks.base import _optimizer
 from models.tasks.classification import Classification
 
