@@ -19,10 +19,12 @@ from data import workers as processes
 from data.augment import Augment
 from data.batch import Batch
 from data.cautions import cautions
+from data.changes import check_same
 from data.checks import data_problems, setting_problems, trainer_problems
 from data.dataset import Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
 from data.loader import EpochLoader, loader, worker_count
+from data.order.fingerprint import fingerprint
 from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
 from data.order.spread import spread_over
 from data.place import place
@@ -163,6 +165,7 @@ class ImageData(pl.LightningDataModule):
         """Checks; a new fit begins at the first batch unless a checkpoint, restored after this, says otherwise."""
         self.check(training=stage == "fit")
         if stage == "fit":
+            self.fingerprint  # noqa: B018 - before training, which the first save would hold up
             self.start_epoch, self.start_batch, self._delivered = None, 0, None
         self._loaders.clear()
 
@@ -243,16 +246,22 @@ class ImageData(pl.LightningDataModule):
 
     # Resuming
 
-    def state_dict(self) -> dict[str, int]:
-        """The position of the next training batch to be processed, and what it was counted with."""
-        epoch, batch = self._position()
-        return {"epoch": epoch, "batch": batch, **self._counted_with()}
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data is, wherever it lies (`data.order.fingerprint`)."""
+        return fingerprint(self.class_names, train=self.source.train, val=self.source.val)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next training batch to be processed, what it was counted with, and of which data."""
+        epoch, batch = self._position()
+        return {"epoch": epoch, "batch": batch, **self._counted_with(), "data": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Training starts at the stored position; evaluating a checkpoint has no use for it.
 
         Raises:
-            ValueError: with another global batch, seed or number of images the batches that follow do not exist.
+            ValueError: with another global batch, seed or number of images the batches that follow do not exist; or
+                the data has changed.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -263,6 +272,8 @@ class ImageData(pl.LightningDataModule):
                     f"{name}={state[name]}, got {name}={value}; resume with the same data, seed and batch_size × "
                     "processes, or start a new run from the checkpoint's weights"
                 )
+        if "data" in state:  # older checkpoints do not know
+            check_same(state["data"], self.fingerprint)
         self.start_epoch, self.start_batch = int(state["epoch"]), int(state["batch"])
 
     def _counted_with(self) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Which images make which batch, and the counter-based randomness that says so."""
+"""Which images make which batch, the counter-based randomness that says so, and what names the images."""

@@ -16,10 +16,13 @@ from PIL import Image
 from conf.errors import UserError
 from conf.folders import printable
 from conf.values import flag
+from data.order.spread import spread_over
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
 from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, files_of
+
+READ = 100  # images whose sizes are compared where reading a row is reading the image
 
 
 class HuggingFaceSplit:
@@ -47,6 +50,18 @@ class HuggingFaceSplit:
     def take(self, chosen: np.ndarray) -> "HuggingFaceSplit":
         """Some of the images, by a mask or by rising positions."""
         return HuggingFaceSplit(self.rows, self.image, self.labels[chosen], self.numbers[chosen], self.folders)
+
+    def keys(self) -> np.ndarray:
+        """The numbers of the rows (`data.order.fingerprint`)."""
+        return self.numbers.astype(np.uint64)
+
+    def sizes(self, places: np.ndarray) -> list[int]:
+        """Bytes of the groups of some rows where they are streamed, else those of a few images."""
+        if isinstance(self.rows, ParquetRows):
+            return self.rows.sizes(self.numbers[places]).tolist()
+        few = spread_over(len(places), READ) if len(places) else []
+        files = [self.rows[int(self.numbers[places[place]])][self.image] or {} for place in few]
+        return [len(file.get("bytes") or b"") for file in files]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])

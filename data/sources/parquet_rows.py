@@ -30,13 +30,15 @@ class ParquetRows:
         self.files, self.image = files, image
         self._open: dict[tuple[int, int], Any] = {}  # for each process and file
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        places, counts, labels = [], [], []
+        places, counts, labels, sizes = [], [], [], []
         for number in range(len(files)):
             file = self._file(number)
             labels.append(np.asarray(file.read([label], use_threads=False).column(label)).astype(np.int64))
             places += [(number, group) for group in range(file.num_row_groups)]
+            sizes += [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
             counts += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self.places, self.ends = places, np.cumsum(counts, dtype=np.int64)
+        self.group_bytes = np.array(sizes, np.int64)
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -45,6 +47,10 @@ class ParquetRows:
     def blocks(self, numbers: np.ndarray) -> np.ndarray:
         """How many of these rows lie in each group."""
         return np.bincount(np.searchsorted(self.ends, numbers, "right"), minlength=len(self.ends))
+
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """Bytes of the groups that some rows lie in, by the footers of the files (`data.order.fingerprint`)."""
+        return self.group_bytes[np.searchsorted(self.ends, numbers, "right")]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         group = int(np.searchsorted(self.ends, number, "right"))

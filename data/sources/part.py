@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from data.order.fingerprint import sizes_of
 from data.order.stratified import part
 from data.sources import Source, Split
 
@@ -19,6 +20,14 @@ class PartSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def keys(self) -> np.ndarray:
+        """Which images of the split they are (`data.order.fingerprint`)."""
+        return self._chosen.astype(np.uint64)
+
+    def sizes(self, places: np.ndarray) -> list[int]:
+        """Those of the split, where it has them."""
+        return sizes_of(self._split, self._chosen[places])
 
     def __getitem__(self, index: int) -> Any:
         return self._split[int(self._chosen[index])]

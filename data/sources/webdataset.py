@@ -18,6 +18,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.folders import printable
 from conf.lists import in_order, read_classes
+from data.order.fingerprint import names_hashed
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
@@ -46,6 +47,15 @@ class ShardSplit:
     def take(self, chosen: np.ndarray) -> "ShardSplit":
         """Some of the samples, by a mask or by rising positions."""
         return ShardSplit(self.shards, self.shard_of[chosen], self.places[chosen], self.labels[chosen])
+
+    def keys(self) -> np.ndarray:
+        """A number for each sample: of its shard, by its name, and its place in it (`data.order.fingerprint`)."""
+        names = np.array([os.fsencode(os.path.basename(shard)) for shard in self.shards], np.bytes_)
+        return names_hashed(names)[0][self.shard_of] + self.places[:, 0].astype(np.uint64)
+
+    def sizes(self, places: np.ndarray) -> list[int]:
+        """Bytes of some images."""
+        return self.places[places, 1].tolist()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])

@@ -9,6 +9,7 @@ it is older, its usual value is no difference.
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf.compose import compose
 from conf.errors import UserError
 from conf.names import PLACES, choosable
+from data.changes import NAME, check_same, read_names
 
 # What may be otherwise, with all that is below it
 FREE = frozenset(
@@ -37,7 +39,7 @@ FREE = frozenset(
         *("task.autoencoder", "task.sampling", "task.score", "task.seed"),
         # what is done where something fails
         *("data.on_error", "data.max_skipped", "callbacks.non_finite", "callbacks.spikes"),
-        # judged elsewhere: images per step (`models.tasks.effective_batch`), the data (`data.fingerprint`), its split
+        # judged elsewhere: images per step (`models.tasks.effective_batch`), the data and its split
         *("global_batch", "data.batch_size", "trainer.accumulate_grad_batches"),
         *("classes", "data.split", "data.source.split", "data.source.val_labels"),
         # copies of other settings
@@ -97,6 +99,26 @@ def compare_configs(
             f"resume: the checkpoint was trained with {', '.join(found)} as this command asks; "
             "give the same options, or start a new run with another run.name"
         )
+
+
+def compare_data(saved: dict[str, Any], position: dict[str, Any], data: Any, run_dir: Path) -> None:
+    """Compares the data of a run with that of its checkpoint.
+
+    Args:
+        saved: the configuration in the checkpoint; of an older one the names of classes are all that is known.
+        position: what the data module has left in the checkpoint.
+        data: of this command.
+        run_dir: of the checkpoint; it may hold the names of files.
+
+    Raises:
+        ValueError: one sentence that says what has changed.
+    """
+    before = position.get("data")
+    if before is not None and before != data.fingerprint:
+        check_same(before, data.fingerprint, read_names(run_dir / NAME, train=data.source.train, val=data.source.val))
+    classes = saved.get("classes")
+    if before is None and classes is not None and list(classes) != data.class_names:
+        check_same(*({"classes": names, "train": None} for names in (list(classes), data.class_names)))
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any], sections: Iterable[str]) -> list[str]:

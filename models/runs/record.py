@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import Callback
 from conf.errors import UserError
 from conf.output import Kept
 from conf.revision import revision
+from data.changes import NAME, keep_names
 from data.sources.split_file import leave_split
 from models.callbacks.loops import call_last
 from models.runs.environment import environment
@@ -153,6 +154,7 @@ class Record(Callback):
         text = OmegaConf.to_yaml(OmegaConf.create(self.config))
         attempt("config.yaml", put, self.run_dir / "config.yaml", text)
         attempt("split.csv", leave_split, data.source, self.run_dir)
+        attempt(NAME, lambda: keep_names(self.run_dir / NAME, train=data.source.train, val=data.source.val))
         attempt(".hydra", _write_hydra, self.run_dir / ".hydra", self.cfg)
         facts = {"step": step, "threads": self.config.get("threads")}
         attempt("env.json", write_environment, self.run_dir, facts)

@@ -3,11 +3,12 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from conf.errors import UserError
 from conf.leftovers import BEGUN
 from conf.names import nearest, short
-from models.checkpoints.format.directory import POINTERS, latest, nearby, resolve, verify
+from models.checkpoints.format.directory import POINTERS, TRAINER, latest, nearby, read_json, resolve, verify
 from models.checkpoints.format.write import recover
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,14 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
     path = resolve(newest if newest.exists() else path)
     verify(path)
     return path
+
+
+def position_of(checkpoint: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What the data module of a configuration has left in a checkpoint: where the run is, and in which data."""
+    state = read_json(checkpoint / TRAINER)
+    kind = str((config.get("data") or {}).get("_target_")).rpartition(".")[2]
+    found = state.get(kind) if isinstance(state, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def begins_again(run_dir: Path) -> list[str]:

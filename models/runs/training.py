@@ -27,7 +27,7 @@ from models.loggers import build_loggers
 from models.runs.ending import ending
 from models.runs.facts import facts_of
 from models.runs.headline import headline, title
-from models.runs.identity import compare_configs, usual_settings
+from models.runs.identity import compare_configs, compare_data, usual_settings
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.memory import explained
@@ -41,7 +41,7 @@ from models.runs.preflight import (
 )
 from models.runs.record import Record, RunLog, recorded
 from models.runs.report import next_steps, print_table, write_json
-from models.runs.resume import begins_again, find_resume
+from models.runs.resume import begins_again, find_resume, position_of
 from models.side_outputs import attempt
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, check_resumed
@@ -113,6 +113,9 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     check_data(data)
     check_monitor(config, task)
     task.prepare(data)
+    if checkpoint is not None:
+        position = position_of(checkpoint, config)
+        compare_data(read_config(checkpoint), position, data, checkpoint.resolve().parents[1])
     config["classes"] = data.class_names
     step = read_manifest(checkpoint)["step"] if checkpoint else 0
     progress = RunProgress(Throughput(), usable_cores())
@@ -140,7 +143,7 @@ def _resume(cfg: DictConfig, run_dir: Path, config: dict[str, Any], left_open: b
     saved = read_config(checkpoint)
     if left_open and isinstance(saved.get("trainer"), dict) and saved["trainer"].get("precision") is not None:
         cfg.trainer.precision = config["trainer"]["precision"] = saved["trainer"]["precision"]
-    compare_configs(saved, config, usual_settings(cfg))
+    compare_configs(saved, config, usual_settings(cfg), "data" in position_of(checkpoint, saved))
     return checkpoint
 
 

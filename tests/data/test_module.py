@@ -119,7 +119,8 @@ def test_what_is_known_before_a_trainer_exists():
     data = images(Fake(train_images=100), batch_size=8)
     assert data.num_classes == 10 and data.class_names[0] == "class 0"
     assert (data.steps_per_epoch(), data.steps_per_epoch(4)) == (12, 3)
-    assert data.state_dict() == {"epoch": 0, "batch": 0, "global_batch": 8, "seed": 0, "images": 100}
+    position = {"epoch": 0, "batch": 0, "global_batch": 8, "seed": 0, "images": 100}
+    assert data.state_dict() == position | {"data": data.fingerprint}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
