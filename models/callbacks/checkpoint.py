@@ -1,11 +1,9 @@
-"""When a run writes checkpoints and which are kept: the callback in place of Lightning's `ModelCheckpoint`.
+"""When a run writes checkpoints: the callback in place of Lightning's `ModelCheckpoint`.
 
 `Trainer(plugins=[DirectoryCheckpointIO()], callbacks=[EMA(), Checkpoints()], enable_checkpointing=False)`.
 """
 
 import logging
-import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,11 @@ from models.callbacks.loops import (
     validation_follows,
     validation_is_due,
 )
+from models.callbacks.pace import Pace
+from models.callbacks.retention import Ranked, Retention
+from models.callbacks.saving import Saver, free_bytes
 from models.checkpoints.format.directory import CorruptCheckpoint, latest, read_manifest, step_directories, step_name
-from models.checkpoints.format.write import point, probe, remove_checkpoint, sweep
-from models.side_outputs import attempt
+from models.checkpoints.format.write import probe, sweep
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Checkpoints(Callback):
     """Saves at optimizer-step boundaries, around every validation and at the end, and keeps the last and the best.
 
     A checkpoint is written before a validation as well as after it, so that a run that is stopped while validating
-    loses no step; a run resumed from there makes up for the missed validation first.
+    loses no step; a run resumed from there makes up for the missed validation first. Training stands still while the
+    tensors are copied, and goes on while the copies are written; at most one save is under way.
 
     Args:
         every_n_steps: optimizer steps between saves; 0 saves only around validations and at the end.
@@ -47,11 +48,12 @@ class Checkpoints(Callback):
         mode: "max" or "min". Of equal values the earlier one stays the best.
         keep: how many further old checkpoints stay besides `last` and `best`.
         dirpath: the folder; default `checkpoints` in the run's folder.
+        keep_every_n_steps: a checkpoint of every so many steps, which is never deleted; None for none.
+        every_minutes: a save after so many minutes without one; None for never.
+        top_k: how many of the best stay.
 
     It is called after all other callbacks, wherever it stands in the list: they must have seen the step that is saved.
     """
-
-    MAX_FAILURES = 3
 
     def __init__(
         self,
@@ -60,21 +62,28 @@ class Checkpoints(Callback):
         mode: str = "max",
         keep: int = 1,
         dirpath: str | None = None,
+        keep_every_n_steps: int | None = None,
+        every_minutes: float | None = None,
+        top_k: int = 1,
     ) -> None:
         if mode not in ("max", "min"):
             raise UserError(f"Checkpoints: mode must be 'max' or 'min', got {mode!r}")
-        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
-            if type(value) is not int or value < 0:
-                raise UserError(f"Checkpoints: {name} must be an integer of at least 0, got {value!r}")
-        self.every_n_steps, self.monitor, self.mode, self.keep = every_n_steps, monitor, mode, keep
+        whole = {"every_n_steps": (every_n_steps, 0), "keep": (keep, 0), "top_k": (top_k, 1)}
+        if keep_every_n_steps is not None:
+            whole["keep_every_n_steps"] = keep_every_n_steps, 1
+        for name, (value, least) in whole.items():
+            if type(value) is not int or value < least:
+                raise UserError(f"Checkpoints: {name} must be an integer of at least {least}, got {value!r}")
+        self.every_n_steps, self.keep_every_n_steps, self.monitor = every_n_steps, keep_every_n_steps, monitor
+        self.pace = Pace(every_minutes)
+        self.kept = Retention(keep, keep_every_n_steps, top_k, mode)
+        self.saver = Saver(self.kept)
         self.directory = Path(dirpath) if dirpath is not None else None
         self.config: dict[str, Any] = {}
-        self.saved_step = -1  # the step of the checkpoint that this run wrote last or started from; -1: none
-        self._best_score, self._best_step = math.nan, -1
+        self._loaded_step = -1
         self._metrics: dict[str, float] = {}
         self._figures: dict[str, float] = {}  # of the step before a validation, which may be made up for without them
         self._seen_step = 0
-        self._failures = 0
         self._validation_due = False
         self.position: Position | None = None  # of the next batch
         self.unfinished = False  # what follows the last step has still to be done, also when nothing is left to train
@@ -87,12 +96,17 @@ class Checkpoints(Callback):
     @property
     def best_score(self) -> float | None:
         """The best value of the monitored metric so far; None before the first validation."""
-        return None if math.isnan(self._best_score) else self._best_score
+        return None if self.kept.best is None else self.kept.best.score
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the checkpoint that this run wrote last or started from; -1: none."""
+        return self.saver.saved_step
 
     @property
     def last(self) -> Path | None:
         """The newest checkpoint that this run has written or started from; None if there is none."""
-        return None if self.saved_step < 0 else self.directory / step_name(self.saved_step)
+        return self.saver.last
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tries the folder before anything slow happens.
@@ -105,13 +119,14 @@ class Checkpoints(Callback):
         call_last(trainer, self)
         end_all(trainer, lambda: self._validation_due or self.unfinished)
         self.directory = Path(trainer.default_root_dir) / "checkpoints" if self.directory is None else self.directory
+        self.saver.directory, self.saver.writes = self.directory, trainer.is_global_zero
         problem = None
         if trainer.is_global_zero:
             try:
                 probe(self.directory)
                 sweep(self.directory)
             except OSError as error:
-                problem = f"{error.strerror or error} and {_free_bytes(self.directory)} bytes free"
+                problem = f"{error.strerror or error} and {free_bytes(self.directory)} bytes free"
         problem = trainer.strategy.broadcast(problem, src=0)  # so that no rank is left waiting
         if problem is not None:
             raise UserError(
@@ -130,20 +145,18 @@ class Checkpoints(Callback):
         begin_between_epochs(trainer)
         if trainer.fast_dev_run:
             return
-        found = trainer.strategy.broadcast(self._newest() if trainer.is_global_zero else None, src=0)
-        if isinstance(found, str):  # so that no rank is left waiting
-            raise UserError(found)
-        step = found
+        step = trainer.strategy.broadcast(self._newest() if self.saver.writes else None, src=0)
+        if isinstance(step, str):  # so that no rank is left waiting
+            raise UserError(step)
         if step > trainer.global_step:
             raise UserError(
                 f"Checkpoints: {self.directory} must not hold steps newer than the one training starts from, "
                 f"{trainer.global_step}, got {step_name(step)}; use resume=auto to continue it, or another run.name"
             )
-        self.saved_step = step if step == trainer.global_step else -1
+        self.saver.saved_step = step if step == trainer.global_step else -1
         self._forget_best_of_elsewhere(trainer)
-        if self.saved_step >= 0 and trainer.is_global_zero:  # killed before the pointers were moved
-            attempt("the pointers best and last", self._arrange, self.directory / step_name(step))
         self._validation_due = self._validation_due and validation_is_due(trainer)
+        self.pace.begin(trainer.global_step)
         if self._validation_due:
             validate_now(trainer)
 
@@ -156,32 +169,45 @@ class Checkpoints(Callback):
         return -1 if newest is None else read_manifest(newest)["step"]
 
     def _forget_best_of_elsewhere(self, trainer: pl.Trainer) -> None:
-        """A run that goes on in another folder, or without its best checkpoint, has no `best` until it finds one."""
-        here = self._best_step in step_directories(self.directory) if trainer.is_global_zero else False
-        if self._best_step >= 0 and not trainer.strategy.broadcast(here, src=0):
-            if trainer.is_global_zero:
-                log.warning(
-                    "Checkpoints: the best so far, %.4g in %s, is not in %s; the best is chosen anew from here",
-                    *(self._best_score, step_name(self._best_step), self.directory),
-                )
-            self._best_score, self._best_step = math.nan, -1
+        """A run that goes on in another folder, or without its best checkpoints, ranks those that are there."""
+        there = trainer.strategy.broadcast(set(step_directories(self.directory)) if self.saver.writes else None, src=0)
+        best = self.kept.best
+        if self.saver.writes and best is not None and best.step not in there:
+            log.warning(
+                "Checkpoints: the best so far, %.4g in %s, is not in %s; the best is chosen anew from here",
+                *(best.score, step_name(best.step), self.directory),
+            )
+        self.kept.ranked = tuple(entry for entry in self.kept.ranked if entry.step in there)
 
     def state_dict(self) -> dict[str, Any]:
+        best = self.kept.best or Ranked(float("nan"), -1)
         return {
-            "best_score": self._best_score,
-            "best_step": self._best_step,
+            "best_score": best.score,
+            "best_step": best.step,
+            "ranked": [list(entry) for entry in self.kept.ranked],
             "validation_due": self._validation_due,
             "figures": self._figures,
             "position": None if self.position is None else list(self.position),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best_score, self._best_step = state_dict["best_score"], state_dict["best_step"]
+        best = [(state_dict["best_score"], state_dict["best_step"])] if state_dict["best_step"] >= 0 else []
+        self.kept.ranked = tuple(Ranked(*entry) for entry in state_dict.get("ranked", best))
         self._validation_due = state_dict["validation_due"]
         self._figures = state_dict.get("figures", {})
+        self._point_again()
+
+    def _point_again(self) -> None:
+        """A run that was killed before its pointers moved finds them moved, also where it has nothing left to do."""
+        try:
+            if self.saver.writes and self._newest() == self._loaded_step:
+                self.kept.arrange(self.directory, self.directory / step_name(self._loaded_step))
+        except OSError as error:
+            log.warning("Checkpoints: `last` and `best` could not be moved: %s", error)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         if trainer.state.fn == "fit":
+            self._loaded_step = checkpoint["global_step"]
             saved = checkpoint["callbacks"].get(self.state_key, {})
             self.position = go_on(trainer, checkpoint, saved.get("position"))
 
@@ -204,10 +230,23 @@ class Checkpoints(Callback):
         self._metrics = {}
         validate_at_the_end(trainer)
         self._validation_due = validation_follows(trainer)
-        if self._validation_due or (self.every_n_steps and step % self.every_n_steps == 0):
+        if trainer.fast_dev_run:
+            return
+        if self._validation_due:
             log_step(trainer)  # a run that is killed right behind the checkpoint has the row
             self._figures = _numbers(trainer.callback_metrics)
-            self.save(trainer)
+            self._begin(trainer)
+        elif self._is_time(trainer, step):
+            log_step(trainer)
+            self._figures = _numbers(trainer.callback_metrics)
+            self.saver.begin_unless_slow(trainer)
+            self.pace.begin(step)
+        else:
+            self.saver.settle_if_over(trainer)
+
+    def _is_time(self, trainer: pl.Trainer, step: int) -> bool:
+        by_steps = any(n and step % n == 0 for n in (self.every_n_steps, self.keep_every_n_steps))
+        return self.pace.due(trainer, step) or by_steps
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves with the new metrics, as the best if it is.
@@ -219,78 +258,52 @@ class Checkpoints(Callback):
             return
         self._metrics = self._figures | _numbers(trainer.callback_metrics)
         self._validation_due = False
-        before = self._best_score, self._best_step
-        if self.monitor is not None and self._improves():
-            self._best_score, self._best_step = self._metrics[self.monitor], trainer.global_step
-        if not self.save(trainer):
-            self._best_score, self._best_step = before
+        if self._begin(trainer):
+            self.saver.settle(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.saved_step != trainer.global_step:
-            self.save(trainer)
+        """Has the last step on the disk, with its metrics.
 
-    def _improves(self) -> bool:
+        Raises:
+            StorageFailed: it is not.
+        """
+        if trainer.fast_dev_run:
+            return
+        self.saver.settle(trainer)
+        if self.saver.failures or self.saved_step != trainer.global_step:
+            self._begin(trainer)
+            self.saver.settle(trainer, final=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.saver.leave()
+
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Has this step on the disk, on all ranks together; False where the storage failed and training can go on.
+
+        Raises:
+            StorageFailed: this was the third failure in a row.
+        """
+        if trainer.fast_dev_run:
+            return True
+        self.saver.settle(trainer)
+        if self.saved_step != trainer.global_step:
+            self._begin(trainer)
+            self.saver.settle(trainer)
+        return self.saved_step == trainer.global_step
+
+    def _begin(self, trainer: pl.Trainer) -> bool:
+        """Begins a save; after a validation, whether this is the best step so far."""
+        self.pace.begin(trainer.global_step)
+        return self.saver.begin(trainer, self._score() if self._metrics and self.monitor is not None else None)
+
+    def _score(self) -> float:
         if self.monitor not in self._metrics:
             raise UserError(
                 f"Checkpoints: the monitored metric must be logged in validation, got {self.monitor!r}; "
                 f"logged are: {', '.join(sorted(self._metrics))}"
             )
-        score = self._metrics[self.monitor]
-        if math.isnan(score) or math.isnan(self._best_score):
-            return not math.isnan(score)
-        return score > self._best_score if self.mode == "max" else score < self._best_score
-
-    def save(self, trainer: pl.Trainer) -> bool:
-        """Saves now, on all ranks together; False where the storage failed and training can go on.
-
-        Raises:
-            RuntimeError: this was the third failure in a row.
-        """
-        if trainer.fast_dev_run:
-            return True
-        error: OSError | None = None
-        path = self.directory / step_name(trainer.global_step)
-        try:
-            trainer.save_checkpoint(path, weights_only=False)
-        except OSError as caught:
-            error = caught
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait for this one
-        if error is None and trainer.is_global_zero:
-            try:
-                self._arrange(path)
-            except OSError as caught:
-                error = caught
-        failed = trainer.strategy.broadcast(error is not None, src=0)
-        if not failed:
-            self._failures, self.saved_step = 0, trainer.global_step
-            return True
-        self._failures += 1
-        reason = f"{error.strerror or error}" if error is not None else "an error on rank 0"
-        message = f"Checkpoints: step {trainer.global_step} could not be saved in {self.directory} ({reason}, "
-        message += f"{_free_bytes(self.directory)} bytes free)"
-        if self._failures >= self.MAX_FAILURES:
-            raise RuntimeError(f"{message}; {self._failures} saves in a row failed: free space or mend the folder")
-        if trainer.is_global_zero:
-            log.warning("%s; older checkpoints stay and training goes on", message)
-        return False
-
-    def _arrange(self, path: Path) -> None:
-        """Moves the pointers to the new checkpoint and deletes what is no longer kept."""
-        point(self.directory / "last", path)
-        steps = step_directories(self.directory)
-        best = steps.get(self._best_step)
-        if best is not None:
-            point(self.directory / "best", best)
-        older = [entry for entry in steps.values() if entry.name != path.name and entry != best]
-        for entry in older[: max(len(older) - self.keep, 0)]:
-            remove_checkpoint(entry)
+        return self._metrics[self.monitor]
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
-
-
-def _free_bytes(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from conf.errors import UserError
 from conf.revision import revision
-from models.checkpoints.format.codec import decode, encode, plain_tensor
+from models.callbacks.snapshot import Snapshot
+from models.callbacks.writer import Writer
+from models.checkpoints.format.codec import decode, dense_tensor, encode
 from models.checkpoints.format.directory import (
     ADAPTER,
     CONFIG,
@@ -42,43 +44,51 @@ _ENTRIES = {
 _LIBRARIES = ("torch", "pytorch-lightning", "timm", "safetensors", "numpy")
 
 
+class Contents(NamedTuple):
+    """What a checkpoint directory is made of: see `write_checkpoint`."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    plain: dict[str, Any]
+    manifest: dict[str, Any]
+
+
 class DirectoryCheckpointIO(CheckpointIO):
     """Saves and loads Lightning's checkpoint mapping as a directory of safetensors and JSON."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def __init__(self) -> None:
+        self._snapshot = Snapshot()
+        self._written: tuple[Path, dict[str, dict[str, Any]]] | None = None  # what stands on the disk of the snapshot
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Writer | None = None
+    ) -> None:
         """Writes the directory `path`; the mapping itself is left as it is.
+
+        Args:
+            checkpoint: Lightning's mapping.
+            path: of the directory; one that stands there is replaced.
+            storage_options: what writes beside training, of what the tensors are when this returns, and reports an
+                OSError later; without it everything is on the disk when this returns.
 
         Raises:
             TypeError: an entry has a type that the format does not know; the message names its path.
             ValueError: the LightningModule keeps no weights under `model.`.
             OSError: the storage failed; nothing half-written remains.
         """
-        state = dict(checkpoint)
-        weights = state.pop("state_dict")
-        averaged = state.pop(EMA_KEY, None)
-        adapter = state.pop(ADAPTER_KEY, None)
-        config, metrics = state.pop(CONFIG_KEY, {}), state.pop(METRICS_KEY, {})
-        model = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
-        state["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
-        if not model:
-            raise UserError(
-                f"DirectoryCheckpointIO: the network must be self.model of the LightningModule, got {list(weights)[:4]}"
-            )
-        tensors = {MODEL: {name: plain_tensor(value, name) for name, value in model.items()}}
-        if averaged is not None:
-            tensors[EMA] = {name: plain_tensor(value, name) for name, value in averaged.items()}
-        if adapter is not None:
-            tensors[ADAPTER] = {name: plain_tensor(value, name) for name, value in adapter.items()}
-        trainer_tensors: dict[str, Tensor] = {}
-        plain = {TRAINER: encode(state, trainer_tensors), CONFIG: config}
-        manifest = {
-            "step": checkpoint["global_step"],
-            "epoch": checkpoint["epoch"],
-            "metrics": encode(metrics, {}),
-            "commit": str(revision()),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
-        }
-        write_checkpoint(Path(path), {**tensors, TENSORS: trainer_tensors}, plain, manifest)
+        path, contents = Path(path), contents_of(checkpoint)
+        standing = self._written[1] if self._written is not None and self._written[0] == path else None
+        if self._snapshot.take(contents.tensors, compare=standing is not None):
+            standing = None
+
+        def write() -> None:
+            self._written = None
+            copies = self._snapshot.content
+            self._written = path, write_checkpoint(path, copies, contents.plain, contents.manifest, standing)
+
+        if storage_options is None:
+            write()
+        else:
+            storage_options.start(write, self._snapshot.bytes)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = None, weights_only: bool | None = None
@@ -100,6 +110,40 @@ class DirectoryCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint directory."""
         remove_checkpoint(Path(path))
+
+
+def contents_of(checkpoint: dict[str, Any]) -> Contents:
+    """Lightning's mapping in files; the tensors are those of the mapping and no copies.
+
+    Raises:
+        TypeError: an entry has a type that the format does not know; the message names its path.
+        ValueError: the LightningModule keeps no weights under `model.`.
+    """
+    state = dict(checkpoint)
+    weights = state.pop("state_dict")
+    config, metrics = state.pop(CONFIG_KEY, {}), state.pop(METRICS_KEY, {})
+    model = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
+    if not model:
+        raise UserError(
+            f"DirectoryCheckpointIO: the network must be self.model of the LightningModule, got {list(weights)[:4]}"
+        )
+    files = {MODEL: model, EMA: state.pop(EMA_KEY, None), ADAPTER: state.pop(ADAPTER_KEY, None)}
+    tensors = {
+        file: {name: dense_tensor(value, name) for name, value in content.items()}
+        for file, content in files.items()
+        if content is not None
+    }
+    tensors[TENSORS] = {}
+    state["state_dict"] = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
+    plain = {TRAINER: encode(state, tensors[TENSORS], keep=dense_tensor), CONFIG: config}
+    manifest = {
+        "step": checkpoint["global_step"],
+        "epoch": checkpoint["epoch"],
+        "metrics": encode(metrics, {}),
+        "commit": str(revision()),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+    }
+    return Contents(tensors, plain, manifest)
 
 
 def _state_in(path: Path) -> dict[str, Any]:

@@ -150,9 +150,10 @@ class Preemption(Callback):
             return
         checkpoints = self._checkpoints
         self._requests.saving = True
+        checkpoints.saver.settle(trainer)
         if save:
             log_step(trainer)
-        if save and checkpoints.saved_step != trainer.global_step and not checkpoints.save(trainer):
+        if save and not checkpoints.save(trainer):
             log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
         self._requests.saving = False
         message = f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"

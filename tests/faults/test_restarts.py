@@ -74,7 +74,11 @@ def ended(folder, task, trainer):
     saver = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
     pointers = [(folder / "checkpoints" / name).resolve().name for name in ("best", "last")]
     rows = [sorted(row.items()) for row in read_metrics(folder / "metrics.csv")]
-    return fingerprint(task, trainer) | {"best step": saver._best_step, "pointers": pointers, "rows": rows}
+    return fingerprint(task, trainer) | {
+        "best step": saver.kept.best.step if saver.kept.best else -1,
+        "pointers": pointers,
+        "rows": rows,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from conf.errors import StorageFailed
 from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.directory_io import DirectoryCheckpointIO
 from models.checkpoints import load_weights, read_config, read_manifest
@@ -72,12 +73,13 @@ def test_what_lightning_gives_comes_back(tmp_path):
 def test_tied_weights_save_and_load(tmp_path):
     weight = torch.randn(3, 3)
     state = {"model.a": weight, "model.b": weight, "scale": weight[0], "model.c": weight.t()}
-    checkpoint = {"state_dict": state, "global_step": 1, "epoch": 0}
+    empty = {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+    checkpoint = {"state_dict": state, "global_step": 1, "epoch": 0} | empty
     plugin = DirectoryCheckpointIO()
     plugin.save_checkpoint(checkpoint, tmp_path / "step-00000001")
     back = plugin.load_checkpoint(tmp_path / "step-00000001")["state_dict"]
     assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
-    assert checkpoint["state_dict"] is state and checkpoint.keys() == {"state_dict", "global_step", "epoch"}
+    assert checkpoint["state_dict"] is state and checkpoint.keys() == {"state_dict", "global_step", "epoch", *empty}
     plugin.remove_checkpoint(tmp_path / "step-00000001")
     assert list(tmp_path.iterdir()) == []
 
@@ -153,6 +155,61 @@ def test_a_metric_that_is_not_logged_is_named(tmp_path):
         fit(tmp_path, checkpoints=Checkpoints(monitor="val/f1"))
 
 
+def test_the_best_few_and_every_so_many_steps_stay(tmp_path):
+    """Validations at 8, 16, 24 and 32; the second-best is overtaken, and its checkpoint goes."""
+    for part in (0, 2):
+        saver = Checkpoints(every_n_steps=2, monitor="score", keep=1, top_k=2, keep_every_n_steps=5)
+        scores = Scores(*(0.5, 0.75, 0.25, 0.75)[part : part + 2])
+        fit(tmp_path, epochs=part + 2, checkpoints=saver, resume="auto", callbacks=(scores,))
+    assert target(tmp_path, "best") == "step-00000016" and target(tmp_path, "last") == "step-00000032"
+    assert steps(tmp_path) == [5, 10, 15, 16, 20, 25, 28, 30, 32]
+
+
+def test_of_an_older_version_only_the_best_is_known(tmp_path):
+    fit(tmp_path, checkpoints=Checkpoints(monitor="score", top_k=2), callbacks=(Scores(0.5, 0.25),))
+    saver = Checkpoints(monitor="score", top_k=2)
+    saver.load_state_dict({"best_score": 0.5, "best_step": 8, "validation_due": False})
+    assert saver.best_score == 0.5 and saver.kept.ranked == ((0.5, 8),)
+    saver.load_state_dict({"best_score": float("nan"), "best_step": -1, "validation_due": False})
+    assert saver.best_score is None
+
+
+def test_a_save_is_due_by_the_clock(tmp_path, monkeypatch):
+    class Clock(Callback):
+        """A minute for each step."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            Clock.now += 60.0
+
+    Clock.now = 0.0
+    monkeypatch.setattr("models.callbacks.pace.time.monotonic", lambda: Clock.now)
+    fit(tmp_path, checkpoints=Checkpoints(every_n_steps=0, every_minutes=3, keep=99), callbacks=(Clock(),))
+    assert steps(tmp_path) == [3, 6, 8, 11, 14, 16]
+
+
+def test_a_damaged_checkpoint_of_an_earlier_start_is_never_deleted(tmp_path, caplog):
+    fit(tmp_path, every=2, epochs=1, checkpoints=Checkpoints(every_n_steps=2, keep=9))
+    for step in (4, 6):
+        with (tmp_path / "checkpoints" / f"step-{step:08d}" / "trainer.json").open("a") as file:
+            file.write(" ")
+    fit(tmp_path, epochs=2, resume="auto", checkpoints=Checkpoints(every_n_steps=2, monitor=None, keep=1))
+    assert steps(tmp_path) == [4, 6, 8, 14, 16]  # 8 is the best
+    assert caplog.text.count("a damaged one stays until you delete it") == 2
+
+
+@pytest.mark.case(2)
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_pointers_that_a_killed_run_did_not_move_are_moved_by_the_next(tmp_path, epochs):
+    """Also where the run was over."""
+    fit(tmp_path, checkpoints=Checkpoints(every_n_steps=2, monitor="score", keep=9), callbacks=(Scores(0.25, 0.5),))
+    for name, step in (("last", 14), ("best", 8)):
+        (tmp_path / "checkpoints" / name).unlink()
+        (tmp_path / "checkpoints" / name).symlink_to(f"step-{step:08d}")
+    saver = Checkpoints(every_n_steps=0, monitor="score", keep=9)
+    fit(tmp_path, resume="auto", epochs=epochs, checkpoints=saver, callbacks=(Scores(0.375),), limit_train_batches=8)
+    assert target(tmp_path, "best") == "step-00000016" and target(tmp_path, "last") == f"step-{8 * epochs:08d}"
+
+
 class FullDisk:
     """Fails the saves with the given numbers, counted from 1."""
 
@@ -178,15 +235,29 @@ def test_training_goes_on_when_the_storage_fails_now_and_then(tmp_path, monkeypa
     assert caplog.text.count("could not be saved in") == 4
     assert f"step 6 could not be saved in {folder} (No space left on device, " in caplog.text
     assert "bytes free" in caplog.text and "older checkpoints stay and training goes on" in caplog.text
-    assert target(tmp_path / "full", "last") == "step-00000016"
-    assert target(tmp_path / "full", "best") != "step-00000016"  # its last save, with the metric, failed
+    for name in ("last", "best"):  # the last save, with the metric, failed and was tried again at the end
+        assert target(tmp_path / "full", name) == target(tmp_path / "whole", name)
+    assert found["best"] == expected["best"]
 
 
 def test_the_third_failure_in_a_row_ends_the_run(tmp_path, monkeypatch):
     FullDisk(monkeypatch, 2, 3, 4)
-    with pytest.raises(RuntimeError, match=r"step 8 could not be saved .*3 saves in a row failed: free space or mend"):
+    with pytest.raises(
+        StorageFailed, match=r"step 8 could not be saved .*3 saves in a row failed: free .*go.* on from"
+    ):
         fit(tmp_path)
     assert steps(tmp_path) == [3] and target(tmp_path, "last") == "step-00000003"
+
+
+@pytest.mark.case(17)
+def test_a_run_never_ends_well_without_its_last_step(tmp_path, monkeypatch):
+    """Of nine saves the last one fails, and so does the second try at the end."""
+    FullDisk(monkeypatch, 9, 10)
+    with pytest.raises(StorageFailed, match=r"step 16 could not be saved .*the run ends without it: free space") as end:
+        fit(tmp_path)
+    assert end.value.status == 74 and target(tmp_path, "last") == "step-00000016"  # from before the validation
+    task, _ = fit(tmp_path, resume="auto")
+    assert task.seen == [] and task.validations == [16]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
@@ -225,6 +296,9 @@ def test_lightning_has_nothing_to_warn_about_its_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "match"),
     [
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"keep_every_n_steps": 0}, "keep_every_n_steps must be an integer of at least 1, got 0"),
+        ({"every_minutes": 0}, "every_minutes must be a number above 0 or null, got 0"),
         ({"mode": "best"}, "mode must be 'max' or 'min', got 'best'"),
         ({"every_n_steps": -1}, "every_n_steps must be an integer of at least 0, got -1"),
         ({"keep": 1.5}, "keep must be an integer of at least 0, got 1.5"),

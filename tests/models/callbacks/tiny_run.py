@@ -91,6 +91,8 @@ class Task(pl.LightningModule):
 
     def _signal(self, place: str) -> None:
         for name in self.signals.get(place, "").split():
+            if name == "SIGKILL":  # what is being written then is lost; for these tests it is on the disk
+                next(callback for callback in self.trainer.callbacks if isinstance(callback, Checkpoints)).saver.leave()
             os.kill(os.getpid(), getattr(signal, name))
 
     def training_step(self, batch: TinyBatch, batch_idx: int) -> Tensor:
