@@ -2,11 +2,15 @@
 
 import os
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments import ClusterEnvironment
 from torch.distributed.rendezvous import rendezvous
+
+_met: list[dist.Store] = []  # of the process group, which outlives the runs of a sweep
+_watches = count()
 
 
 def meet(environment: ClusterEnvironment, backend: str, timeout: timedelta, device: torch.device | None) -> None:
@@ -29,4 +33,10 @@ def meet(environment: ClusterEnvironment, backend: str, timeout: timedelta, devi
     store.set_timeout(timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt-{attempt}", store)
+    _met[:] = [store]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
+
+
+def watch_store() -> dist.Store | None:
+    """A connection to the store of the group for one watch over it; None where somebody else has made the group."""
+    return dist.PrefixStore(f"watch-{next(_watches)}", _met[0].clone()) if _met else None

@@ -1,6 +1,7 @@
 """Evaluations from their composed configurations: build what the probe asks for, print what it finds, and write it."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from conf.errors import UserError
 from conf.folders import escaped
 from conf.settings import resolved
 from models.attention.backend import describe_backend
+from models.engines.together import together
 from models.probes import Report
 from models.runs import evaluated
 from models.runs.finished import Parts, Weights
@@ -64,7 +66,8 @@ def _found(cfg: DictConfig, given: dict[str, Any], alone: bool) -> Outcome:
     speaks = trainer is None or trainer.is_global_zero
     if speaks and alone and (model := made.get("model")) is not None:
         print(describe_backend(model, trainer.strategy.root_device))
-    report = part_of(cfg, "probe")(**{name: made[name] for name in wanted})
+    with together(trainer, None) if trainer is not None else nullcontext():
+        report = part_of(cfg, "probe")(**{name: made[name] for name in wanted})
     folder = made["subject"].folder
     if speaks:
         _tell(report, given, parts.weights, folder, made["subject"].title, alone)

@@ -23,6 +23,7 @@ from models.callbacks.throughput import Throughput, peak_memory
 from models.checkpoints import read_config, read_manifest
 from models.engines.sequence_parallel import share_tokens
 from models.engines.strategies import engine
+from models.engines.together import apart, together
 from models.loggers import build_loggers
 from models.runs.ending import ending
 from models.runs.facts import facts_of
@@ -73,7 +74,7 @@ def train(cfg: DictConfig) -> float | None:
     config = resolved(cfg)
     check_settings(config)
     check_accelerator(config["trainer"])
-    with recorded() as log, listening(), lock_folder(run_dir):
+    with recorded() as log, listening(), lock_folder(run_dir), apart(run_dir):
         with explained(config):
             run = _prepared(cfg, config, run_dir, log, left_open)
         run.notes.extend(precision if run.checkpoint is None else [])
@@ -83,7 +84,7 @@ def train(cfg: DictConfig) -> float | None:
         told = reported_step(run_dir) == run.step
         if (saver := saver_of(trainer)) is not None:
             saver.unfinished = not told
-        with ending(trainer, run_dir, config), restoring(run.checkpoint):
+        with ending(trainer, run_dir, config), restoring(run.checkpoint), together(trainer, run_dir):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
         if not trainer.is_global_zero:
             return None
