@@ -75,7 +75,7 @@ class Preemption(Callback):
         self._requests.others = getattr(trainer.strategy.launcher, "procs", ())
         if trainer.world_size > 1:
             # A group of its own on the CPU: asking costs no synchronisation with the device.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
