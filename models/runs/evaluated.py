@@ -62,7 +62,9 @@ def offer(given: list[str], others: list[list[str]] | None = None) -> list[str]:
     if "probe" not in arguments:
         given = [*given, f"probe={probe}"]
     if "recipe" not in node.get("run", {}) and "data" in arguments and node:
-        node = {"defaults": [{"data": arguments["data"]}, "_self_"]} | node
+        # with this machine's root of it, as in training
+        defaults = [{"data": arguments["data"]}, {"optional local@data": arguments["data"]}, "_self_"]
+        node = {"defaults": defaults} | node
         given = [a for a in given if a.partition("=")[0] not in (*OF_MODEL, "recipe", "task")]
     else:
         given = [a for a in given if a.partition("=")[0] not in (*choosable(), "recipe") or a.startswith("probe=")]

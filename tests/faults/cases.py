@@ -63,7 +63,7 @@ CASES = {
     10: Case("one process of several is killed", "the others end and say which; torchrun starts all again", STEPS),
     11: Case("one process of several hangs", "the others end after trainer.timeout and say which", STEPS),
     12: Case("an exception in one process of several", "all end at once; its traceback is in errors/", STEPS),
-    13: Case("the job is put into the queue again", "the same command continues the run", NOTHING),
+    13: Case("the job's time is over", "saves, is put into the queue again and continues", NOTHING),
     14: Case("two jobs with one folder", "the second is refused and leaves no trace", NOTHING),
     15: Case(
         "a finished run is started again",

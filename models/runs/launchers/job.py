@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from models.runs.launchers.queue import requeue, state
 
 PREEMPTED = 75  # the run has saved: start the same command again
+FRUITLESS = 3  # starts without a new checkpoint, as where the time is too short for one step
 AHEAD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -21,6 +22,7 @@ def run(program: str, arguments: list[str]) -> None:
     """
     for number in AHEAD:  # until the run has handlers of its own: there is nothing to be saved yet
         signal.signal(number, _leave)
+    steps = _steps(arguments)
     sys.argv = [program, *arguments]
     sys.path.insert(0, str(Path(program).parent))
     try:
@@ -29,14 +31,17 @@ def run(program: str, arguments: list[str]) -> None:
     except SystemExit as end:
         status = end.code or 0
     if status == PREEMPTED and os.environ.get("SLURM_PROCID", "0") == "0":
-        _again(os.environ["SLURM_JOB_ID"])
+        _again(os.environ["SLURM_JOB_ID"], advanced=_steps(arguments) != steps)
     if status:
         sys.stdout.flush()
         raise SystemExit(status)
 
 
-def _again(job: str) -> None:
-    """Asks SLURM to start the job once more, unless somebody has cancelled it."""
+def _again(job: str, advanced: bool) -> None:
+    """Asks SLURM to start the job once more, unless somebody has cancelled it, or it comes no further."""
+    if not advanced and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= FRUITLESS:
+        print(f"job {job} has not come one checkpoint further: it is not put into the queue again", flush=True)
+        return
     for number in AHEAD:  # SLURM ends a job that it puts into the queue
         signal.signal(number, signal.SIG_IGN)
     found = state(job)
@@ -45,6 +50,13 @@ def _again(job: str) -> None:
         return
     requeue(job)
     print(f"job {job} is put into the queue again, and continues there", flush=True)
+
+
+def _steps(arguments: list[str]) -> list[str]:
+    """The checkpoints in the folder of the run."""
+    given = next(word for word in arguments if word.startswith("hydra.run.dir="))
+    folder = Path(given.partition("=")[2].strip("'"), "checkpoints")
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def _leave(number: int, frame: Any) -> NoReturn:

@@ -1,11 +1,14 @@
 """What a command line of eval.py asks for: which evaluations, and which settings it makes no use of."""
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from conf import resolvers, source
 from conf.cases import cases, differing
+from conf.compose import compose
 from conf.errors import UserError
 from conf.text import literal
+from models.runs import evaluated
 from models.runs.evaluated import _lists, offer, take_config
 from models.runs.useful import is_weights
 
@@ -105,3 +108,17 @@ def test_a_copy_of_the_images_is_known_by_those_for_validation(tmp_path):
         (tmp_path / name).touch()
     assert _lists(str(split), str(tmp_path / "copy")) and not _lists(str(split), str(tmp_path / "other"))
     assert not _lists(None, str(tmp_path)) and not _lists(str(tmp_path / "none.csv"), str(tmp_path))
+
+
+def test_other_data_has_the_root_of_this_machine_and_the_command_line_wins(weights, monkeypatch):
+    """conf/local/imagefolder.yaml, as in training."""
+    store, before = ConfigStore.instance(), dict(ConfigStore.instance().repo)
+    monkeypatch.setattr(store, "repo", before | {"local": {}})
+    store.store(group="local", name="imagefolder", node={"root": "/data/photos"})
+    monkeypatch.setattr(
+        evaluated, "_evaluated", lambda arguments, probe: {"run": {"task": "classification"}, "data": {}}
+    )
+    for given, root in (([], "/data/photos"), (["data.root=/mine"], "/mine")):
+        left = offer(["ckpt=outputs/a", "data=imagefolder", *given])
+        cfg = compose("eval", [word for word in left if word.startswith("data.")])
+        assert cfg.data.root == root

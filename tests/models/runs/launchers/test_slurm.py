@@ -10,7 +10,8 @@ import pytest
 from conf import cli
 from conf.errors import UserError
 from models.runs import launchers
-from models.runs.launchers import slurm
+from models.runs.launchers import job, slurm
+from models.runs.launchers import queue as queue_of
 from tests.faults.slurm import cluster, wait_for
 
 PROGRAM = """
@@ -125,8 +126,8 @@ def test_a_sweep_is_a_job_for_each_run_and_later_its_table(train, queue, tmp_pat
     assert status == 0, errors
     assert "run 2 of 2: seed=2\njob 4712: everything goes to outputs/s/seed-2\n" in output
     assert "0 of 2 runs" in output and "no result: defaults seed=1: job 4711, submitted" in output
-    for job in ("4711", "4712"):
-        wait_for(queue, job, "COMPLETED")
+    for number in ("4711", "4712"):
+        wait_for(queue, number, "COMPLETED")
     assert "--gpus-per-node" not in (queue / "4711/script").read_text()
     status, output, errors = train(*given)
     assert status == 0 and "2 of 2 runs" in output and "job" not in output
@@ -210,3 +211,42 @@ def _until(true):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.case(13)
+@pytest.mark.parametrize(
+    ("state", "restarts", "advances", "queued", "said"),
+    [
+        ("RUNNING", "0", True, True, "is put into the queue again, and continues there"),
+        ("RUNNING", "0", False, True, "is put into the queue again, and continues there"),
+        ("RUNNING", "9", True, True, "is put into the queue again, and continues there"),
+        ("RUNNING", "3", False, False, "has not come one checkpoint further"),
+        ("COMPLETING", "0", True, False, "is COMPLETING: it is not put into the queue again"),
+        (None, "0", True, False, "is gone: it is not put into the queue again"),
+    ],
+)
+def test_a_job_is_queued_again_where_that_leads_further(
+    state, restarts, advances, queued, said, tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(job, "state", lambda number: state)
+    monkeypatch.setattr(job, "requeue", asked.append)
+    monkeypatch.setattr(job.signal, "signal", lambda *given: None)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("argv", "path"):
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    step = tmp_path / "checkpoints/step-8"
+    (tmp_path / "train.py").write_text(f"import os\nif {advances}: os.makedirs({str(step)!r})\nraise SystemExit(75)\n")
+    with pytest.raises(SystemExit, match="75"):
+        job.run(str(tmp_path / "train.py"), [f"hydra.run.dir='{tmp_path}'"])
+    assert asked == ["7"] * queued and said in capsys.readouterr().out
+
+
+def test_a_queue_that_does_not_answer_is_said(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "slurm_load_jobs error: Unable to contact slurm controller\n")
+    monkeypatch.setattr(queue_of.subprocess, "run", lambda *given, **options: done)
+    with pytest.raises(UserError, match="what became of job 7, got 'slurm_load_jobs error: Unable to contact"):
+        queue_of.state("7")
+    with pytest.raises(UserError, match="job 7 has saved but is not put into the queue again"):
+        queue_of.requeue("7")
