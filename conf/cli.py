@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import extras, help, layout, leftovers, mistakes, output, resolvers, settings, source, text
+from conf import extras, help, layout, leftovers, mistakes, output, resolvers, settings, source, stops, text
 from conf.compose import compose, version_base
 from conf.errors import Failure, UserError
 from conf.folders import escaped
@@ -56,6 +56,8 @@ def _run(
     with _reported(config_name, arguments):
         if arguments and arguments[0] in words:
             return words[arguments[0]](arguments[1:])
+        if config_name == "train":
+            stops.answer()
         arguments[:] = _read(config_name, arguments, before)
         with _hydra_of_this_version():  # as hydra.main, whose decorator reads sys.argv: further processes start from it
             parsed = mistakes.Parser(parser := get_args_parser(), config_name).parsed(arguments)

@@ -108,12 +108,12 @@ class Preemption(Callback):
             self._finished(trainer)
             # processes may have different numbers of batches
             if self._group is None or (dataloader_idx == 0 and batch_idx < self._together):
-                self._stop_if_asked(trainer, save=False)
+                self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._validates(trainer):
             self._finished(trainer)
-            self._stop_if_asked(trainer, save=False)
+            self._stop_if_asked(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._requests.saving = True  # until the next batch, or the end: whoever saves
@@ -144,15 +144,15 @@ class Preemption(Callback):
         return int(agreed)
 
     def _stop_if_asked(self, trainer: pl.Trainer, save: bool = True) -> None:
-        """Saves, unless the state is that of a half-done validation, and raises `Stopped` if any rank was asked to."""
+        """Saves the step, if it is not, and raises `Stopped` if any rank was asked to."""
         number = self._agreed(self._requests.number, dist.ReduceOp.MAX)
         if not number:
             return
         checkpoints = self._checkpoints
         self._requests.saving = True
-        checkpoints.saver.settle(trainer)
-        if save:
+        if save and trainer.training:
             log_step(trainer)
+        checkpoints.saver.settle(trainer)
         if save and not checkpoints.save(trainer):
             log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
         self._requests.saving = False

@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import Strategy
 
+from models.engines.cluster import cluster
 from models.engines.distributed import Distributed
 from models.engines.sequence_parallel import SequenceParallel
 from models.engines.sync_norm import SyncNorms
@@ -27,7 +28,7 @@ def engine(trainer: DictConfig) -> tuple[dict[str, DictConfig], dict[str, Any]]:
     """
     settings = OmegaConf.to_container(trainer, resolve=True)
     chosen = strategy(settings)
-    plugins = [SyncNorms()] if settings.get("sync_batchnorm") else []
+    plugins = [*cluster(), *([SyncNorms()] if settings.get("sync_batchnorm") else [])]
     lightning = OmegaConf.create({key: value for key, value in settings.items() if key not in OURS})
     return {"trainer": lightning}, {"plugins": plugins, **({} if chosen is None else {"strategy": chosen})}
 
