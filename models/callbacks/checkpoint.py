@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
+from models.callbacks.boundary import Boundary
 from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
 from models.callbacks.loops import (
     Position,
@@ -39,7 +40,8 @@ class Checkpoints(Callback):
     """Saves at optimizer-step boundaries, around every validation and at the end, and keeps the last and the best.
 
     A checkpoint is written before a validation as well as after it, so that a run that is stopped while validating
-    loses no step; a run resumed from there makes up for the missed validation first. Training stands still while the
+    loses no step; a run resumed from there makes up for the missed validation first. A single process that ends with
+    an error saves its last finished step; of several, the others may wait elsewhere. Training stands still while the
     tensors are copied, and goes on while the copies are written; at most one save is under way.
 
     Args:
@@ -85,6 +87,8 @@ class Checkpoints(Callback):
         self._figures: dict[str, float] = {}  # of the step before a validation, which may be made up for without them
         self._seen_step = 0
         self._validation_due = False
+        self._boundary: Boundary | None = None  # of a single process
+        self._stepping = self._leaving = False
         self.position: Position | None = None  # of the next batch
         self.unfinished = False  # what follows the last step has still to be done, also when nothing is left to train
 
@@ -213,12 +217,17 @@ class Checkpoints(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint[CONFIG_KEY], checkpoint[METRICS_KEY] = self.config, self._metrics
+        if self._leaving:
+            self._boundary.write_into(checkpoint, trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Lightning's count for loggers; it loses one where a run goes on behind a validation in the middle of an epoch
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self._stepping = True  # until all callbacks have seen the step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -230,8 +239,12 @@ class Checkpoints(Callback):
         self._metrics = {}
         validate_at_the_end(trainer)
         self._validation_due = validation_follows(trainer)
+        self._stepping = False
         if trainer.fast_dev_run:
             return
+        if trainer.world_size == 1:
+            self._boundary = self._boundary or Boundary(pl_module)
+            self._boundary.note(trainer)
         if self._validation_due:
             log_step(trainer)  # a run that is killed right behind the checkpoint has the row
             self._figures = _numbers(trainer.callback_metrics)
@@ -275,7 +288,27 @@ class Checkpoints(Callback):
             self.saver.settle(trainer, final=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Exception | KeyboardInterrupt) and self._between_steps(trainer):
+            self._save_on_the_way_out(trainer)
         self.saver.leave()
+
+    def _between_steps(self, trainer: pl.Trainer) -> bool:
+        """Whether weights and optimizer are those of the last finished step, and this process decides alone."""
+        finished = self._boundary is not None and not self._stepping and trainer.global_step == self._seen_step
+        return finished and trainer.world_size == 1
+
+    def _save_on_the_way_out(self, trainer: pl.Trainer) -> None:
+        """What was trained since the last checkpoint; the step that is broken off has left no trace in it."""
+        try:
+            self.saver.settle(trainer)
+            if self.saved_step == trainer.global_step:
+                return
+            self._boundary.put_back()
+            self._leaving = True
+            if self.save(trainer):
+                log.warning("Checkpoints: step %d was saved on the way out, in %s", self.saved_step, self.last)
+        except Exception as error:  # of the storage, of a device that no longer answers, of what must not be saved
+            log.warning("Checkpoints: step %d could not be saved on the way out: %s", trainer.global_step, error)
 
     def save(self, trainer: pl.Trainer) -> bool:
         """Has this step on the disk, on all ranks together; False where the storage failed and training can go on.
