@@ -54,6 +54,8 @@ class Kept:
     def _attempt(self, call: Callable[..., Any], *args: Any) -> None:
         try:
             call(*args)
+        except UnicodeEncodeError as error:  # a terminal that has no boxes, or no umlauts
+            self._attempt(call, *(arg.encode(error.encoding, "replace").decode(error.encoding) for arg in args))
         except BrokenPipeError:  # the reader is gone for ever
             self.lost = True
             self.give_up()

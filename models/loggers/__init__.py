@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from conf.errors import UserError
 from models.loggers.metrics_csv import MetricsCSV
 from models.loggers.weights_and_biases import open_wandb
+from models.side_outputs import attempt
 
 NAMES = ("wandb", "csv", "tensorboard", "none")
 
@@ -39,7 +40,11 @@ def build_loggers(
     if name == "wandb" and rank_zero_only.rank == 0:
         loggers += open_wandb(settings, run_dir, config, facts, figures)
     if name == "tensorboard":
-        from pytorch_lightning.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        attempt("logger: TensorBoard", lambda: loggers.append(_tensorboard(run_dir)))
     return loggers
+
+
+def _tensorboard(run_dir: Path) -> Logger:
+    from models.loggers.event_files import SafeTensorBoard
+
+    return SafeTensorBoard(run_dir, name="", version="tensorboard")

@@ -27,9 +27,7 @@ class MetricsCSV(Logger):
         self._waiting: list[dict[str, Any]] = []
         self._stale = True  # whether the file has to be written anew: its columns or its rows are out of date
         self._step, self._seen = -1, set[frozenset[str]]()  # the last step, and what its rows have
-        for row in self._written():
-            self._add_columns(row)
-            self._is_new(row)
+        attempt(f"{self.path.name}, as it was before,", self._take_up)
 
     @property
     def name(self) -> str:
@@ -62,6 +60,12 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+    def _take_up(self) -> None:
+        """Columns of the rows that stay, and what the last step has."""
+        for row in self._written():
+            self._add_columns(row)
+            self._is_new(row)
 
     def _write(self) -> None:
         if self._stale or not self.path.exists():

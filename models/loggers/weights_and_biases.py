@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,8 @@ SETTINGS = {
     **{"silent": True, "console": "off"},
 }
 END, STOP, UPLOAD = 12.0, 5.0, 300.0  # seconds that the end of a run waits: one that stops; one that uploads its best
+REACHED_WITHIN = 3.0  # seconds
+EARLY = 10_000  # rows that are kept until the W&B run has begun
 # seconds that the end of a run waits for the beginning of its W&B run: offline, which asks nobody; online; of a stop
 START_OFFLINE, START_ONLINE, START_STOPPED = 60.0, 3.0, 1.0
 
@@ -56,16 +59,16 @@ class SafeWandb(Logger):
     def version(self) -> str:
         return self.given["ids"][self.given["modes"][0]]
 
-    def start(self) -> bool:
-        """Starts the process; False where there can be none."""
-        if not _installed():
-            self._fail("it is not installed")
-        elif attempt("logger: the process for Weights & Biases", self._start):
-            self._messenger.tell(self.given)
-        return self._messenger is not None
+    def start(self) -> None:
+        """Starts the process; called when the run begins, so that one that is refused leaves nothing."""
+        if attempt("logger: the process of Weights & Biases", self._start):
+            told, self._told = self._told, []
+            for order, content in told:
+                self._tell(order, content)
 
     def _start(self) -> None:
         self._messenger = Messenger(PROGRAM)
+        self._messenger.tell(self.given)
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -118,18 +121,16 @@ class SafeWandb(Logger):
         """Begins anew where no server is asked, with everything that was told so far."""
         self._messenger.close(0)
         self._fail("the server does not answer")
-        self.given = {**self.given, "modes": ["offline"]}
-        told, self._told, self.broken = self._told, [], False
-        self._start()
-        self._messenger.tell(self.given)
-        for order, content in told:
-            self._tell(order, content)
+        self.given, self.broken = {**self.given, "modes": ["offline"]}, False
+        self.start()
         self.say_offline()
 
     def _tell(self, order: str, content: Any) -> None:
-        self._messenger.tell((order, content))
-        if not self.mode:
+        if not self.mode and len(self._told) < EARLY:
             self._told.append((order, content))
+        if self._messenger is None:
+            return
+        self._messenger.tell((order, content))
         self._finished = self._hear() or self._finished
 
     def _hear(self) -> bool:
@@ -180,11 +181,12 @@ def open_wandb(
         mode = "online" if _has_key() and _reachable() else "offline"
     if mode == "disabled":
         return []
+    if not _installed():
+        print("logger: Weights & Biases is not installed; the run goes on, metrics.csv has everything")
+        return []
     given = start_with(settings, run_dir, mode, {**config, **(facts or {})}, figures)
     best = run_dir.absolute() / "checkpoints" / "best" if settings.get("artifacts") else None
     logger = SafeWandb(run_dir, given, best)
-    if not logger.start():
-        return []
     if given["modes"] == ["offline"]:
         logger.say_offline()
     return [logger]
@@ -244,14 +246,24 @@ def _installed() -> bool:
 
 
 def _reachable() -> bool:
-    """Whether the server answers within three seconds; believed without a test behind a proxy."""
+    """Whether the server answers within three seconds, its name included; believed without a test behind a proxy."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_URL))
-    try:
-        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=3).close()
-    except OSError:
+    found: list[bool] = []
+    # in a thread that is left: a server of names may let us wait for minutes
+    looking = Thread(target=lambda: found.append(_answers(url.hostname, url.port, url.scheme)), daemon=True)
+    looking.start()
+    looking.join(REACHED_WITHIN)
+    if found != [True]:
         print(f"logger: {url.hostname} cannot be reached")
+    return found == [True]
+
+
+def _answers(host: str | None, port: int | None, scheme: str) -> bool:
+    try:
+        socket.create_connection((host, port or (80 if scheme == "http" else 443)), timeout=REACHED_WITHIN).close()
+    except OSError:
         return False
     return True
 

@@ -29,6 +29,7 @@ from conf.revision import revision
 from data.changes import NAME, keep_names
 from data.sources.split_file import leave_split
 from models.callbacks.loops import call_last
+from models.loggers.weights_and_biases import SafeWandb
 from models.runs.environment import environment
 from models.side_outputs import append, attempt, begin, put
 
@@ -144,6 +145,9 @@ class Record(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.begin(trainer.global_step, trainer.datamodule)
+            for logger in trainer.loggers:
+                if isinstance(logger, SafeWandb):
+                    logger.start()
 
     def begin(self, step: int, data: pl.LightningDataModule) -> None:
         """Writes the files; a second call does nothing."""

@@ -109,5 +109,9 @@ CASES = {
     # numbers, settings, services
     44: Case("a loss that is not finite, no memory", "the step is left out; status 76 after too many", NOTHING),
     45: Case("settings that are wrong", "refused before training", NOTHING),
-    46: Case("Weights & Biases fails", "the run goes on, its data stays on the disk", NOTHING),
+    46: Case(
+        "Weights & Biases is missing, refuses, is slow, freezes or dies",
+        "the run goes on and is not held: it ends within 12 s, a stop within 5; the end says how to upload the rest",
+        NOTHING,
+    ),
 }

@@ -104,3 +104,15 @@ def test_half_a_row_and_rows_of_nonsense_count_for_nothing(tmp_path):
     assert read_metrics(path) == [{"step": "0", "epoch": "0", "train/loss": "2.5"}]
     MetricsCSV(path, resume_step=1).log_metrics({"train/loss": 1.25}, 1)
     assert path.read_text().splitlines()[1:] == ["0,0,2.5", "1,0,1.25"]
+
+
+def test_a_metrics_csv_that_cannot_be_read_ends_nothing(tmp_path, capsys):
+    side_outputs.begin()
+    (tmp_path / "metrics.csv").mkdir()
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(3):
+        log.log_metrics({"train/loss": 1.0}, step)
+    (tmp_path / "metrics.csv").rmdir()
+    log.finalize("success")
+    assert len(read_metrics(tmp_path / "metrics.csv")) == 3
+    assert capsys.readouterr().err.count("failed (Is a directory)") == 2

@@ -4,6 +4,7 @@ import csv
 import json
 import socket
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from models.loggers import build_loggers
 from models.loggers import weights_and_biases as wandb_logger
 from models.loggers.metrics_csv import MetricsCSV, read_metrics
 from models.loggers.weights_and_biases import SafeWandb
+from models.side_outputs import begin
 
 WANDB = {"name": "wandb", "project": "p", "entity": None, "mode": "auto", "tags": []}
 
@@ -89,8 +91,9 @@ def standin(tmp_path, monkeypatch):
 def logged(tmp_path: Path) -> SafeWandb:
     """A logger that has been told of two steps and has ended."""
     logger = build_loggers(WANDB, tmp_path / "run", {}, 0, figures=["val/loss"])[1]
-    for step in range(2):
-        logger.log_metrics({"loss": 0.5}, step)
+    logger.log_metrics({"loss": 0.5}, 0)  # of a validation that is made up for, before the run begins
+    logger.start()
+    logger.log_metrics({"loss": 0.5}, 1)
     logger.finalize("success")
     logger.close()
     return logger
@@ -118,7 +121,7 @@ def test_a_wandb_that_cannot_be_used_is_done_without(tmp_path, standin, capsys, 
     assert "Weights & Biases failed (RuntimeError: broken); the run goes on" in capsys.readouterr().out
     monkeypatch.setattr(wandb_logger, "find_spec", lambda name: None)
     assert [type(log) for log in build_loggers(WANDB, tmp_path, {}, 0)] == [MetricsCSV]
-    assert "Weights & Biases failed (it is not installed); the run goes on" in capsys.readouterr().out
+    assert "Weights & Biases is not installed; the run goes on" in capsys.readouterr().out
 
 
 @pytest.mark.case(46)
@@ -156,14 +159,13 @@ def test_a_failure_in_one_run_of_a_sweep_is_none_in_the_next(tmp_path, standin):
 def test_wandb_is_offline_without_a_key_and_without_a_network(tmp_path, monkeypatch, capsys):
     modes = []
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(SafeWandb, "start", lambda self: modes.append(self.given["modes"]) or True)
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: False)
-    build_loggers(WANDB, tmp_path, {}, 0)
+    modes.append(build_loggers(WANDB, tmp_path, {}, 0)[1].given["modes"])
     monkeypatch.setattr(wandb_logger, "_has_key", lambda: True)
     with socket.socket() as silent:  # bound and not listening: it refuses
         silent.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        build_loggers(WANDB, tmp_path, {}, 0)
+        modes.append(build_loggers(WANDB, tmp_path, {}, 0)[1].given["modes"])
     assert modes == [["offline"], ["offline"]]
     assert "127.0.0.1 cannot be reached" in capsys.readouterr().out
 
@@ -187,6 +189,23 @@ RUN = {"name": "s", "model": "vit_tiny", "attention": "agent", "data": "digits",
 def opened_with(run_dir, run, **settings):
     """What W&B would be started with."""
     return wandb_logger.start_with({**WANDB, **settings}, run_dir, "offline", {"run": run})["init"]
+
+
+@pytest.mark.case(46)
+def test_tensorboard_cannot_end_a_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    begin()
+    logger = build_loggers({"name": "tensorboard"}, tmp_path / "run", {}, 0)[1]
+    (tmp_path / "run").touch()  # no folder can be made there
+    logger.log_metrics({"loss": 0.5}, 0)
+    logger.save()
+    (tmp_path / "run").unlink()
+    logger.log_metrics({"loss": 0.4}, 1)
+    logger.finalize("success")
+    assert capsys.readouterr().err.count("logger: TensorBoard failed") == 1
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+    monkeypatch.setitem(sys.modules, "models.loggers.event_files", None)  # as where its import fails
+    assert [type(log) for log in build_loggers({"name": "tensorboard"}, tmp_path, {}, 0)] == [MetricsCSV]
 
 
 def test_a_run_of_a_sweep_is_called_by_what_differs(tmp_path):
@@ -233,6 +252,7 @@ def test_what_wandb_writes(tmp_path, monkeypatch):
     (run_dir / "checkpoints/best").symlink_to("step-1")
     settings, figures = WANDB | {"artifacts": True}, ["val/top1", "val/loss"]
     logger = build_loggers(settings, run_dir, {"seed": 0, "run": RUN}, 0, {"flops": 123}, figures)[1]
+    logger.start()
     for step, (top1, loss) in enumerate([(0.5, 1.0), (0.7, 0.5), (0.6, 0.8)]):
         logger.log_metrics({"val/top1": top1, "val/loss": loss}, step)
     logger.finalize("success")
