@@ -1,5 +1,6 @@
 """Before a run: every setting looked at, so that what is wrong is one clear error and nothing has been started."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -113,7 +114,7 @@ def lock_folder(run_dir: Path) -> IO[str]:
         ) from None
     except OSError:  # a file system without locks
         return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # no room for the text: the lock holds without it
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     return file
