@@ -1,0 +1,78 @@
+"""When signals to a process that hangs end it, by the clock; and what a handler does where nobody looks."""
+
+import os
+import signal
+
+import pytest
+
+from models.callbacks.preemption import Preemption
+from models.callbacks.signals import GRACE, ONCE, PATIENCE, Requests, Stopped, listening, requests
+
+TERM, USR1, INT, XCPU = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGXCPU
+
+
+def told(*signals):
+    found = Requests()
+    for number, when in signals:
+        found._count(number, when)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signals", "ends"),
+    [
+        ([], None),
+        ([(TERM, 1)], 1 + GRACE),
+        ([(TERM, 1), (TERM, 1 + ONCE / 2)], 1 + GRACE),  # as one: torchrun sends another to each process of a group
+        ([(TERM, 1), (TERM, 6)], 6 + PATIENCE),
+        ([(USR1, 1), (TERM, 6)], 6 + PATIENCE),
+        ([(INT, 1), (INT, 1.5)], 1.5 + PATIENCE),
+        ([(XCPU, 1), (XCPU, 2), (XCPU, 9)], 1 + GRACE),  # the kernel repeats it
+    ],
+)
+def test_when_a_process_that_hangs_is_ended(signals, ends):
+    found = told(*signals)
+    if ends is None:
+        assert not found._overdue(1e9)
+    else:
+        assert not found._overdue(ends - 0.1) and found._overdue(ends + 0.1)
+
+
+def test_a_second_signal_waits_for_a_save_and_one_for_batches_that_go_on():
+    found = told((TERM, 1), (TERM, 6))
+    found.saving = True
+    assert not found._overdue(6 + 2 * PATIENCE) and found._overdue(1 + GRACE + 1)
+    found = told((TERM, 1))
+    found.alive = 200.0
+    assert not found._overdue(GRACE + 2) and found._overdue(200 + GRACE + 1)
+
+
+@pytest.mark.parametrize(("number", "status"), [(TERM, 75), (signal.SIGHUP, 75), (INT, 130)])
+def test_where_nobody_looks_a_signal_ends_the_run_at_once(capsys, number, status):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    handlers = [signal.getsignal(known) for known in Preemption.SIGNALS]
+    try:
+        with pytest.raises(SystemExit) as ended, listening() as found:
+            assert requests() is found
+            os.kill(os.getpid(), number)
+            raise AssertionError("not reached")
+        assert ended.value.code == status
+        assert f"stopped by {signal.Signals(number).name}; to go on" in capsys.readouterr().err
+        assert [signal.getsignal(known) for known in Preemption.SIGNALS] == handlers and requests() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_where_somebody_looks_it_is_noted():
+    with listening() as found:
+        found.looked_at = True
+        os.kill(os.getpid(), TERM)
+        os.kill(os.getpid(), USR1)
+        assert found.number == TERM and found.status == 75
+    assert not isinstance(Stopped(75, ""), Exception)  # or guards against failures would swallow it
+
+
+@pytest.mark.parametrize("grace", [0, -1, "long", True, float("nan")])
+def test_grace_is_checked(grace):
+    with pytest.raises(ValueError, match="Preemption: grace must be a number of seconds above 0, got"):
+        Preemption(grace)
