@@ -125,17 +125,21 @@ def classes_in(folder: Path, root: str | os.PathLike) -> list[str]:
     return names
 
 
-def image_files(folder: str | os.PathLike, left_out: list[str] | None = None) -> Iterator[str]:
+def image_files(
+    folder: str | os.PathLike, left_out: list[str] | None = None, walked: list[str] | None = None
+) -> Iterator[str]:
     """Paths of the images under `folder`, relative to it, at any depth, sorted; hidden files are left out.
 
     A link to a folder that was walked already, or that holds `folder`, is not followed. Files of other suffixes are
-    added to `left_out`.
+    added to `left_out`, every folder to `walked`.
 
     Raises:
         ValueError: a folder cannot be read.
     """
     seen = {_identity(place) for place in (folder, *Path(os.path.abspath(folder)).parents[:2])}
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        if walked is not None:
+            walked.append(place)
         folders[:] = sorted(name for name in folders if name not in JUNK and not name.startswith("."))
         folders[:] = [name for name in folders if not _known(os.path.join(place, name), seen)]
         inside = os.path.relpath(place, folder)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.values import is_number
+from data.limits import limit_problems
 from data.sources.form import LARGEST, MAX_CHANNELS
 from data.sources.imagefolder import ImageFolder
 from data.sources.part import subset_problems
@@ -39,6 +40,8 @@ def setting_problems(data: "ImageData") -> list[str]:
     found += subset_problems(data.subset)
     if data.on_error not in ("raise", "skip"):
         found.append(f"data.on_error: got {data.on_error!r}; give raise or skip")
+    if not is_number(data.max_skipped, 0, 1):
+        found.append(f"data.max_skipped: got {data.max_skipped!r}; give a share from 0 to 1")
     if data.token_labels is not None and not isinstance(data.token_labels, str | os.PathLike):
         found.append(f"data.token_labels: got {data.token_labels!r}; give the folder of the label maps, or null")
     if not isinstance(data.balanced, bool):
@@ -120,7 +123,7 @@ def data_problems(data: "ImageData", world: int, training: bool = True) -> list[
         splits, classes = {name: getattr(data.source, name) for name in names}, list(data.source.classes)
     except (ValueError, OSError) as error:
         return [str(error)]
-    found = []
+    found = limit_problems(data, data.reading_processes, max(1, world // _nodes(data.trainer)))
     if len(classes) > data.num_classes:
         found.append(
             f"data.num_classes: got {data.num_classes}, but the source has {len(classes)} classes "
@@ -134,6 +137,10 @@ def data_problems(data: "ImageData", world: int, training: bool = True) -> list[
             f"set trainer.devices={len(splits['val'])} or less"
         )
     return found + _training_problems(data, world) if training else found
+
+
+def _nodes(trainer: "pl.Trainer | None") -> int:
+    return 1 if trainer is None else trainer.num_nodes
 
 
 def _training_problems(data: "ImageData", world: int) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from conf.errors import UserError
+from conf.errors import DataFailed, UserError
 from data.batch import Batch, Sample, collate
 from data.order.randomness import AUGMENT, preserved, seed_all
 from data.order.sampler import Draw
@@ -28,20 +28,52 @@ MEND_EVALUATED = "mend or remove the file: an evaluation without it would be of 
 
 
 class Skips:
-    """Images that were left out, shared by all workers: each is reported once, with its path."""
+    """Images that were left out, shared by all workers: each is reported once, with its path, up to a budget.
 
-    def __init__(self, length: int) -> None:
-        self._seen = torch.zeros(length, dtype=torch.uint8).share_memory_()
+    Args:
+        labels: of all images, (len,), or (len, classes) where there may be several.
+        share: of the images that may be left out; a few always may (`FEW`).
+        classes: their names.
+    """
+
+    FEW = 10
+
+    def __init__(self, labels: np.ndarray, share: float, classes: Sequence[str] = ()) -> None:
+        self._labels, self._classes = labels, classes
+        self.budget = max(self.FEW, int(share * len(labels)))
+        self._seen = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
 
     def report(self, index: int, error: UnreadableImage) -> None:
-        if not self._seen[index]:
-            self._seen[index] = 1
-            log.warning("left out, on_error=skip: %s", error)
+        """Notes an image that cannot be read.
+
+        Raises:
+            DataFailed: there are too many of them, or no image of its class can be read.
+        """
+        if self._seen[index]:
+            return
+        self._seen[index] = 1
+        log.warning("left out, on_error=skip: %s", error)
+        if self.count > self.budget:
+            raise DataFailed(
+                f"data: more images cannot be read than data.max_skipped allows, got {self.count} of "
+                f"{len(self._labels)}, the last {error}; mend the data, or raise data.max_skipped"
+            ) from error
+        if self._labels.ndim == 1 and self._seen.numpy()[self._labels == self._labels[index]].all():
+            label = int(self._labels[index])
+            name = self._classes[label] if label < len(self._classes) else label
+            raise DataFailed(
+                f"data: no image of class {name} can be read, the last {error}; mend or remove the class"
+            ) from error
 
     @property
     def count(self) -> int:
         """Different images left out so far."""
         return int(self._seen.sum())
+
+    @property
+    def indices(self) -> list[int]:
+        """Which they are."""
+        return self._seen.nonzero().flatten().tolist()
 
 
 class Samples(Dataset[Sample | None]):

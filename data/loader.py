@@ -2,47 +2,87 @@
 
 import os
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from conf.errors import DataFailed
+from conf.folders import printable
+from data import limits
 from data import workers as processes
 from data.batch import Batch
-from data.dataset import Carried, Samples, collate_carried, delivered
+from data.dataset import Carried, Failed, Samples, collate_carried, delivered
 from data.order.sampler import EpochBatchSampler, EvaluationBatchSampler
+from data.readers import Gone, Readers
 
 MAX_AUTO_WORKERS = 8
+SHOWN = 4  # files named in a message
 
 
 class EpochLoader(DataLoader):
     """A loader that can start in the middle of an epoch, of samples whose errors are carried (`data.dataset`).
 
-    Its position is kept by the data module, not here: the empty state tells Lightning that resuming is exact.
+    Its position is kept by the data module, not here: the empty state tells Lightning that resuming is exact. Where one
+    of its processes dies, all are started again at the batch that is due, which is the same batch: draws are pure.
     """
 
-    def __iter__(self) -> Iterator[Batch]:
-        with processes.held():
-            batches = super().__iter__()
-        return self._delivered(batches)
+    RESTARTS = 3  # in an iteration
 
-    def _delivered(self, batches: Iterator[Any]) -> Iterator[Batch]:
-        try:
-            yield from map(delivered, batches)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise DataFailed(
-                f"data: no batch came from {self.num_workers} loader processes within data.timeout={self.timeout:g} "
-                "seconds; look whether the storage answers, or raise data.timeout"
-            ) from None
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = self.batch_sampler.start_epoch, self.batch_sampler.start_batch
+        epoch = self.batch_sampler.epoch if epoch is None else epoch
+        return self._delivered(self._started(), epoch, first)
+
+    def _started(self) -> Iterator[Batch | Failed]:
+        with processes.held():
+            return super().__iter__()
+
+    def _delivered(self, batches: Iterator[Batch | Failed], epoch: int, first: int) -> Iterator[Batch]:
+        restarts, start = 0, first
+        while True:
+            try:
+                batch = next(batches, None)
+            except Gone as gone:
+                restarts += 1
+                at = f"while it read {self._described(epoch, start + gone.batch)}"
+                processes.end(self)
+                if gone.late or restarts > self.RESTARTS:
+                    raise DataFailed(f"data: a loader process {gone.why} {at}; {_remedy(gone.late)}") from None
+                print(f"data: a loader process {gone.why} {at}; started again ({restarts} of {self.RESTARTS} times)")
+                self.batch_sampler.start_epoch, self.batch_sampler.start_batch, start = epoch, first, first
+                batches = self._started()
+                continue
+            if batch is None:
+                return
+            first += 1
+            yield delivered(batch)
+
+    def _get_iterator(self) -> Any:
+        return Readers(self) if self.num_workers > 0 else super()._get_iterator()
+
+    def _described(self, epoch: int, number: int) -> str:
+        """ "batch 12 of epoch 0: a.png, b.png and 6 more"."""
+        sampler = copy(self.batch_sampler)
+        sampler.start_epoch, sampler.start_batch = epoch, number
+        draws = next(iter(sampler), [])
+        split = self.dataset.samples.split
+        names = [split.path(draw.index) if hasattr(split, "path") else f"image {draw.index}" for draw in draws]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return f"batch {number} of epoch {epoch}: {', '.join(map(printable, names[:SHOWN]))}{more}"
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore: the sampler was given its position when the loader was made."""
+
+
+def _remedy(late: bool) -> str:
+    if late:
+        return "the disk or the network may hang: mend it, or raise data.timeout"
+    return f"set fewer data.workers, or none, which says what is wrong with an image ({limits.free()})"
 
 
 def loader(

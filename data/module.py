@@ -56,6 +56,7 @@ class ImageData(pl.LightningDataModule):
             classes then come several times, and some of large ones not at all.
         on_error: `raise` names the unreadable image and stops; `skip` reports it once and trains without it
             (the batch gets smaller). Evaluation always raises: its figure would be of another data set.
+        max_skipped: the share of training images that `skip` may leave out; ten always may, a whole class never.
         timeout: seconds to wait for a batch from a worker before the run fails instead of hanging.
         root, val_fraction, split, classes: of a source that has them (`data.sources.imagefolder`), which gets them
             itself; here they have short names on the command line.
@@ -82,6 +83,7 @@ class ImageData(pl.LightningDataModule):
         drop_last: bool = True,
         balanced: bool = False,
         on_error: str = "raise",
+        max_skipped: float = 0.001,
         timeout: float = 300,
         root: str | None = None,
         val_fraction: float | None = None,
@@ -97,6 +99,7 @@ class ImageData(pl.LightningDataModule):
         self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
         self.balanced = balanced
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
+        self.max_skipped = max_skipped
         self.form = Form(channels, depth)
         self.mean, self.std = (per_channel(values, self.form) for values in (mean, std))
         self.timeout, self.root, self.token_labels = timeout, root, token_labels
@@ -142,6 +145,25 @@ class ImageData(pl.LightningDataModule):
         return self._train_sampler(0, world_size).smallest
 
     @property
+    def reading_processes(self) -> int:
+        """Loader processes of this training process."""
+        return self._worker_count
+
+    def skipped_images(self) -> list[tuple[str, str, str]]:
+        """Path, class and reason of every training image that `on_error=skip` has left out; each is tried once more."""
+        split, found = self.source.train, []
+        for index in self._skips.indices if self._skips is not None else ():
+            try:
+                split[index]
+                reason = "it can be read now"
+            except (UserError, OSError) as error:
+                reason = str(error).partition("(")[2].rpartition(")")[0] or str(error)
+            label = split.labels[index]
+            name = self.class_names[int(label)] if np.ndim(label) == 0 else ""
+            found.append((split.path(index) if hasattr(split, "path") else str(index), name, reason))
+        return found
+
+    @property
     def skipped(self) -> int:
         """Different training images that `on_error=skip` has left out so far, over all workers of this process."""
         return self._skips.count if self._skips is not None else 0
@@ -171,7 +193,8 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         split = self.source.train
-        self._skips = Skips(len(split)) if self.on_error == "skip" else None
+        labels = np.asarray(split.labels)
+        self._skips = Skips(labels, self.max_skipped, self.class_names) if self.on_error == "skip" else None
         transform = TrainTransform(self.augment, self.image_size, self.mean, self.form)
         maps = None if self.token_labels is None else LabelMaps(self.token_labels, split, self.num_classes)
         samples = Samples(split, transform, self.seed, self._skips, maps, self.form)

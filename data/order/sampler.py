@@ -166,11 +166,13 @@ class EvaluationBatchSampler(Sampler[list[Draw]]):
     def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.indices = range(rank, length, world)
         self.batch_size = batch_size
+        self.epoch, self.start_epoch, self.start_batch = 0, None, 0  # of the next iteration only, as in training
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        for number in range(len(self)):
+        start, self.start_batch = self.start_batch, 0
+        for number in range(start, len(self)):
             part = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
             yield [Draw(0, index, 0, number) for index in part]

@@ -16,12 +16,13 @@ import numpy as np
 from PIL import Image
 
 from conf.errors import UserError
-from conf.folders import Layout, class_folders, classes_in, image_files, layout, printable, suffixes
+from conf.folders import Layout, class_folders, classes_in, layout, printable, suffixes
 from conf.lists import read_classes, read_list
 from data.order.fingerprint import sizes_on_disk
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import read_image
 from data.sources.form import Form
+from data.sources.index import listed
 from data.sources.split_file import rows_of
 
 HELD_OUT = 0.2  # of each class, where there is no folder for validation and nothing else is said
@@ -35,18 +36,9 @@ class FolderSplit:
     copied into each of them, page by page, as they are counted.
     """
 
-    def __init__(self, folder: str, classes: Sequence[str]) -> None:
-        files: list[bytes] = []
-        labels: list[int] = []
-        self.left_out: list[str] = []  # no images by their suffix
-        for label, name in enumerate(classes):
-            if not os.path.isdir(os.path.join(folder, name)):
-                continue  # validation may lack classes
-            paths = image_files(os.path.join(folder, name), self.left_out)
-            found = [os.fsencode(os.path.join(name, file)) for file in paths]
-            files += found
-            labels += [label] * len(found)
-        self._keep(folder, np.array(files, dtype=np.bytes_), np.array(labels, dtype=np.int64))
+    def __init__(self, folder: str, classes: Sequence[str], index: str | os.PathLike | None = None) -> None:
+        files, labels, self.left_out = listed(folder, classes, index)  # left out: no images by their suffix
+        self._keep(folder, files, labels)
 
     @classmethod
     def of(cls, folder: str, files: np.ndarray, labels: np.ndarray) -> "FolderSplit":
@@ -94,6 +86,7 @@ class ImageFolder:
         split: a `split.csv` that says which files are for training and which for validation.
         classes: a file of class names in the order of their labels, which may be some of the folders.
         seed: names what is held out.
+        index: where it is kept what lies below the root (`data.sources.index`).
     """
 
     embedded = False
@@ -105,7 +98,9 @@ class ImageFolder:
         split: str | os.PathLike | None = None,
         classes: str | os.PathLike | None = None,
         seed: int = 0,
+        index: str | os.PathLike | None = "auto",
     ) -> None:
+        self.index = index
         self.root = None if root is None else os.path.expanduser(root)
         self.val_fraction, self.split, self.named, self.seed = val_fraction, split, classes, seed
 
@@ -125,7 +120,7 @@ class ImageFolder:
             class_folders(self.root, "train")  # where there is only val, training says what is missing
         if self._divided is not None:
             return self._divided[0]
-        return FolderSplit(str(self._layout.train), self.classes)
+        return FolderSplit(str(self._layout.train), self.classes, self.index)
 
     @cached_property
     def val(self) -> FolderSplit:
@@ -138,7 +133,7 @@ class ImageFolder:
                 f"ImageFolder: classes in val that train lacks, got {', '.join(unknown[:SHOWN])} "
                 f"({len(unknown)} in {folder}); give train and val the same class folders"
             )
-        return FolderSplit(str(folder), self.classes)
+        return FolderSplit(str(folder), self.classes, self.index)
 
     def notes(self) -> list[str]:
         """What a run says about its images in its first lines, when it has read them."""
@@ -164,7 +159,7 @@ class ImageFolder:
     @cached_property
     def _whole(self) -> FolderSplit:
         """All images where they are to be split."""
-        return FolderSplit(str(self._layout.train), self.classes)
+        return FolderSplit(str(self._layout.train), self.classes, self.index)
 
     @cached_property
     def _divided(self) -> tuple[FolderSplit, FolderSplit] | None:

@@ -29,10 +29,16 @@ class ImageNet1k(ImageFolder):
     Args:
         root: the folder that holds `train` and `val`.
         val_labels: the list of labels where `val` has no class folders; searched for near `root` when `None`.
+        index: see `ImageFolder`.
     """
 
-    def __init__(self, root: str | os.PathLike | None, val_labels: str | os.PathLike | None = None) -> None:
-        super().__init__(root)
+    def __init__(
+        self,
+        root: str | os.PathLike | None,
+        val_labels: str | os.PathLike | None = None,
+        index: str | os.PathLike | None = "auto",
+    ) -> None:
+        super().__init__(root, index=index)
         self.val_labels = val_labels
 
     @cached_property
@@ -58,7 +64,7 @@ class ImageNet1k(ImageFolder):
     @cached_property
     def train(self) -> FolderSplit:
         class_folders(self.root, "train")
-        return FolderSplit(self._folder("train"), self.classes)
+        return FolderSplit(self._folder("train"), self.classes, self.index)
 
     @cached_property
     def val(self) -> FolderSplit:

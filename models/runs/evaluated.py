@@ -176,9 +176,10 @@ def _with_backend(node: Any, backend: str) -> Any:
 
 
 def _with_own_resources(data: dict) -> None:
-    """Processes and patience are those of the command line, or the usual ones, and no stranger's."""
+    """Processes, patience and caches are those of the command line, or the usual ones, and no stranger's."""
     data["workers"] = "auto"
     data.pop("timeout", None)
+    (data.get("source") or {}).pop("index", None)
 
 
 def _split_of(ckpt: str) -> str | None:

@@ -3,8 +3,11 @@
 Shapes: L = layers that return an auxiliary loss.
 """
 
+import csv
+import io
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.side_outputs import attempt, put
 from models.tasks.effective_batch import images_per_step, scaled_rate
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
@@ -117,8 +121,11 @@ class Task(pl.LightningModule):
         left_out = getattr(self.trainer.datamodule, "skipped", 0)
         if left_out > self._left_out:
             self._left_out = left_out
-            said = f"{left_out} unreadable images were left out so far (data.on_error=skip)"
+            said = f"{left_out} unreadable images were left out so far (data.on_error=skip), see skipped.csv"
             print(f"epoch {self.current_epoch + 1}: {said}")
+            if self.trainer.is_global_zero:
+                rows = self.trainer.datamodule.skipped_images()
+                attempt("skipped.csv", _write_skipped, Path(self.trainer.default_root_dir, "skipped.csv"), rows)
 
     def auxiliary_loss(self, losses: dict[str, Tensor], batch_size: int) -> Tensor | float:
         """The weighted sum of the losses that layers returned, each (L,); logged one by one without their weights."""
@@ -165,6 +172,12 @@ class Task(pl.LightningModule):
                 f"set +task.auxiliary.{name}='{{weight: 0.01, reduction: mean}}'"
             )
         return REDUCTIONS[how["reduction"]](layers_L), how["weight"]
+
+
+def _write_skipped(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", "class", "reason"), *rows])
+    put(path, text.getvalue())
 
 
 def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -113,7 +113,7 @@ def test_the_error_comes_out_of_a_worker_as_it_is():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_can_be_left_out(spoiled, workers, caplog):
-    skips = Skips(len(spoiled))
+    skips = Skips(spoiled.labels, 0.001)
     samples = Samples(spoiled, TrainTransform(Augment(), 8, (0.5,) * 3), seed=1, skips=skips)
     batches = [[Draw(e, i) for i in range(6)] for e in range(3)]
     with caplog.at_level(logging.WARNING):

@@ -100,12 +100,14 @@ CASES = {
     36: Case("a data set with a script, or that names other files", "not run, not read", NOTHING),
     37: Case("caches that hold pickles", "never unpickled", NOTHING),
     # data
-    38: Case("an image that cannot be read", "named, or skipped within a budget", NOTHING),
+    38: Case("an image that cannot be read", "named; with on_error=skip left out up to data.max_skipped", NOTHING),
     39: Case("images of other modes", "read as documented", NOTHING),
     40: Case("images of 16 bits or of floats", "scaled, or refused by name", NOTHING),
     41: Case("images that are tiny, thin or huge", "read, or named", NOTHING),
-    42: Case("folders that are not as they should be", "named before training", NOTHING),
-    43: Case("a loader process dies or hangs", "started again, or named", NOTHING),
+    42: Case("folders that are not as they should be", "named before training, or status 65", NOTHING),
+    43: Case(
+        "a loader process dies or hangs", "started again at the same batch; a third time, or hanging, 65", NOTHING
+    ),
     # numbers, settings, services
     44: Case("a loss that is not finite, no memory", "the step is left out; status 76 after too many", NOTHING),
     45: Case("settings that are wrong", "refused before training", NOTHING),

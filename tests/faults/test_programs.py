@@ -3,10 +3,8 @@
 import os
 import signal
 
-import pytest
-
-from tests.faults.cases import CASES
-from tests.faults.programs import ROOT, TINY, digests, run, start
+from tests.faults import table
+from tests.faults.programs import TINY, digests, run, start
 
 
 def test_a_program_runs_and_gives_its_status(tmp_path):
@@ -25,7 +23,6 @@ def test_a_program_takes_signals_and_patches(tmp_path):
     assert sleeping.wait() == -signal.SIGKILL
 
 
-@pytest.mark.full
-def test_every_case_has_a_test():
-    marks = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert not [number for number in CASES if f"mark.case({number})" not in marks]
+def test_every_case_has_a_test_and_the_page_is_current():
+    assert not [number for number, tests in table.counts().items() if tests == 0]
+    assert table.PAGE.read_text() == table.page(), "run: python tests/faults/table.py"

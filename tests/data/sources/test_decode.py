@@ -16,6 +16,7 @@ def save(image, path, **options):
     return path
 
 
+@pytest.mark.case(39)
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "RGB"])
 def test_modes_keep_their_colour(tmp_path, mode):
     level = 255 if mode == "1" else 153  # a level of the palette
@@ -25,6 +26,7 @@ def test_modes_keep_their_colour(tmp_path, mode):
     assert np.abs(np.asarray(read).astype(int) - level).max() <= 1
 
 
+@pytest.mark.case(40)
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_grey_is_scaled_not_saturated(tmp_path, suffix):
     path = save(Image.fromarray(GREY.astype(np.uint16) * 257), tmp_path / f"a.{suffix}")
@@ -59,6 +61,7 @@ def test_bytes(tmp_path):
         read_image(b"nonsense", "row 7")
 
 
+@pytest.mark.case(38)
 def test_unreadable_files_are_named(tmp_path):
     whole = save(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), tmp_path / "a.jpg")
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1000])
@@ -69,6 +72,7 @@ def test_unreadable_files_are_named(tmp_path):
             read_image(tmp_path / name)
 
 
+@pytest.mark.case(41)
 def test_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     path = save(Image.new("1", (100, 100)), tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
@@ -76,6 +80,7 @@ def test_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
         read_image(path)
 
 
+@pytest.mark.case(40)
 def test_float_pixels_are_refused(tmp_path):
     with pytest.raises(UnreadableImage, match="floating-point pixels have no fixed range, got mode F"):
         read_image(save(Image.new("F", (2, 2), 0.5), tmp_path / "a.tif"))
