@@ -33,8 +33,9 @@ class Batch(NamedTuple):
     mixup or cutmix float32 (B, num_classes), rows summing to 1; of images with several labels float32 (B, num_classes)
     from the start, 1 for each. `indices` int64 (B,) are positions in the source.
     `epoch` is the epoch that the batch belongs to, 0 in evaluation. `number` is the batch's number in its epoch,
-    0-based and the same on all ranks. `token_labels` are `None` without label maps; after the device stage float32
-    (B, rows, columns, num_classes), a distribution for each token of the model's last map.
+    0-based and the same on all ranks; `named` is the number and the rank that it had in the layout that the run began
+    with, by which its randomness is named, where this is another one. `token_labels` are `None` without label maps;
+    after the device stage float32 (B, rows, columns, num_classes), a distribution for each token of the last map.
     """
 
     images: Tensor
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     epoch: int
     number: int
     token_labels: TokenLabels | Tensor | None = None
+    named: tuple[int, int] | None = None
 
 
 class Sample(NamedTuple):
@@ -74,6 +76,7 @@ def collate(samples: Sequence[Sample | None]) -> Batch:
         epoch=draw.epoch,
         number=draw.number,
         token_labels=default_collate([sample.token_labels for sample in present]) if labelled else None,
+        named=draw.named,
     )
 
 

@@ -90,7 +90,7 @@ class DeviceStage:
         if not training or not (self._mixup or self.augment.erasing > 0):
             return batch
         with preserved(images.device):
-            seed_all(self.seed, MIX, batch.epoch, batch.number, rank, device=images.device)
+            seed_all(self.seed, MIX, batch.epoch, *(batch.named or (batch.number, rank)), device=images.device)
             return self._change(batch)
 
     def _normalise(self, images: Tensor) -> Tensor:

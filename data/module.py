@@ -25,6 +25,7 @@ from data.dataset import Samples, Skips, collate_carried, delivered
 from data.device import DeviceStage
 from data.loader import EpochLoader, loader, worker_count
 from data.order.fingerprint import fingerprint
+from data.order.layout import Layout
 from data.order.sampler import Draw, EpochBatchSampler, EvaluationBatchSampler
 from data.order.spread import spread_over
 from data.place import place
@@ -106,6 +107,8 @@ class ImageData(pl.LightningDataModule):
         self.token_grid: tuple[int, int] | None = None
         self.augment = Augment.build(augment)
         self.evaluation = Evaluation.build(eval)
+        self.begun: Layout | None = None  # that the run began with, where this is another one
+        self._accumulated = 1  # until there is a trainer
         self.start_epoch: int | None = None  # None: the epoch that Lightning counts
         self.start_batch = 0
         self._delivered: tuple[int, int] | None = None  # epoch and number of the last training batch handed out
@@ -219,11 +222,21 @@ class ImageData(pl.LightningDataModule):
         """So many places at equal distance in the split of validation, which often comes class by class."""
         return spread_over(len(self.source.val), count)
 
-    def _train_sampler(self, rank: int, world: int) -> EpochBatchSampler:
+    def batches_of(self, batch: int, processes: int, accumulated: int) -> int:
+        """Training batches of an epoch per process in another layout."""
+        layout = Layout(batch, processes, accumulated, 0)
+        return len(self._train_sampler(0, processes, layout))
+
+    def go_on_with(self, begun: Layout, batch_size: int, accumulated: int) -> None:
+        """Deals the steps of the layout that the run began with in batches of another one; called before training."""
+        self.begun, self.batch_size, self._accumulated = begun, batch_size, accumulated
+
+    def _train_sampler(self, rank: int, world: int, layout: Layout | None = None) -> EpochBatchSampler:
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        accumulated = self._accumulated if self.trainer is None else self.trainer.accumulate_grad_batches
         return EpochBatchSampler(
             len(self.source.train),
-            self.batch_size,
+            self.batch_size if layout is None else layout.batch,
             self.seed,
             rank,
             world,
@@ -231,8 +244,9 @@ class ImageData(pl.LightningDataModule):
             drop_last=self.drop_last,
             shuffle=not overfit,
             labels=np.asarray(self.source.train.labels) if self.balanced else None,
-            accumulated=1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            accumulated=accumulated if layout is None else layout.accumulated,
             blocks=getattr(self.source.train, "blocks", None),
+            begun=self.begun if layout is None else None,
         )
 
     def _loader(self, samples: Samples, sampler: EpochBatchSampler | EvaluationBatchSampler) -> DataLoader:
@@ -277,7 +291,11 @@ class ImageData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position of the next training batch to be processed, what it was counted with, and of which data."""
         epoch, batch = self._position()
-        return {"epoch": epoch, "batch": batch, **self._counted_with(), "data": self.fingerprint}
+        begun = self._layout() if self.begun is None else self.begun
+        if self.begun is not None:
+            batch = batch // self._layout().accumulated * begun.accumulated
+        position = {"epoch": epoch, "batch": batch, **self._counted_with(), "begun": list(begun)}
+        return position | {"data": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Training starts at the stored position; evaluating a checkpoint has no use for it.
@@ -298,10 +316,23 @@ class ImageData(pl.LightningDataModule):
         if "data" in state:  # older checkpoints do not know
             check_same(state["data"], self.fingerprint)
         self.start_epoch, self.start_batch = int(state["epoch"]), int(state["batch"])
+        if self.begun is not None:  # a checkpoint is behind a whole step
+            self.start_batch = self.start_batch // self.begun.accumulated * self._layout().accumulated
 
     def _counted_with(self) -> dict[str, int]:
-        world = self._place()[1]
-        return {"global_batch": self.batch_size * world, "seed": self.seed, "images": len(self.source.train)}
+        layout = self._layout() if self.begun is None else self.begun
+        return {
+            "global_batch": layout.batch * layout.processes,
+            "seed": self.seed,
+            "images": len(self.source.train),
+        }
+
+    def _layout(self) -> Layout:
+        """Of this run as it is; an epoch has the batches that the trainer takes."""
+        world, trainer = self._place()[1], self.trainer
+        taken = None if trainer is None else trainer.num_training_batches
+        batches = taken if isinstance(taken, int) and taken > 0 else self.steps_per_epoch(world)
+        return Layout(self.batch_size, world, 1 if trainer is None else trainer.accumulate_grad_batches, batches)
 
     def _position(self) -> tuple[int, int]:
         if self._delivered is None:

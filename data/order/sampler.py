@@ -2,7 +2,8 @@
 
 Training batches are global: batch `b` of an epoch holds the same images however many processes share it, and
 process `r` of `W` takes every `W`-th of them. The order does not depend on workers or on earlier epochs, so a
-run resumes in the middle of an epoch by starting at a batch number, and nothing else has to be stored.
+run resumes in the middle of an epoch by starting at a batch number, and nothing else has to be stored. With another
+number of processes, or another batch, it goes on with the steps of the layout that it began with (`data.order.layout`).
 
 Repeated augmentation (`repeats=3`) follows Hoffer et al., "Augment your batch", CVPR 2020 (arXiv 1901.09335), in
 the form that DeiT trains with (arXiv 2012.12877): each image appears `repeats` times in a row, so the copies fall
@@ -11,12 +12,13 @@ on different processes, and the epoch ends after as many samples as there are im
 that many). Copies here differ by their augmentation even when one process takes them all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from data.order.layout import Layout
 from data.order.randomness import ORDER, generator
 
 REPEAT_ROUND = 256  # DeiT's rounding of the epoch under repeated augmentation, in samples
@@ -24,12 +26,16 @@ TOGETHER = 4  # shards that are read at the same time, their images mixed
 
 
 class Draw(NamedTuple):
-    """One sample to read: image `index` in `epoch`, for the `repeat`-th time, in batch `number`."""
+    """One sample to read: image `index` in `epoch`, for the `repeat`-th time, in batch `number`.
+
+    `named` is the number and the process by which the randomness of the batch is named; `None` for its own.
+    """
 
     epoch: int
     index: int
     repeat: int = 0
     number: int = 0
+    named: tuple[int, int] | None = None
 
 
 class EpochBatchSampler(Sampler[list[Draw]]):
@@ -49,6 +55,7 @@ class EpochBatchSampler(Sampler[list[Draw]]):
             still left out when some process would get nothing.
         labels: of the images, to draw as many of every class (`balanced`); `None` draws every image once.
         shuffle: `False` keeps the source's order in every epoch (overfitting on the first batches).
+        begun: the layout whose steps are dealt here, where the run began in another one.
 
     `start_batch` (and `start_epoch`, if set) apply to the next iteration only: batches before them are skipped
     without being read. `len()` is always the full epoch.
@@ -67,8 +74,9 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         accumulated: int = 1,
         blocks: np.ndarray | None = None,
         labels: np.ndarray | None = None,
+        begun: Layout | None = None,
     ) -> None:
-        self.labels = labels
+        self.labels, self.begun = labels, begun
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.repeats, self.accumulated = rank, world, repeats, accumulated
         self.drop_last, self.shuffle, self.blocks = drop_last, shuffle, blocks
@@ -92,12 +100,16 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         return self.length
 
     def __len__(self) -> int:
+        if self.begun is not None:
+            return self.begun.shared_anew(self.batch_size, self.world, self.accumulated).batches
         full, rest = divmod(self.samples, self.batch_size * self.world)
         return full + int(not self.drop_last and rest >= self.world)
 
     @property
     def smallest(self) -> int:
         """Samples of the smallest batch that some process gets."""
+        if self.begun is not None:
+            return min(len(self._anew(number, rank)[0]) for number in (0, len(self) - 1) for rank in range(self.world))
         rest = self.samples % (self.batch_size * self.world)
         return self.batch_size if self.drop_last or rest < self.world else rest // self.world
 
@@ -108,17 +120,33 @@ class EpochBatchSampler(Sampler[list[Draw]]):
         start, self.start_epoch, self.start_batch = self.start_batch, None, 0
         order = self._order(epoch)
         for number in range(start, len(self)):
-            positions = self._positions(number)
-            yield [Draw(epoch, int(order[p // self.repeats]), p % self.repeats, number) for p in positions]
+            positions, named = self._own(number) if self.begun is None else self._anew(number, self.rank)
+            yield [Draw(epoch, int(order[p // self.repeats]), int(p % self.repeats), number, named) for p in positions]
 
-    def _positions(self, number: int) -> range:
+    def _own(self, number: int) -> tuple[range, None]:
+        return self._positions(number, self.rank, Layout(self.batch_size, self.world, self.accumulated, 0)), None
+
+    def _positions(self, number: int, rank: int, layout: Layout) -> range:
         """Where the samples of a batch are in the epoch; batches that make no whole step are dealt one by one."""
-        size = self.batch_size * self.world
-        step, part = divmod(number, self.accumulated)
-        if (step + 1) * self.accumulated * size <= self.samples:
-            first, hands = step * self.accumulated * size, self.world * self.accumulated
-            return range(first + part * self.world + self.rank, first + self.accumulated * size, hands)
-        return range(number * size + self.rank, min((number + 1) * size, self.samples), self.world)
+        size = layout.batch * layout.processes
+        step, part = divmod(number, layout.accumulated)
+        if (step + 1) * layout.images <= self.samples:
+            first = step * layout.images
+            return range(first + part * layout.processes + rank, first + layout.images, layout.hands)
+        return range(number * size + rank, min((number + 1) * size, self.samples), layout.processes)
+
+    def _anew(self, number: int, rank: int) -> tuple[Sequence[int], tuple[int, int] | None]:
+        """Where the samples of a batch are in the epoch of the layout that the run began with, and its name there."""
+        begun, (step, part) = self.begun, divmod(number, self.accumulated)
+        first = step * begun.accumulated
+        numbers = range(first, min(first + begun.accumulated, begun.batches))
+        hand = part * self.world + rank
+        if self.batch_size == begun.batch:
+            named = first + hand // begun.processes, hand % begun.processes
+            return self._positions(*named, begun), named
+        dealt = [self._positions(number, process, begun) for number in numbers for process in range(begun.processes)]
+        hands = len(dealt) * self.world * self.accumulated // begun.hands
+        return np.sort(np.concatenate(dealt))[hand::hands], None
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

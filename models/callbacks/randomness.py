@@ -16,7 +16,10 @@ from conf.errors import UserError
 
 
 class StepRandomness(Callback):
-    """Seeds torch, NumPy and `random` before every training batch from (seed, epoch, batch number, rank)."""
+    """Seeds torch, NumPy and `random` before every training batch from (seed, epoch, batch number, rank).
+
+    A batch that says by what it is `named`, since its run began on other processes, decides number and rank.
+    """
 
     def __init__(self, seed: int) -> None:
         if type(seed) is not int or seed < 0:
@@ -34,7 +37,7 @@ class StepRandomness(Callback):
             )
         # processes that read the same images draw the same
         rank = (trainer.distributed_sampler_kwargs or {}).get("rank", trainer.global_rank)
-        entropy = [self.seed, int(epoch), int(number), rank]
+        entropy = [self.seed, int(epoch), *(getattr(batch, "named", None) or (int(number), rank))]
         torch_seed, numpy_seed, python_seed = np.random.SeedSequence(entropy).generate_state(3, np.uint64).tolist()
         # The generator itself: torch.manual_seed costs 90 µs because it also prepares devices that are not there.
         torch.default_generator.manual_seed(torch_seed % 2**63)

@@ -45,7 +45,7 @@ from models.runs.report import next_steps, print_table, write_json
 from models.runs.resume import begins_again, find_resume, position_of
 from models.side_outputs import attempt
 from models.tasks.base import Task
-from models.tasks.effective_batch import accumulate, check_resumed
+from models.tasks.effective_batch import accumulate, go_on
 
 
 class Run(NamedTuple):
@@ -124,9 +124,10 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     frozen = freezing(config, task.model)
     trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
     spread = share_tokens(trainer.strategy, task.model, trainer.world_size)
-    accumulate(config, trainer, data)
-    if checkpoint is not None:
-        check_resumed(read_config(checkpoint), trainer)
+    if checkpoint is None:
+        accumulate(config, trainer, data)
+    else:
+        origin += go_on(config, read_config(checkpoint), position, trainer, data)
     attention = describe_backend(task.model, trainer.strategy.root_device)
     facts = facts_of(task.model, data)
     trainer.loggers = build_loggers(config["logger"], run_dir, config, step, facts, task.figures)

@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 
 from conf import recipes
 from conf.errors import UserError
+from conf.values import is_whole
+from data.order.layout import Layout
 from data.place import readers
 
 
@@ -49,11 +51,117 @@ def accumulate(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningDa
     trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = batches
 
 
+def go_on(
+    config: dict[str, Any],
+    saved: dict[str, Any],
+    position: dict[str, Any],
+    trainer: pl.Trainer,
+    data: pl.LightningDataModule,
+) -> list[str]:
+    """Lets a run go on with the steps that it began with, on any number of processes: accumulation makes them up.
+
+    Where more processes than before would make too large a step, each takes a smaller batch.
+
+    Args:
+        config: of this command; it gets the batch and the accumulated batches.
+        saved: the configuration in the checkpoint.
+        position: what the data has left in the checkpoint.
+        trainer: of this command.
+        data: of this command.
+
+    Returns:
+        What there is to say about it.
+
+    Raises:
+        UserError: the devices cannot make these steps, or the command asks for others.
+    """
+    begun = _begun(saved, position, data)
+    if begun is None:
+        accumulate(config, trainer, data)
+        check_resumed(saved, trainer)
+        return []
+    batch, accumulated = _parts(begun, config, saved, readers(trainer), data.batch_size)
+    if (batch, readers(trainer), accumulated) == begun[:3]:
+        trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
+        data.batch_size = config["data"]["batch_size"] = batch
+        if accumulated > 1:
+            trainer.limit_train_batches = begun.batches  # whole steps where the run had a global_batch
+        return []
+    now = begun.shared_anew(batch, readers(trainer), accumulated)
+    if now is None:
+        raise UserError(
+            f"resume: an epoch of this run ends with a shorter step of {begun.batches % begun.accumulated} batches on "
+            f"{begun.processes} processes, which {batch} x {readers(trainer)} x {accumulated} cannot make; go on with "
+            f"{begun} (data.batch_size x processes x accumulated), as it began"
+        )
+    trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
+    trainer.limit_train_batches = now.batches
+    config["data"]["batch_size"] = batch
+    data.go_on_with(begun, batch, accumulated)
+    return [f"began as {begun} (batch x processes x accumulated), goes on as {now}: the same images in every step"]
+
+
+def _begun(saved: dict[str, Any], position: dict[str, Any], data: pl.LightningDataModule) -> Layout | None:
+    """The layout that the run of a checkpoint began with, of an older one that of its run; None where nobody knows."""
+    if isinstance(known := position.get("begun"), list) and len(known) == 4 and all(map(is_whole, known)):
+        return Layout(*known)
+    batch, settings = (saved.get("data") or {}).get("batch_size"), saved.get("trainer") or {}
+    if "global_batch" not in position or type(batch) is not int or position["global_batch"] % batch:
+        return None
+    processes, accumulated = position["global_batch"] // batch, settings.get("accumulate_grad_batches") or 1
+    batches, limit = data.batches_of(batch, processes, accumulated), settings.get("limit_train_batches", 1.0)
+    limit = settings.get("overfit_batches") or limit
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if saved.get("global_batch") is not None:
+        batches -= batches % accumulated
+    return Layout(batch, processes, accumulated, batches)
+
+
+def _parts(begun: Layout, config: dict[str, Any], saved: dict[str, Any], processes: int, batch: int) -> tuple[int, int]:
+    """Images per process and batch, and batches per step, that make the steps of a run.
+
+    Raises:
+        UserError: nothing does, or the command asks for other steps.
+    """
+    asked, given = config["global_batch"], config["trainer"]["accumulate_grad_batches"]
+    before = (saved.get("trainer") or {}).get("accumulate_grad_batches")
+    if asked is not None and asked != begun.images:
+        raise UserError(_other_steps(begun, f"global_batch={asked}"))
+    free = batch in (begun.batch, (saved.get("data") or {}).get("batch_size"))  # the command says nothing new
+    sizes = range(min(batch, begun.images), 0, -1) if free else (batch,)
+    fitting = next((size for size in sizes if begun.images % (size * processes) == 0), None)
+    if fitting is None:
+        raise UserError(_cannot_make(begun, batch, processes))
+    accumulated = begun.images // (fitting * processes)
+    if given not in (None, 1, before, accumulated):
+        raise UserError(_other_steps(begun, f"{batch} x {processes} x {given} = {batch * processes * given}"))
+    return fitting, accumulated
+
+
+def _other_steps(begun: Layout, got: str) -> str:
+    return (
+        f"resume: the checkpoint was trained with {begun.images} images per optimizer step, got {got}; leave "
+        "global_batch and trainer.accumulate_grad_batches out, or start a new run with another run.name"
+    )
+
+
+def _cannot_make(begun: Layout, batch: int, processes: int) -> str:
+    sizes = [size for size in range(1, begun.images // processes + 1) if begun.images % (size * processes) == 0]
+    near = min(sizes, key=lambda size: (abs(size - batch), -size), default=None)
+    devices = [count for count in range(processes, 0, -1) if begun.images % count == 0]
+    what = f"data.batch_size={near}" if near else f"{devices[0]} process{'es' if devices[0] > 1 else ''}"
+    return (
+        f"resume: the checkpoint was trained with {begun.images} images per optimizer step, which batches of "
+        f"{batch} on {processes} process{'es' if processes > 1 else ''} cannot make; take {what}"
+    )
+
+
 def check_resumed(saved: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Refuses to go on with other steps: schedule, epoch and averages are counted in them.
+    """Refuses to go on with other steps, where data says nothing of its batches: epochs are counted in them.
 
     Args:
         saved: the configuration in the checkpoint.
+        trainer: of this command.
 
     Raises:
         UserError: the checkpoint comes from steps of another number of accumulated batches.

@@ -120,7 +120,7 @@ def test_what_is_known_before_a_trainer_exists():
     assert data.num_classes == 10 and data.class_names[0] == "class 0"
     assert (data.steps_per_epoch(), data.steps_per_epoch(4)) == (12, 3)
     position = {"epoch": 0, "batch": 0, "global_batch": 8, "seed": 0, "images": 100}
-    assert data.state_dict() == position | {"data": data.fingerprint}
+    assert data.state_dict() == position | {"begun": [8, 1, 1, 12], "data": data.fingerprint}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -21,7 +21,7 @@ from conf.errors import UserError
 from models.checkpoints import read_config, read_manifest
 from models.loggers.metrics_csv import read_metrics
 from models.tasks.classification import Classification
-from models.tasks.effective_batch import accumulate, check_resumed, describe
+from models.tasks.effective_batch import accumulate, check_resumed, describe, go_on
 from tests.models.tasks.test_classification import Batch, Data, Net, trainer
 
 ROOT = Path(__file__).parents[3]
@@ -210,7 +210,7 @@ def test_an_accumulated_run_stops_anywhere_and_goes_on_exactly(command, tmp_path
         )
         assert [key for key in whole if not torch.equal(whole[key], parted[key])] == []
     status, _, err = command("train", *arguments, "run.name=parts", "global_batch=48", "trainer.max_epochs=4")
-    assert status == 2 and "trained with 2 batches accumulated per optimizer step, got 3; give the same" in err
+    assert status == 2 and "trained with 32 images per optimizer step, got global_batch=48; leave" in err
 
 
 def test_a_run_goes_on_with_the_same_steps_only():
@@ -221,6 +221,68 @@ def test_a_run_goes_on_with_the_same_steps_only():
         UserError, match=r"resume: the checkpoint was trained with 8 batches accumulated .* got 4; give"
     ):
         check_resumed({"trainer": {"accumulate_grad_batches": 8}}, runs)
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize(
+    ("begun", "settings", "goes_on"),
+    [
+        ((64, 4, 1, 100), {"processes": 2}, (64, 2, 2, 200)),
+        ((64, 4, 1, 100), {"processes": 1}, (64, 1, 4, 400)),
+        ((64, 4, 1, 100), {"processes": 8}, (32, 8, 1, 100)),  # smaller batches, for there are more processes
+        ((64, 8, 1, 100), {"processes": 4, "images": 512}, (64, 4, 2, 200)),
+        ((64, 1, 2, 100), {"processes": 1, "batch": 32}, (32, 1, 4, 200)),
+        ((64, 1, 2, 100), {"processes": 1, "given": 2}, None),
+        ((64, 1, 1, 100), {"processes": 1}, None),
+    ],
+)
+def test_steps_are_made_up_on_any_number_of_processes(begun, settings, goes_on):
+    config, runs, data = parts(**settings)
+    config["data"] = {"batch_size": data.batch_size}
+    dealt = []
+    data.go_on_with = lambda *layout: dealt.append(layout)
+    saved = {"data": {"batch_size": begun[0]}, "trainer": {"accumulate_grad_batches": begun[2]}}
+    notes = go_on(config, saved, {"begun": list(begun)}, runs, data)
+    if goes_on is None:
+        assert (notes, dealt, runs.accumulate_grad_batches) == ([], [], begun[2])
+        return
+    batch, processes, accumulated, batches = goes_on
+    assert dealt == [(begun, batch, accumulated)] and runs.limit_train_batches == batches
+    assert config["data"]["batch_size"] == batch and runs.accumulate_grad_batches == accumulated
+    assert f"goes on as {batch} x {processes} x {accumulated}: the same images in every step" in notes[0]
+
+
+@pytest.mark.case(25)
+def test_an_older_checkpoint_says_what_its_steps_were():
+    config, runs, data = parts(batch=32, processes=2)
+    config["data"] = {"batch_size": 32}
+    data.go_on_with, data.batches_of = lambda *layout: None, lambda batch, processes, accumulated: 101
+    saved = {"data": {"batch_size": 64}, "trainer": {"accumulate_grad_batches": 2}, "global_batch": 128}
+    notes = go_on(config, saved, {"global_batch": 64, "epoch": 3, "batch": 4}, runs, data)
+    assert runs.limit_train_batches == 100 and "began as 64 x 1 x 2" in notes[0] and "goes on as 32 x 2 x 2" in notes[0]
+    unknown, runs, data = parts(given=2)
+    with pytest.raises(UserError, match="trained with 8 batches accumulated"):
+        go_on(unknown, {"trainer": {"accumulate_grad_batches": 8}}, {}, runs, data)
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize(
+    ("begun", "settings", "text"),
+    [
+        ((64, 4, 1, 100), {"processes": 3}, "which batches of 64 on 3 processes cannot make; take 2 processes"),
+        ((64, 4, 1, 100), {"batch": 96}, "which batches of 96 on 1 process cannot make; take data.batch_size=128"),
+        ((64, 1, 1, 100), {"images": 128}, "trained with 64 images per optimizer step, got global_batch=128; leave"),
+        ((64, 1, 1, 100), {"given": 2}, "got 64 x 1 x 2 = 128; leave"),
+        ((64, 1, 4, 102), {"processes": 4}, "ends with a shorter step of 2 batches on 1 processes, which 64 x 4 x 1"),
+    ],
+)
+def test_steps_that_cannot_be_made_are_refused(begun, settings, text):
+    config, runs, data = parts(**settings)
+    config["data"] = {"batch_size": data.batch_size}
+    saved = {"data": {"batch_size": begun[0]}, "trainer": {"accumulate_grad_batches": begun[2]}}
+    with pytest.raises(UserError, match="resume: ") as error:
+        go_on(config, saved, {"begun": list(begun)}, runs, data)
+    assert text in str(error.value)
 
 
 class Parts(Data):
