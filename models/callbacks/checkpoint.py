@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from conf.errors import UserError
+from conf.errors import StorageFailed, UserError
 from models.callbacks.boundary import Boundary
 from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
 from models.callbacks.loops import (
@@ -288,7 +288,8 @@ class Checkpoints(Callback):
             self.saver.settle(trainer, final=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Exception | KeyboardInterrupt) and self._between_steps(trainer):
+        wanted = isinstance(exception, Exception | KeyboardInterrupt) and not isinstance(exception, StorageFailed)
+        if wanted and self._between_steps(trainer):
             self._save_on_the_way_out(trainer)
         self.saver.leave()
 
