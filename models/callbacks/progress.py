@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from models.callbacks.throughput import MIB, Throughput, peak_memory
+from models.side_outputs import attempt
 
+LIVE = "the live line of the terminal"
 WAITING = 0.2  # share of waiting for data above which the remedy is said
 ENOUGH = 5.0  # seconds of training before that: the first batches wait for workers to start
 
@@ -41,9 +43,10 @@ class RunProgress(Callback):
         if trainer.is_global_zero and self.console.is_terminal:
             bar = BarColumn(bar_width=24 if self._wide else 10)
             columns = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[text]}")]
-            self.live = Progress(*columns, console=self.console, refresh_per_second=4)
-            self.live.start()
-            self._bar = self.live.add_task("", total=self._total, completed=trainer.global_step, text="")
+            live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self._bar = live.add_task("", total=self._total, completed=trainer.global_step, text="")
+            if attempt(LIVE, live.start):
+                self.live = live
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,8 +54,8 @@ class RunProgress(Callback):
         if self.live is not None:
             # reading the loss waits for the device: only as often as it is logged
             if trainer.global_step % trainer.log_every_n_steps == 0:
-                self.live.update(self._bar, text=self._describe(trainer))
-            self.live.update(self._bar, description=self._epoch(trainer), completed=trainer.global_step)
+                self._show(text=self._describe(trainer))
+            self._show(description=self._epoch(trainer), completed=trainer.global_step)
         elif trainer.is_global_zero and time.perf_counter() - self._printed >= self.every_seconds:
             self._print(trainer)
 
@@ -60,7 +63,7 @@ class RunProgress(Callback):
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if self.live is not None:
-            self.live.update(self._bar, text=f"validating {batch_idx + 1}/{trainer.num_val_batches[0]}")
+            self._show(text=f"validating {batch_idx + 1}/{trainer.num_val_batches[0]}")
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -70,7 +73,7 @@ class RunProgress(Callback):
             parts.append(f"EMA {float(metrics[f'{key}_ema']):{form}}")
         self._note = "  ".join(parts)
         if self.live is not None:
-            self.live.update(self._bar, text=self._describe(trainer))
+            self._show(text=self._describe(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -80,7 +83,7 @@ class RunProgress(Callback):
         if trainer.is_global_zero and self._lined != trainer.global_step:
             self._line(trainer, task)
         if self.live is not None:
-            self.live.update(self._bar, text=self._describe(trainer), completed=trainer.global_step)
+            self._show(text=self._describe(trainer), completed=trainer.global_step)
         self.seconds = time.perf_counter() - self._started
         self._stop()
 
@@ -116,10 +119,17 @@ class RunProgress(Callback):
         self._printed = time.perf_counter()
         print(f"{self._epoch(trainer)}  {self._describe(trainer)}", flush=True)
 
+    def _show(self, **fields: Any) -> None:
+        """Changes the live line; where that fails, plain lines take its place."""
+        if self.live is not None and not attempt(LIVE, self.live.update, self._bar, **fields):
+            attempt(LIVE, self.live.stop)
+            self.live = None
+
     def _stop(self) -> None:
         if self.live is not None:
-            self.live.update(self._bar, visible=False)  # the lines of the epochs stay
-            self.live.stop()
+            self._show(visible=False)  # the lines of the epochs stay
+        if self.live is not None:
+            attempt(LIVE, self.live.stop)
             self.live = None
         sys.stdout.flush()
 

@@ -60,8 +60,10 @@ class Messenger:
         if os.getpid() != self._owner:
             return False
         end = time.monotonic() + seconds
+        room = select.poll()
+        room.register(self._process.stdin, select.POLLOUT)
         while self._waiting and not self.lost and (left := end - time.monotonic()) > 0:
-            select.select([], [self._process.stdin], [], min(left, 0.5))
+            room.poll(1000 * min(left, 0.5))
             self._send()
         with contextlib.suppress(OSError):
             self._process.stdin.close()

@@ -33,7 +33,7 @@ def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterat
             attempt("curves.png", _curves, trainer, run_dir, config)
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandb):
-                logger.close()
+                attempt("logger: the end of Weights & Biases", logger.close)
 
 
 def _curves(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> None:

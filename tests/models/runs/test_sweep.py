@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from models import side_outputs
 from models.runs.compare import write_all
 from models.runs.sweep import cell, columns_of, read_run, rows_of, table_of, write_comparison, write_runs
 from models.runs.sweep_pictures import curve, draw_active_heads, draw_comparison, draw_pareto, pareto
@@ -148,3 +149,18 @@ def test_a_sweep_without_any_result_still_says_why(runs, tmp_path):
     written = write_all(tmp_path, [], runs[3:], TOP1, "max")
     assert [path.name for path in written] == ["runs.csv", "report.html"]
     assert "the loss is NaN" in written[-1].read_text()
+
+
+@pytest.mark.case(17)
+def test_what_cannot_be_written_or_read_takes_nothing_along(runs, tmp_path, monkeypatch, capsys):
+    """A picture that fails, a table for which there is no room, a metrics.json of which half is there."""
+    side_outputs.begin()
+    rows = rows_of(runs, TOP1)
+    monkeypatch.setattr("models.runs.sweep_pictures.draw_pareto", lambda *_: 1 / 0)
+    (tmp_path / "runs.csv").mkdir()
+    written = write_all(tmp_path, rows, runs, TOP1, "max")
+    assert [path.name for path in written] == ["comparison.csv", "report.html"]
+    said = capsys.readouterr().err
+    assert "runs.csv failed (Is a directory)" in said and "pareto.png failed (ZeroDivisionError" in said
+    (runs[0].folder / "metrics.json").write_text('{"val/to')
+    assert read_run({}, 0, runs[0].folder).figures is None
