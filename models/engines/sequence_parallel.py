@@ -56,14 +56,19 @@ class SequenceParallel(Distributed):
         return {"num_replicas": 1, "rank": 0}
 
 
-def share_tokens(strategy: object, model: nn.Module, processes: int) -> list[str]:
-    """Lets `model` compute its rows of every map, where that is the strategy; a line on it.
+def share_tokens(strategy: object, task: nn.Module, processes: int) -> list[str]:
+    """Lets the model of `task` compute its rows of every map, where that is the strategy; a line on it.
 
     Raises:
-        UserError: something in the model mixes tokens otherwise than by a state.
+        UserError: something in the model or the task needs all tokens in one place.
     """
     if not isinstance(strategy, SequenceParallel):
         return []
+    if getattr(task, "token_head", None) is not None:
+        raise _refusal("label maps (data.token_labels) are compared with all tokens", "leave them out")
+    if getattr(task, "compiled", False):
+        raise _refusal("a compiled model has no place for what processes tell each other", "leave task.compile out")
+    model = task.model
     check(model, processes)
     model.stem.register_forward_hook(_own_rows)
     for module in model.modules():

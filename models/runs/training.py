@@ -123,7 +123,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     record = Record(run_dir, log, cfg, config)
     frozen = freezing(config, task.model)
     trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
-    spread = share_tokens(trainer.strategy, task.model, trainer.world_size)
+    spread = share_tokens(trainer.strategy, task, trainer.world_size)
     if checkpoint is None:
         accumulate(config, trainer, data)
     else:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from conf.errors import UserError
 from models.runs.launchers.queue import requeue, state
 
 PREEMPTED = 75  # the run has saved: start the same command again
@@ -44,12 +45,19 @@ def _again(job: str, advanced: bool) -> None:
         return
     for number in AHEAD:  # SLURM ends a job that it puts into the queue
         signal.signal(number, signal.SIG_IGN)
-    found = state(job)
+    try:
+        found = state(job)
+    except UserError:  # the controller is busy: rather once too often than a run that is forgotten
+        found = "RUNNING"
     if found != "RUNNING":
         print(f"job {job} is {found or 'gone'}: it is not put into the queue again", flush=True)
         return
-    requeue(job)
-    print(f"job {job} is put into the queue again, and continues there", flush=True)
+    try:
+        requeue(job)
+    except UserError as error:
+        print(error, flush=True)
+    else:
+        print(f"job {job} is put into the queue again, and continues there", flush=True)
 
 
 def _steps(arguments: list[str]) -> list[str]:

@@ -26,6 +26,8 @@ from data.cores import usable_cores
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PREEMPTED, INTERRUPTED = 75, 130
+# by which a task of SLURM is known: a run of the sweep is none, even if the sweep is
+OF_A_TASK = tuple(f"SLURM_{name}" for name in ("PROCID", "LOCALID", "NODEID", "NTASKS", "NPROCS", "NTASKS_PER_NODE"))
 LOOK = 0.1  # seconds between looks at the runs
 
 
@@ -46,13 +48,13 @@ class Child:
 
     def start(self, gpus: Sequence[str] | None, threads: int | None) -> None:
         """Begins it, with these GPUs and threads; None leaves what the environment says."""
-        environment = dict(os.environ)
+        environment = {name: value for name, value in os.environ.items() if name not in OF_A_TASK}
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
-        self.said, self.began = tempfile.TemporaryFile(), time.monotonic()  # noqa: SIM115  closed when it is read
-        command = [sys.executable, str(Path(sys.argv[0]).absolute()), *self.overrides, f"hydra.run.dir='{self.folder}'"]
+        self.said, self.began = _file(Path(str(self.config.hydra.sweep.dir))), time.monotonic()
+        command = [sys.executable, str(Path(sys.argv[0]).absolute()), *as_one_run(self.overrides, self.folder)]
         # a session of its own: signals of the terminal reach it through this process, and once
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=self.said, stderr=self.said,
@@ -67,6 +69,19 @@ class Child:
         program = f"{Path(sys.argv[0]).name}: "
         at = max((i for i, line in enumerate(lines) if line.startswith(program)), default=len(lines) - 1)
         return "\n".join(lines[at:]).removeprefix(program) or "it printed nothing"
+
+
+def as_one_run(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The arguments by which a process computes one run of a sweep, even where its recipe says that it is a sweep."""
+    return [*overrides, f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
+
+
+def _file(folder: Path) -> IO[bytes]:
+    """A file without a name for what a run prints; nowhere where there is no room for it."""
+    try:
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError:
+        return open(os.devnull, "rb+")
 
 
 class SideBySide(Launcher):

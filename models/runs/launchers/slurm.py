@@ -16,6 +16,7 @@ from conf import extras, values
 from conf.errors import Failure, UserError
 from conf.names import short
 from models.runs.launchers import job, queue
+from models.runs.launchers.local import as_one_run
 
 FOLDER = "slurm"  # in the folder of the run: SLURM's script and logs, and which job it is
 WORDS = ("partition", "account", "qos", "constraint", "mem")
@@ -42,7 +43,7 @@ def send(cfg: DictConfig) -> Failure | None:
     if (known := submitted(run_dir)) and (state := queue.state(known)):
         print(f"{short(run_dir)} is job {known}, {state.lower()}: nothing is submitted")
         return Failure(f"job {known}, {state.lower()}")
-    arguments = [*hydra.overrides.task, f"hydra.run.dir='{run_dir}'"]
+    arguments = as_one_run(hydra.overrides.task, run_dir)
     if not any(argument.lstrip("+").startswith("run.name=") for argument in arguments):
         arguments.append(f"run.name='{cfg.run.name}'")
     number = submit(run_dir, cfg.run.name, options, arguments)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def spread(made, images, labels, processes, monkeypatch):
     monkeypatch.setattr(sequence_parallel, "all_reduce", meeting.all_reduce)
     models = [made() for _ in range(processes)]
     for one in models:
-        share_tokens(object.__new__(SequenceParallel), one, processes)
+        share_tokens(object.__new__(SequenceParallel), SimpleNamespace(model=one), processes)
 
     def compute(rank):
         meeting.here.rank = rank
@@ -97,7 +98,7 @@ def test_processes_compute_what_one_computes(attention, processes, monkeypatch):
 def test_alone_it_is_the_same_model():
     images = torch.randn(2, 3, 32, 32)
     shared = model()
-    share_tokens(object.__new__(SequenceParallel), shared, 1)
+    share_tokens(object.__new__(SequenceParallel), SimpleNamespace(model=shared), 1)
     assert torch.equal(shared(images), model()(images))
     assert list(shared.state_dict()) == list(model().state_dict())
 
@@ -119,6 +120,16 @@ def test_alone_it_is_the_same_model():
 def test_what_mixes_tokens_otherwise_is_refused_by_name(made, processes, message):
     with pytest.raises(UserError, match=r"^trainer: sequence_parallel: ") as error:
         check(made(), processes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [({"token_head": 1}, "label maps (data.token_labels)"), ({"compiled": True}, "leave task.compile out")],
+)
+def test_a_task_that_needs_all_tokens_is_refused(task, message):
+    with pytest.raises(UserError) as error:
+        share_tokens(object.__new__(SequenceParallel), SimpleNamespace(model=None, **task), 2)
     assert message in str(error.value)
 
 

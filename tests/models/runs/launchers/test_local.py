@@ -71,6 +71,7 @@ def seen(tmp_path, name):
     return json.loads((tmp_path / "outputs/s" / name / "seen.json").read_text())
 
 
+@pytest.mark.full
 def test_runs_are_computed_side_by_side_on_a_cpu(sweep, tmp_path):
     status, output, errors = sweep("hydra.launcher.jobs=2", "attention=softmax,agent")
     assert status == 0, output + errors
@@ -97,7 +98,9 @@ def test_gpus_are_shared_out_and_a_run_that_fails_does_not_end_the_others(sweep,
 
 
 @pytest.mark.case(13)
-@pytest.mark.parametrize(("number", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "wanted"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.full)]
+)
 def test_a_signal_saves_the_runs_that_go_on_and_begins_no_other(sweep, tmp_path, number, wanted):
     ready = [tmp_path / f"outputs/s/{name}/seed-9/ready" for name in ("softmax", "agent")]
 
@@ -123,7 +126,7 @@ def test_a_signal_saves_the_runs_that_go_on_and_begins_no_other(sweep, tmp_path,
             "per_run=many", "per_run must be a whole number of at least 1, got 'many'", marks=pytest.mark.full
         ),
         pytest.param("gpus=-1", "gpus must be a whole number of at least 0, got -1", marks=pytest.mark.full),
-        ("gpus=2", "hydra.launcher: gpus=2, but this machine shows 0; give gpus=0"),
+        pytest.param("gpus=2", "gpus=2, but this machine shows 0; give gpus=0", marks=pytest.mark.full),
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_run(sweep, tmp_path, monkeypatch, given, message):
@@ -144,3 +147,16 @@ def test_gpus_that_this_process_may_use(monkeypatch):
     assert local.gpus_here() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert local.gpus_here() == []
+
+
+def test_a_recipe_that_is_a_sweep_is_one_run_in_each_process(tmp_path):
+    assert local.as_one_run(["recipe=pathfinder", "seed=1"], tmp_path)[-1] == "hydra.mode=RUN"
+
+
+@pytest.mark.case(18)
+def test_what_a_run_prints_needs_no_folder_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path / "gone"))
+    with local._file(tmp_path) as file:
+        assert file.write(b"x") == 1
+    with local._file(tmp_path / "gone") as file:
+        assert file.write(b"x") == 1 and file.seek(0) == 0 and file.read() == b""
