@@ -61,7 +61,7 @@ def remove() -> None:
                 _remove_empty(job.parent, folder)
         if inside is None and not _begun(folder) and not (sweep and _holds_runs(folder)):
             shutil.rmtree(folder, ignore_errors=True)
-        elif "checkpoints" not in (inside or ()):
+        elif "checkpoints" not in (inside or ()) and not _locked(folder / ".lock"):  # or it is another command's
             with contextlib.suppress(OSError):  # it holds some
                 (folder / "checkpoints").rmdir()
         for parent in missing:

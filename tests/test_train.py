@@ -138,6 +138,7 @@ def test_a_finished_run_says_so(command, tmp_path):
     assert (tmp_path / "outputs/done/metrics.json").read_text() == before
 
 
+@pytest.mark.case(27)
 def test_another_attention_than_the_checkpoint_is_one_sentence(command):
     assert command("train", *SMALL, "trainer.max_epochs=1", "run.name=x")[0] == 0
     status, _, err = command("train", *SMALL, "run.name=x", "attention=agent")
@@ -287,6 +288,7 @@ def test_eval_names_what_is_wrong(command, tmp_path):
     assert status == 2 and "nothing at this path" in err
 
 
+@pytest.mark.case(26)
 def test_eval_reads_another_root_and_compares_its_classes(command, tmp_path):
     for root, names in [("one", "abc"), ("two", "abd")]:
         for part in ("train", "val"):

@@ -100,8 +100,18 @@ os.register_at_fork(after_in_child=_let_go)  # a process that outlives this one 
 
 
 def lock_folder(run_dir: Path) -> IO[str]:
-    """Holds the run folder until it is closed or the process ends, so that no second run writes into it."""
-    file = (run_dir / ".lock").open("a+")
+    """Holds the run folder until it is closed or the process ends, so that no second run writes into it.
+
+    Raises:
+        UserError: another process holds it, or nothing can be written into it.
+    """
+    try:
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"run: {short(run_dir)} cannot be written: {error.strerror or error}; give another run.name, or "
+            "hydra.run.dir=<folder>"
+        ) from error
     _LOCKS.add(file)
     if rank_zero_only.rank != 0:
         return file

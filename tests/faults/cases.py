@@ -70,7 +70,9 @@ CASES = {
         "says that it has finished and by which limit; what was owed at its end is done; a longer run goes on",
         NOTHING,
     ),
-    16: Case("nothing to continue", "a path is refused with what is near; auto says that it starts at 0", NOTHING),
+    16: Case(
+        "nothing to continue", "refused with what is near, resume=must too; auto says that it starts at 0", NOTHING
+    ),
     # storage
     17: Case("the disk is full", "older checkpoints stay, training goes on; status 74 after three failures", STEPS),
     18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
@@ -84,8 +86,14 @@ CASES = {
         "ends as the run that never stopped: weights, moments, averages, best, validations, rows",
         NOTHING,
     ),
-    24: Case("a setting that changes the result is given otherwise", "refused in one sentence that names it", NOTHING),
-    25: Case("another number of processes, another batch", "the same global batches, or refused", NOTHING),
+    24: Case(
+        "a setting or the data that make the result are others", "refused, naming the setting, class or file", NOTHING
+    ),
+    25: Case(
+        "another number of processes, another batch",
+        "the images of each step stay: smaller batches or accumulation make them up, or it is refused",
+        NOTHING,
+    ),
     26: Case("weights of another number of classes", "a new head is said; evaluation refuses", NOTHING),
     27: Case("a checkpoint of another mechanism", "refused by its name", NOTHING),
     28: Case("a checkpoint of another resolution", "init= resizes what depends on it, resume= refuses", NOTHING),

@@ -1,12 +1,15 @@
 """A continued run is the same run: what changes the result is refused in one sentence, and nothing is started over."""
 
 import copy
+import fcntl
 import json
 
 import pytest
 
+from conf import leftovers
 from conf.errors import UserError
 from models.runs.identity import compare_configs
+from models.runs.preflight import lock_folder
 from models.runs.resume import begins_again, find_resume
 
 EMA = {"_target_": "models.callbacks.ema.EMA", "decay": 0.9998, "warmup": True}
@@ -101,6 +104,31 @@ def test_there_must_be_something_to_continue(tmp_path):
     assert "begins at step 0" in begins_again(tmp_path / "mine")[0]
 
 
+@pytest.mark.case(14)
+def test_the_folder_of_a_run_that_is_just_beginning_is_left_alone(tmp_path):
+    """A command that is refused there removes what it has made itself, and no empty folder of the other one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    leftovers._note(run, sweep=False)
+    (run / "checkpoints").mkdir()
+    with (run / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        leftovers.remove()
+        assert (run / "checkpoints").is_dir()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    leftovers._note(run, sweep=False)
+    leftovers._noted[-1] = leftovers._noted[-1]._replace(inside=frozenset({".lock"}))
+    leftovers.remove()
+    assert not (run / "checkpoints").exists() and run.is_dir()
+
+
+@pytest.mark.case(19)
+def test_a_folder_that_takes_no_files_is_one_sentence(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"run: .* cannot be written: Is a directory; give another run\.name"):
+        lock_folder(tmp_path)
+
+
 SMALL = (
     *("model=vit_32px", "model.dim=16", "model.depth=1", "model.num_heads=2", "model.patch_size=16", "logger=none"),
     *(
@@ -114,19 +142,30 @@ SMALL = (
 )
 
 
-@pytest.mark.case(24)
+def contents(folder):
+    """Every file below a folder with what it holds; a lock may say who has tried it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.case(14)
 @pytest.mark.case(16)
+@pytest.mark.case(24)
 def test_commands_that_ask_for_something_else(command, tmp_path):
     status, _, err = command("train", *SMALL, "run.name=must", "resume=must")
     assert status == 2 and "resume: must goes on with a run, got no checkpoint" in err, err
     assert not (tmp_path / "outputs/must").exists()
     assert command("train", *SMALL, "run.name=a")[0] == 0
     last = tmp_path / "outputs/a/checkpoints/last"
-    before = json.loads((last / "manifest.json").read_text())
     more = ("run.name=a", "trainer.max_epochs=2")
+    before = contents(tmp_path / "outputs")
     status, _, err = command("train", *SMALL, *more, "callbacks.ema=null", "checkpoint.monitor=val/loss")
     assert status == 2 and "callbacks.ema EMA and not None, checkpoint.monitor val/top1 and not val/loss" in err, err
-    assert "Traceback" not in err and json.loads((last / "manifest.json").read_text()) == before
+    with (tmp_path / "outputs/a/.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, _, busy = command("train", *SMALL, *more, "optimizer.lr=9e-3")
+    assert status == 2 and "outputs/a is in use by" in busy and "Traceback" not in err + busy
+    assert contents(tmp_path / "outputs") == before
     config = json.loads((last / "config.json").read_text())
     del config["callbacks"]["ema"]["warmup"], config["data"]["balanced"]  # as an older version would have left it
     manifest = json.loads((last / "manifest.json").read_text())

@@ -209,6 +209,9 @@ def test_step_randomness_refuses_what_it_cannot_count():
         StepRandomness(0).on_train_batch_start(None, None, (1, 2), 0)
 
 
+@pytest.mark.case(16)
+@pytest.mark.case(20)
+@pytest.mark.case(30)
 def test_find_resume(tmp_path, caplog):
     assert find_resume(None, tmp_path) is None
     with caplog.at_level(logging.DEBUG):
@@ -256,6 +259,8 @@ def test_what_may_change_in_a_continued_run():
     compare_configs(saved, current)
 
 
+@pytest.mark.case(26)
+@pytest.mark.case(27)
 @pytest.mark.parametrize(
     ("change", "match"),
     [

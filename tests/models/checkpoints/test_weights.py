@@ -78,6 +78,7 @@ def test_a_damaged_weight_file_is_named(tmp_path):
         load_weights(path)
 
 
+@pytest.mark.case(29)
 @pytest.mark.parametrize(
     "nest",
     [

@@ -62,6 +62,7 @@ def test_nothing_is_touched_where_the_classes_are_the_same():
         assert data.source is source
 
 
+@pytest.mark.case(26)
 def test_classes_that_training_had_not_are_refused():
     with pytest.raises(
         UserError, match=r"label 1 was 'bee' and is 'emu' here; .* the same names \(training had no 'emu'\)"

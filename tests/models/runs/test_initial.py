@@ -41,6 +41,7 @@ def equal(left, right, but=()) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left if key not in but)
 
 
+@pytest.mark.case(28)
 def test_a_run_starts_from_another_one_of_smaller_images(first, command, tmp_path):
     last = tmp_path / "outputs" / "first" / "checkpoints" / "last"
     arguments = (*DEIT, *FAKE, *STILL, "image_size=48", f"init={last}", "run.name=second")
@@ -56,6 +57,7 @@ def test_a_run_starts_from_another_one_of_smaller_images(first, command, tmp_pat
     assert "continues from " in out and "step-00000001; init is not used" in out and "starts from" not in out
 
 
+@pytest.mark.case(26)
 def test_the_same_size_and_other_classes(first, command, tmp_path):
     """Of averaged weights, which are a file of their own."""
     average = tmp_path / "outputs" / "first" / "checkpoints" / "last" / "ema.safetensors"
@@ -129,6 +131,7 @@ def test_a_file_that_may_not_be_read(monkeypatch):
         start_from("secret.pth", torch.nn.Linear(2, 2), {})
 
 
+@pytest.mark.case(27)
 def test_weights_of_another_mechanism(tmp_path):
     """Of the same backbone: what fits is loaded, and what is new is said."""
     path, small = tmp_path / "softmax.safetensors", {"num_classes": 10, "dim": 32, "depth": 1, "num_heads": 4}
