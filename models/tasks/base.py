@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.side_outputs import attempt, put
-from models.tasks.effective_batch import images_per_step, scaled_rate
+from models.tasks.effective_batch import images_per_step, scaled_rate, share_of
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
@@ -70,6 +70,7 @@ class Task(pl.LightningModule):
         self.ema_model: nn.Module | None = None
         self.final_figures: dict[str, float] = {}
         self._left_out = 0
+        self._share = 1.0
         model.set_gradient_checkpointing(gradient_checkpointing)
         self.compiled = compile
         if compile:
@@ -98,6 +99,13 @@ class Task(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.prepare(self.trainer.datamodule)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._share = share_of(self.trainer, batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Processes with more images than others count for more: their mean is that of all images."""
+        super().backward(loss if self._share == 1 else loss * self._share, *args, **kwargs)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         with torch.no_grad():

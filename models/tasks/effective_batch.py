@@ -8,6 +8,7 @@ an epoch has whole steps only: batches that are left at its end are not used, as
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from conf import recipes
 from conf.errors import UserError
@@ -24,6 +25,20 @@ def images_per_step(trainer: pl.Trainer, data: pl.LightningDataModule) -> int:
 def scaled_rate(rate: float, reference_batch: int | None, images: int) -> float:
     """The learning rate for that many images per step: in proportion to the batch it is meant for (linear rule)."""
     return rate * (images / reference_batch) if reference_batch else rate
+
+
+def share_of(trainer: pl.Trainer, batch: Any) -> float:
+    """What the loss of this process's part of a batch is multiplied by before gradients are averaged over processes.
+
+    1 where the parts are equal. They may not be where the last batch of an epoch is kept, or images are left out.
+    """
+    data = trainer.datamodule
+    even = getattr(data, "drop_last", True) and getattr(data, "on_error", "raise") != "skip"
+    if trainer.world_size == 1 or even:
+        return 1.0
+    mine = len(batch.images)
+    total = torch.tensor(float(mine), device=batch.images.device)
+    return mine * trainer.world_size / float(trainer.strategy.reduce(total, reduce_op="sum"))
 
 
 def accumulate(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningDataModule) -> None:
