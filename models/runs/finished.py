@@ -20,10 +20,12 @@ from models.checkpoints.hub import is_name
 from models.checkpoints.packed import config_of
 from models.engines.strategies import engine
 from models.probes import Subject
+from models.runs.broken import refuse_broken
 from models.runs.headline import title
 from models.runs.identity import differences
 from models.runs.initial import in_our_names
 from models.runs.machine import check_accelerator
+from models.runs.memory import shortage
 from models.runs.preflight import check_data, part_of
 from models.runs.results import FOLDER
 from models.runs.useful import is_weights
@@ -201,7 +203,10 @@ class Parts:
             model = built_within(self.given["ckpt"], lambda: part_of(self.cfg, "model"))
             model.load_state_dict(state)
         except (OSError, RuntimeError) as error:
+            if shortage(error) is not None:
+                raise
             raise UserError(str(error)) from error
+        refuse_broken(model, f"eval: the {'averaged ' if ema else ''}weights of {self.given['ckpt']}")
         return model.eval()
 
     def _trainer(self) -> pl.Trainer:

@@ -26,6 +26,7 @@ from models.checkpoints.fitting import classes_of, is_of_classes
 from models.checkpoints.normalisation import KEYS, for_channels, normalisation
 from models.factory import instantiate
 from models.reparam import adopt, fold, is_reparametrised
+from models.runs.broken import refuse_broken
 from models.surgery.any_timm import NAME, OfTimm, fitted
 from models.surgery.dense_to_moh import gated_weights
 from models.surgery.transplant import transplanted
@@ -101,20 +102,26 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
         UserError: there are no weights, or they are not the model's.
     """
     try:
-        state = load_weights(path)
-        if not is_reparametrised(model) or any(".parametrizations." in key for key in state):
-            return [f"starts from {path}", *_given(state, model, config), *_normalised(path, config.get("data") or {})]
-        plain = deepcopy(model)
-        fold(plain)
-        notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None, "adapter": None}})
-        adopt(model, plain.state_dict())
-        reparam = ["its weights are reparametrised"] if config["model"].get("reparam") is not None else []
-        return [f"starts from {path}", *notes, *reparam, *_normalised(path, config.get("data") or {})]
+        notes = _started(path, model, config)
     except OSError as error:
         raise UserError(f"init: {path} cannot be read: {error.strerror or error}; give a file that can") from error
     except ValueError as error:
         text = str(error)
         raise UserError(text if text.startswith("init: ") else f"init: {text.partition(': ')[2] or text}") from error
+    refuse_broken(model, f"init: the weights of {path}")
+    return notes
+
+
+def _started(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
+    state = load_weights(path)
+    if not is_reparametrised(model) or any(".parametrizations." in key for key in state):
+        return [f"starts from {path}", *_given(state, model, config), *_normalised(path, config.get("data") or {})]
+    plain = deepcopy(model)
+    fold(plain)
+    notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None, "adapter": None}})
+    adopt(model, plain.state_dict())
+    reparam = ["its weights are reparametrised"] if config["model"].get("reparam") is not None else []
+    return [f"starts from {path}", *notes, *reparam, *_normalised(path, config.get("data") or {})]
 
 
 def _given(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -> list[str]:
