@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf import looking, values
+from conf import kinds, looking, values
 from conf.errors import UserError, reason
 from conf.names import CONF, nearest
 
@@ -36,6 +37,9 @@ def check(cfg: DictConfig) -> None:
     _check_names(config.get("optimizer") or {})
     if "probe" in config:
         looking.check(config["probe"])
+    if HydraConfig.initialized():
+        kinds.check_added(config, HydraConfig.get().overrides.task)
+    kinds.check_kinds(config)
 
 
 def _check_names(optimizer: dict[str, Any]) -> None:

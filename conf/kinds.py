@@ -1,0 +1,187 @@
+"""Whether every setting has a value of the kind that its place takes, before anything is imported for it.
+
+What a place takes is what the code there says (`conf.signatures`: the annotations of what is built) and what the files
+of conf/ give it; a number is also looked at whether anybody could mean it.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import yaml
+
+from conf.errors import UserError
+from conf.names import CONF, choosable, nearest
+from conf.signatures import ANY, Kind, kind_of, signature
+
+# looked at by their own checks, or copies of other places
+ELSEWHERE = ("probe", "hydra", "augment", "arguments", "others", "target")
+COPIES = ("task.model", "task.optimizer", "task.schedule", "model.attention", "data.augment")
+LARGEST = 1e12
+# what neither code nor files say, as annotations, and from where to where numbers go
+UNSAID = {
+    "global_batch": "int | None",
+    "init": "str | None",
+    "resume": "str | None",
+    "freeze": "str | Sequence[str] | None",
+    "freeze_epochs": "int | float | None",
+    "trainer.max_time": "str | Mapping | None",
+}
+RANGES = {
+    "optimizer.lr": (0, 1e4),
+    "optimizer.weight_decay": (0, 1e4),
+    "optimizer.eps": (0, 1),
+    "optimizer.momentum": (0, 1),
+    "optimizer.betas": (0, 1),
+    "schedule.warmup_lr": (0, 1e4),
+    "schedule.min_lr": (0, 1e4),
+    "task.label_smoothing": (0, 1),
+    "trainer.max_steps": (-1, 1e12),
+    "trainer.max_epochs": (-1, 1e12),
+    "trainer.devices": (-1, 1e6),
+}
+# what may be below zero besides parts of a model, where only counts may not
+SIGNED = ("data.mean", "data.std")
+OF_A_MODEL = ("model", "attention", "gate", "pool", "head", "reducer", "reparam", "initializer", "adapter")
+
+
+def check_kinds(config: dict[str, Any]) -> None:
+    """Refuses the first value of another kind than its place takes, or that no place could mean.
+
+    Args:
+        config: resolved.
+
+    Raises:
+        UserError: with the key, what it must be, and the value.
+    """
+    for key, kind, value in _settings(config, "", None):
+        if not kind.anything and not kind.takes(value):
+            _refuse(key, str(kind), value)
+        for number in _numbers(value):
+            _check_number(key, number, value)
+
+
+def check_added(config: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Refuses what `+key=value` adds where nothing reads it.
+
+    Args:
+        config: resolved.
+        overrides: of the command line.
+
+    Raises:
+        UserError: with names that are near.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith("+") or (name := key.lstrip("+").partition("@")[0]) in choosable():
+            continue
+        known = _read_beside(config, name)
+        if known is not None and (leaf := name.rpartition(".")[2]) not in known:
+            raise UserError(f"there is no setting {name!r}{nearest(leaf, known)}; leave {override!r} out")
+
+
+def _read_beside(config: dict[str, Any], name: str) -> set[str] | None:
+    """The keys that are read where a key is added; None where nobody knows."""
+    parent = name.rpartition(".")[0]
+    if not parent:
+        return None if "probe" in config else {*_written(""), *choosable(), "recipe"}
+    if parent.partition(".")[0] in (*ELSEWHERE, "optimizer", "logger", "debug") or parent == "callbacks":
+        return None  # looked at elsewhere; callbacks may be anybody's
+    node: Any = config
+    for part in parent.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict) and "_target_" in node:
+        found = signature(str(node["_target_"]))
+        return None if found is None or found.others else {*found.parameters, *_written(parent), "_target_"}
+    return {*_written(parent)} or None
+
+
+def _settings(node: dict[str, Any], path: str, target: str | None) -> Iterator[tuple[str, Kind, Any]]:
+    """Every setting with what its place takes; a part is entered, and so is a group that nothing is built of."""
+    taken = signature(target) if target is not None else None
+    files = _written(path)
+    for name, value in node.items():
+        key = f"{path}.{name}" if path else str(name)
+        if str(name).startswith("_") or key in ELSEWHERE or key in COPIES:
+            continue
+        kind = taken.parameters.get(name, ANY) if taken is not None else ANY
+        if isinstance(value, dict):
+            inner = value.get("_target_")
+            yield from _settings(value, key, inner if isinstance(inner, str) else None)
+            if inner is not None:
+                continue
+        yield key, _together(key, kind, files.get(name)), value
+
+
+def _together(key: str, code: Kind, files: Kind | None) -> Kind:
+    """What the code takes, and what files give; of what is null in all files nothing is known."""
+    if key in UNSAID:
+        return kind_of(ast.parse(UNSAID[key], mode="eval").body)
+    known = not code.anything and bool(code.words or code.choices)
+    if files is None or files.anything or files.words == {"none"}:
+        return code if known else ANY
+    if known:
+        return code | files
+    return files | Kind(frozenset({"float"})) if "int" in files.words else files  # 2 stands for any number
+
+
+def _written(path: str) -> dict[str, Kind]:
+    """The kinds of values that the files of conf/ give the keys below a place, together."""
+    return _files().get(path, {})
+
+
+@cache
+def _files() -> dict[str, dict[str, Kind]]:
+    """By place, and by key there."""
+    loader, found = getattr(yaml, "CSafeLoader", yaml.SafeLoader), {}
+    for file in CONF.rglob("*.yaml"):
+        folder = file.parent.relative_to(CONF).parts
+        if folder[:1] in (("model",), ("local",), ("probe",), ("hydra",)):
+            continue
+        text = file.read_text(encoding="utf-8")
+        node = yaml.load(text, loader) or {}
+        node.pop("defaults", None)
+        _collect(node, "" if text.startswith("# @package _global_") else ".".join(folder), found)
+    return found
+
+
+def _collect(node: dict[str, Any], path: str, found: dict[str, dict[str, Kind]]) -> None:
+    here = found.setdefault(path, {})
+    for name, value in node.items():
+        here[name] = here.get(name, Kind()) | _kind(value)
+        if isinstance(value, dict):
+            _collect(value, f"{path}.{name}" if path else str(name), found)
+
+
+def _kind(value: Any) -> Kind:
+    """Of a value in a file; what is computed may be anything."""
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return ANY
+    if isinstance(value, dict) and "_target_" in value:
+        return Kind(frozenset({"dict", "none"}))  # a part can be left out
+    words = {type(None): "none", bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
+    return Kind(frozenset({words[type(value)]}))
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, list):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _check_number(key: str, number: int | float, value: Any) -> None:
+    low, high = RANGES.get(key, (None, LARGEST))
+    if low is None and key not in SIGNED and (type(number) is int or key.partition(".")[0] not in OF_A_MODEL):
+        low = 0
+    if number > high or (low is not None and number < low) or number < -LARGEST:
+        least = f"at least {low}" if low is not None and number < low else f"at most {high:g}"
+        _refuse(key, least, value)
+
+
+def _refuse(key: str, what: str, value: Any) -> None:
+    who, _, name = key.rpartition(".")
+    said = f"{who}: {name} must be" if who else f"{key}: must be"
+    raise UserError(f"{said} {what}, got {value!r}; set {key}")

@@ -1,0 +1,186 @@
+"""A value of another kind than its place takes is refused for every key, before anything is imported for it."""
+
+import copy
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import yaml
+from omegaconf import OmegaConf, open_dict
+
+from conf import kinds, names, recipes, settings
+from conf.compose import compose_run
+from conf.errors import UserError
+from conf.signatures import Kind, kind_of, signature
+
+TINY = ("model=vit_32px", "data=fake")
+RUN = {"name": "x", "model": "x", "attention": "x", "data": "x", "recipe": None}
+AWKWARD = ("abc", -5, [], {"a": 1}, 1e30, True, 1.5, "")
+
+
+@cache
+def composed(*arguments):
+    """Not to be changed."""
+    cfg, _ = compose_run(list(arguments))
+    with open_dict(cfg):
+        cfg.run = RUN
+    return cfg
+
+
+def keys(node, path=""):
+    """Every setting that stands for itself."""
+    for name, value in node.items():
+        key = f"{path}.{name}" if path else name
+        if isinstance(value, dict):
+            yield from keys(value, key)
+        elif not (name.startswith("_") or key.startswith("run.") or (isinstance(value, str) and "${" in value)):
+            yield key
+
+
+@pytest.fixture(scope="module")
+def accepted():
+    """What of awkward values for all keys passes; everything else is one sentence."""
+    cfg, found = composed(*TINY), {}
+    for key in keys(OmegaConf.to_container(cfg)):
+        for value in AWKWARD:
+            changed = copy.deepcopy(cfg)
+            given = OmegaConf.create(value) if isinstance(value, dict | list) else value
+            OmegaConf.update(changed, key, given, merge=False)
+            try:
+                settings.check(changed)
+            except UserError as error:
+                assert len(str(error).splitlines()) == 1, error
+            else:
+                found.setdefault(key, []).append(value)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.case(45)
+def test_awkward_values_are_refused_for_every_key(accepted):
+    """Words for words, numbers for numbers; parts of the model and of augmentation look at their own."""
+    own = ("augment.", "model.", *names.PLACES)
+    numbers = {key for key, values in accepted.items() if 1.5 in values and not key.startswith(own)}
+    texts = {key for key, values in accepted.items() if "abc" in values and not key.startswith(own)}
+    flags = {key for key, values in accepted.items() if True in values and not key.startswith(own)}
+    assert not numbers & texts and not numbers & flags and not texts & flags
+    others = {key: values for key, values in accepted.items() if not key.startswith(own)}
+    assert {key for key, values in others.items() if -5 in values or 1e30 in values} == set()
+    lists = {key for key, values in others.items() if [] in values}
+    assert lists <= {"data.mean", "data.std", "optimizer.betas", "trainer.devices", "freeze", "task.class_weights"}
+    assert {key for key, values in others.items() if {"a": 1} in values} <= {"trainer.max_time"}
+
+
+@pytest.mark.case(45)
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("trainer.deterministic=abc", "trainer: deterministic must be warn or true or false or null, got 'abc'"),
+        ("trainer.gradient_clip_val=-5", "trainer: gradient_clip_val must be at least 0, got -5"),
+        ("trainer.log_every_n_steps=-5", "trainer: log_every_n_steps must be at least 0, got -5"),
+        ("trainer.log_every_n_steps=abc", "trainer: log_every_n_steps must be a whole number or null, got 'abc'"),
+        ("trainer.max_steps=-5", "trainer: max_steps must be at least -1, got -5"),
+        ("attention.qkv_bias=abc", "attention: qkv_bias must be true or false, got 'abc'; set attention.qkv_bias"),
+        ("model.mlp_ratio=[]", "model: mlp_ratio must be a number, got []; set model.mlp_ratio"),
+        ("model.depth=2.5", "model: depth must be a whole number, got 2.5; set model.depth"),
+        ("task.gradient_checkpointing=abc", "task: gradient_checkpointing must be true or false, got 'abc'"),
+        ("callbacks.ema.warmup=abc", "callbacks.ema: warmup must be true or false, got 'abc'"),
+        ("optimizer.lr=1.0e+30", "optimizer: lr must be at most 10000, got 1e+30; set optimizer.lr"),
+        ("logger.tags=-5", "logger: tags must be a list, got -5; set logger.tags"),
+        ("data.source.train_images=1.5", "data.source: train_images must be a whole number, got 1.5"),
+        ("global_batch=abc", "global_batch: must be a whole number or null, got 'abc'; set global_batch"),
+    ],
+)
+def test_what_is_said(argument, said):
+    cfg, (key, _, value) = copy.deepcopy(composed(*TINY)), argument.partition("=")
+    OmegaConf.update(cfg, key, yaml.safe_load(value), merge=False)
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        settings.check(cfg)
+
+
+@pytest.mark.case(45)
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+foo=1", "there is no setting 'foo'"),
+        ("+checkpoint.foo=1", "there is no setting 'checkpoint.foo'"),
+        ("++run.nam=x", "there is no setting 'run.nam'; did you mean 'name'?"),
+        ("+trainer.max_epoch=3", "there is no setting 'trainer.max_epoch'; did you mean 'max_epochs' or 'min_epochs'?"),
+        ("+callbacks.ema.decai=3", "there is no setting 'callbacks.ema.decai'; did you mean 'decay'?"),
+        ("+model.foo=3", "there is no setting 'model.foo'"),
+        ("+schedule.foo=3", "there is no setting 'schedule.foo'"),
+    ],
+)
+def test_what_nothing_reads_is_not_added(override, said):
+    config = settings.resolved(composed(*TINY))
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        kinds.check_added(config, [*TINY, override])
+
+
+def test_what_something_reads_is_added():
+    config = settings.resolved(composed(*TINY))
+    overrides = ["+trainer.overfit_batches=2", "+optimizer.momentum=0.9", "+callbacks.mine._target_=a.B", "+gate=eca"]
+    kinds.check_added(config, [*TINY, *overrides, "+data.timeout=5", "+hydra.x=1", "+logger.notes=x"])
+
+
+def test_the_default_is_not_refused():
+    settings.check(composed(*TINY))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "trainer", "logger", "callbacks", "augment", "debug"])
+def test_no_option_of_a_group_is_refused(group):
+    for option in names.options(group):
+        kinds.check_kinds(settings.resolved(composed(f"{group}={option}")))
+
+
+@pytest.mark.full
+def test_no_part_and_no_mechanism_is_refused():
+    for group in (*names.PLACES, *(f"attention/{part}" for part in names.PARTS), "attention"):
+        for option in names.options(group):
+            kinds.check_kinds(settings.resolved(composed("model=vit_32px", f"{group}={option}")))
+
+
+@pytest.mark.full
+def test_no_model_and_no_recipe_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+    for name in names.options("model"):
+        kinds.check_kinds(settings.resolved(composed(f"model={name}", *["model.name=resnet18"] * (name == "timm"))))
+    for name in recipes.names():
+        kinds.check_kinds(settings.resolved(composed(f"recipe={name}", f"data.root={tmp_path}")))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "takes", "refuses"),
+    [
+        ("int | None", [1, None], [1.5, "1", True, []]),
+        ("Sequence[int] | int", [[1, 2], 3], [[1.5], "x", None]),
+        ("Optional[Union[int, str]]", [1, "x", None], [1.5, []]),
+        ("Literal['a', 'b']", ["a"], ["c", 1, None]),
+        ("tuple[float, ...]", [[1, 2.5]], [["x"], 1]),
+        ("Mapping[str, Any]", [{}], [[], 1]),
+        ("str | os.PathLike", ["x"], [1]),
+        ("Callable[..., Any]", [1, "x", None, []], []),
+    ],
+)
+def test_annotations_say_what_is_taken(annotation, takes, refuses):
+    import ast
+
+    kind = kind_of(ast.parse(annotation, mode="eval").body)
+    assert all(map(kind.takes, takes)) and not any(map(kind.takes, refuses))
+
+
+def test_signatures_are_read_without_an_import():
+    code = (
+        "import sys; from conf.signatures import signature; s = signature('pytorch_lightning.Trainer'); "
+        "assert 'max_epochs' in s.parameters and not s.others; "
+        "assert not {'torch', 'pytorch_lightning', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=settings.CONF.parent)
+    task = signature("models.tasks.classification.Classification")
+    assert {"label_smoothing", "compile"} <= task.parameters.keys()  # its own, and those of its base
+    assert signature("somewhere.Else") is None
+    assert str(Kind(frozenset({"int", "float", "none"}))) == "a number or null"
