@@ -123,7 +123,9 @@ def _together(key: str, code: Kind, files: Kind | None) -> Kind:
         return code if known else ANY
     if known:
         return code | files
-    return files | Kind(frozenset({"float"})) if "int" in files.words else files  # 2 stands for any number
+    files |= Kind(frozenset({"float"})) if "int" in files.words else Kind()  # 2 stands for any number
+    each = Kind(frozenset({"list"}), items=files)  # one for every stage or block
+    return files | each if key.partition(".")[0] in OF_A_MODEL else files
 
 
 def _written(path: str) -> dict[str, Kind]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf, open_dict
 
-from conf import kinds, names, recipes, settings
+from conf import families, kinds, names, recipes, settings
 from conf.compose import compose_run
 from conf.errors import UserError
 from conf.signatures import Kind, kind_of, signature
@@ -125,8 +125,10 @@ def test_what_something_reads_is_added():
     kinds.check_added(config, [*TINY, *overrides, "+data.timeout=5", "+hydra.x=1", "+logger.notes=x"])
 
 
-def test_the_default_is_not_refused():
+def test_no_default_and_no_plan_is_refused():
     settings.check(composed(*TINY))
+    for plan in families.plans().values():
+        kinds.check_kinds({"attention": plan})
 
 
 @pytest.mark.full
