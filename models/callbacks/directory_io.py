@@ -5,7 +5,7 @@ The format is described in `models/checkpoints/format/directory.py`.
 
 import platform
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,8 @@ from models.checkpoints.format.directory import (
     resolve,
     verify,
 )
-from models.checkpoints.format.door import CorruptCheckpoint, read_tensors
+from models.checkpoints.format.door import CorruptCheckpoint
+from models.checkpoints.format.parts import parts_of, read_parts
 from models.checkpoints.format.write import remove_checkpoint, write_checkpoint
 
 # Entries that callbacks add to Lightning's checkpoint and that get a file of their own.
@@ -100,11 +101,11 @@ class DirectoryCheckpointIO(CheckpointIO):
         """
         path = resolve(path)
         files = verify(path)["files"]
-        state = _state_in(path)
-        model = read_tensors(path / MODEL)
+        state = _state_in(path, files)
+        model = read_parts(path, files, MODEL)
         state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
-        if EMA in files:
-            state[EMA_KEY] = read_tensors(path / EMA)
+        if parts_of(files, EMA):
+            state[EMA_KEY] = read_parts(path, files, EMA)
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -146,13 +147,13 @@ def contents_of(checkpoint: dict[str, Any]) -> Contents:
     return Contents(tensors, plain, manifest)
 
 
-def _state_in(path: Path) -> dict[str, Any]:
+def _state_in(path: Path, files: Iterable[str]) -> dict[str, Any]:
     """What a checkpoint holds besides weights.
 
     Raises:
         CorruptCheckpoint: it is another thing than what a run writes.
     """
-    content, tensors = read_json(path / TRAINER), read_tensors(path / TENSORS)
+    content, tensors = read_json(path / TRAINER), read_parts(path, files, TENSORS)
     try:
         state = decode(content, tensors)
         wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state[name], kind)]

@@ -18,6 +18,7 @@ from torch import nn
 from conf.errors import UserError
 from models.callbacks.after_step import AfterStep
 from models.callbacks.directory_io import EMA_KEY
+from models.callbacks.left_out import local
 
 
 class EMA(AfterStep):
@@ -86,8 +87,8 @@ class EMA(AfterStep):
         averaged, new = [], []
         for mean, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
             if mean.is_floating_point():
-                averaged.append(mean)
-                new.append(value)
+                averaged.append(local(mean))
+                new.append(local(value))
             else:
                 mean.copy_(value)
         torch._foreach_lerp_(averaged, new, weight=1.0 - self.decay_at(self.updates))

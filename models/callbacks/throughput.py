@@ -12,6 +12,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor
 
+from models.callbacks.gradients import total_norm
+
 FETCH = "train_dataloader_next"  # Lightning's name for the wait for a batch
 MIB = 2**20
 
@@ -86,7 +88,7 @@ class Throughput(Callback):
     ) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+            self.grad_norm = total_norm(gradients) if gradients else None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

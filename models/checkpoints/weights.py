@@ -13,6 +13,7 @@ from conf.errors import UserError
 from conf.files import opened
 from models.checkpoints.format.directory import EMA, MODEL, read_manifest, resolve, verify
 from models.checkpoints.format.door import CorruptCheckpoint, read_tensors
+from models.checkpoints.format.parts import parts_of, read_parts
 from models.checkpoints.hub import fetch
 from models.checkpoints.stand_ins import Settings, stand_ins
 
@@ -56,11 +57,12 @@ def load_weights(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor
 
 
 def _from_directory(path: Path, ema: bool) -> dict[str, Tensor]:
-    if ema and EMA not in read_manifest(path)["files"]:
+    files = read_manifest(path)["files"]
+    if ema and not parts_of(files, EMA):
         raise UserError(f"load_weights: this checkpoint has no averaged weights, got {path}; use ema=False")
     name = EMA if ema else MODEL
-    verify(path, [name])
-    return read_tensors(path / name)
+    verify(path, parts_of(files, name) or [name])
+    return read_parts(path, files, name)
 
 
 def _from_safetensors(path: Path, ema: bool) -> dict[str, Tensor]:

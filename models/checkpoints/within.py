@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from conf.errors import UserError
 from models.checkpoints.format.directory import MODEL, resolve
 from models.checkpoints.format.door import Head, read_head
+from models.checkpoints.format.parts import read_heads
 from models.checkpoints.hub import fetch
 
 if TYPE_CHECKING:  # a command line that only prints its help does not wait for torch
@@ -82,7 +83,7 @@ def _head(path: str | os.PathLike) -> Head | None:
     place = fetch(path)
     if place.is_file() and place.name not in ("best", "last"):
         return read_head(place.resolve()) if place.suffix == ".safetensors" else None
-    return read_head(Path(resolve(place)) / MODEL)
+    return read_heads(Path(resolve(place)), MODEL)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ from pytorch_lightning.strategies import Strategy
 from models.engines.cluster import cluster
 from models.engines.distributed import Distributed
 from models.engines.sequence_parallel import SequenceParallel
+from models.engines.sharded import FullySharded
 from models.engines.sync_norm import SyncNorms
 
 OURS = ("static_graph", "gradient_compression", "timeout")
@@ -34,7 +35,7 @@ def engine(trainer: DictConfig) -> tuple[dict[str, DictConfig], dict[str, Any]]:
 
 
 def strategy(settings: Mapping[str, Any]) -> Strategy | None:
-    """Ours for `ddp` and for `auto` on several devices; None where Lightning chooses."""
+    """Ours for `ddp`, `fsdp`, `sequence_parallel` and for `auto` on several devices; None where Lightning chooses."""
     word = settings.get("strategy", "auto")
     if word == "auto" and not several(settings):
         return None
@@ -43,6 +44,8 @@ def strategy(settings: Mapping[str, Any]) -> Strategy | None:
         unused = {"find_unused_parameters": UNUSED[word]} if word in UNUSED else {}
         static = {"static_graph": True} if settings.get("static_graph") else {}
         return Distributed(timeout, settings.get("gradient_compression"), **unused, **static)
+    if word == "fsdp":
+        return FullySharded(timeout)
     if word == "sequence_parallel":
         return SequenceParallel(timeout)
     return None

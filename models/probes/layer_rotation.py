@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.checkpoints import load_weights, read_config, read_manifest, resolve
-from models.checkpoints.format.directory import step_directories
+from models.checkpoints.format.directory import EMA, step_directories
+from models.checkpoints.format.parts import has
 from models.probes import Report, Subject
 from models.probes.drawing.charts import BLUE, ORANGE, canvas
 from models.probes.reading.stored import initial
@@ -146,7 +147,7 @@ def _first(path: Path, weights: str, why: str) -> Start:
             "set probe.start=<path> to weights, or checkpoint.keep in training"
         )
     step, first = next(iter(steps.items()))
-    ema = weights == "ema" and (first / "ema.safetensors").exists()
+    ema = weights == "ema" and has(first, EMA)
     return Start(load_weights(first, ema), f"step {step}")
 
 

@@ -15,7 +15,8 @@ from conf.inputs import images_of
 from data.sources.pictures import Pictures
 from data.sources.relabelled import Relabelled
 from models.checkpoints import built_within, check_stored, load_weights, read_config, read_manifest, resolve
-from models.checkpoints.format.directory import of_run
+from models.checkpoints.format.directory import EMA, of_run
+from models.checkpoints.format.parts import has
 from models.checkpoints.hub import is_name
 from models.checkpoints.packed import config_of
 from models.engines.strategies import engine
@@ -83,7 +84,7 @@ def _of_directory(cfg: DictConfig, given: dict[str, Any]) -> Weights:
         )
 
     def load(ema: bool) -> dict[str, Tensor] | None:
-        return None if ema and not (path / "ema.safetensors").exists() else load_weights(path, ema=ema)
+        return None if ema and not has(path, EMA) else load_weights(path, ema=ema)
 
     known = {"checkpoint": str(path), "step": step}
     averaged = str((config.get("checkpoint") or {}).get("monitor")).endswith("_ema")

@@ -11,6 +11,8 @@ A checkpoint is `<run>/checkpoints/step-00000800/`:
 | `config.json` | the resolved configuration of the run |
 | `manifest.json` | format, step, epoch, metrics, commit, versions, size and SHA-256 of every other file; written last |
 
+What several processes have a share of stands in a file for each: `model-00001-of-00002.safetensors`, see `parts.py`.
+
 `checkpoints/best` and `checkpoints/last` point to steps: a relative symbolic link, or a one-line text file where the
 file system has no links. A directory without a manifest was never finished and does not count.
 """

@@ -10,6 +10,8 @@ from torch import nn
 from conf.errors import UserError
 from data.order.randomness import preserved
 from models.checkpoints import built_within, check_stored, load_weights, read_config, resolve
+from models.checkpoints.format.directory import EMA
+from models.checkpoints.format.parts import has
 from models.factory import build_model
 
 
@@ -34,7 +36,7 @@ def stored(path: str | Path, averaged: bool = False) -> Stored:
         place = resolve(path)
         config = read_config(place)
         check_stored(config)
-        ema = averaged and (place / "ema.safetensors").exists()
+        ema = averaged and has(place, EMA)
         model = built_within(place, lambda: _built(config))
         model.load_state_dict(load_weights(place, ema))
     except (OSError, RuntimeError, KeyError) as error:
