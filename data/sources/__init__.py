@@ -17,6 +17,9 @@ class Split(Protocol):
     # where neighbours are read together: `blocks: np.ndarray`, the images of each shard in order; then only those of a
     # few shards are mixed (`data.order.sampler`)
 
+    # by which a run knows its data again (`data.order.fingerprint`): `files: np.ndarray`, names as bytes, or
+    # `keys() -> np.ndarray`, a number per image; and `sizes(places) -> Sequence[int]`, the bytes of some of them
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -8,7 +8,9 @@ import pytest
 
 from conf import leftovers
 from conf.errors import UserError
-from models.runs.identity import compare_configs
+from data.module import ImageData
+from data.sources.fake import Fake
+from models.runs.identity import compare_configs, compare_data
 from models.runs.preflight import lock_folder
 from models.runs.resume import begins_again, find_resume
 
@@ -91,6 +93,17 @@ def test_what_an_older_checkpoint_does_not_know_is_no_difference():
     compare_configs(older, SAVED, usual=lambda key: key in ("callbacks.ema.warmup", "checkpoint.mode"))
     with pytest.raises(UserError, match=r"callbacks\.ema\.warmup None and not True"):
         compare_configs(older, SAVED, usual=lambda key: key == "checkpoint.mode")
+
+
+@pytest.mark.case(24)
+def test_of_an_older_checkpoint_the_names_of_classes_are_compared(tmp_path):
+    data = ImageData(Fake(3), 3, 8, 4)
+    compare_data({"classes": data.class_names}, {}, data, tmp_path)
+    compare_data({}, {"data": data.fingerprint}, data, tmp_path)
+    with pytest.raises(
+        UserError, match=r"resume: the data is not that of .* class 'ant' is gone; .* label 0 was 'ant'"
+    ):
+        compare_data({"classes": ["ant", *data.class_names[1:]]}, {}, data, tmp_path)
 
 
 @pytest.mark.case(16)

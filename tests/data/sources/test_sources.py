@@ -267,6 +267,39 @@ def test_streamed_batches_are_those_of_any_number_of_workers(parquet, tmp_path):
     assert indices(0) == indices(2)
 
 
+@pytest.mark.case(23)
+@pytest.mark.case(24)
+def test_a_streamed_run_goes_on_at_its_place_and_in_the_same_rows(parquet, tmp_path, monkeypatch):
+    """No group of rows before the place is read, but those that are mixed with what follows."""
+    import pyarrow.parquet
+
+    from data.changes import changes
+    from data.module import ImageData
+    from data.sources.parquet_rows import ParquetRows
+
+    settings, groups, group = parquet(), [], ParquetRows._group
+    monkeypatch.setattr(ParquetRows, "_group", lambda rows, number: groups.append(number) or group(rows, number))
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+
+    def epoch(start):
+        data = ImageData(HuggingFace(**settings, streaming=True), 3, 8, batch_size=2, workers=0)
+        data.load_state_dict(data.state_dict() | {"epoch": 1, "batch": start})
+        groups.clear()
+        return [batch.indices.tolist() for batch in data.train_dataloader()], list(groups), data.fingerprint
+
+    whole, read, before = epoch(0)
+    for start in (1, 5):
+        rest, of_rest, same = epoch(start)
+        assert rest == whole[start:] and of_rest == read[2 * start :] and same == before
+    pyarrow.parquet.write_table(
+        table.slice(0, 12).take([1, 0, *range(2, 12)]), tmp_path / "a.parquet", row_group_size=1
+    )
+    assert changes(before, epoch(0)[2])[0].startswith("train: class 'ant' has other files")
+    plain = ImageData(HuggingFace(**settings), 3, 8, batch_size=2).fingerprint
+    assert plain["train"]["counts"] == [4, 4, 4] and plain["train"]["sizes"]
+
+
 def test_what_cannot_be_streamed(parquet, image_tree, tmp_path):
     with pytest.raises(ValueError, match="streaming reads Parquet files, got imagefolder in another format; set data"):
         HuggingFace("imagefolder", data_dir=str(image_tree()), streaming=True, cache_dir=str(tmp_path / "c")).train  # noqa: B018

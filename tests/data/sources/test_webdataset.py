@@ -2,16 +2,21 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data.changes import changes
 from data.module import ImageData
+from data.order.fingerprint import fingerprint
 from data.order.sampler import TOGETHER, EpochBatchSampler
-from data.sources.decode import UnreadableImage
+from data.sources.decode import UnreadableImage, read_image
 from data.sources.webdataset import WebDataset, expanded
+
+ENDS = (".png", ".cls")
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +108,39 @@ def test_the_batches_are_those_of_any_number_of_workers(shards):
 
     for one, other in zip(pixels(0), pixels(2), strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.case(23)
+def test_a_run_that_goes_on_reads_nothing_of_what_lies_before(shards, monkeypatch):
+    """The batches that follow are those of a run that never stopped, and no other image is decoded."""
+    decoded = []
+    monkeypatch.setattr("data.sources.webdataset.read_image", lambda *a: decoded.append(a[1]) or read_image(*a))
+
+    def epoch(start):
+        data = ImageData(WebDataset(str(shards), val_fraction=0.4), 3, 8, 3, workers=0)
+        data.load_state_dict(data.state_dict() | {"epoch": 2, "batch": start})
+        decoded.clear()
+        return [(batch.number, batch.images, batch.labels.tolist()) for batch in data.train_dataloader()], list(decoded)
+
+    whole, all_read = epoch(0)
+    for start in (1, 7, 9):
+        rest, read = epoch(start)
+        assert [batch[0] for batch in rest] == list(range(start, 10)) and read == all_read[3 * start :]
+        for one, other in zip(rest, whole[start:], strict=True):
+            assert one[1].equal(other[1]) and one[2] == other[2]
+
+
+@pytest.mark.case(24)
+def test_shards_are_known_again(shards, shard, tmp_path):
+    def seen(folder):
+        source = WebDataset(str(folder), val_fraction=0.4)
+        return fingerprint(source.classes, train=source.train, val=source.val)
+
+    before = seen(shards)
+    shutil.copytree(shards, tmp_path / "elsewhere")
+    assert changes(before, seen(tmp_path / "elsewhere")) == []
+    shard("s-003.tar", {f"{number:04d}{end}": 9 if end == ".png" else b"2" for number in (15, 16) for end in ENDS})
+    assert "train: class '1' has" in changes(before, seen(shards))[0]
 
 
 def test_names_in_json_and_folders(shard, tmp_path):
