@@ -10,8 +10,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from conf import cases, probes, recipes, text
 from conf.compose import compose
-from conf.errors import UserError
+from conf.errors import StorageFailed, UserError
 from conf.folders import escaped
+from conf.names import short
 from conf.settings import resolved
 from models.attention.backend import describe_backend
 from models.engines.together import together
@@ -23,6 +24,7 @@ from models.runs.preflight import part_of, quiet
 from models.runs.report import print_columns, print_table, write_json
 from models.runs.results import keep, keep_table
 from models.runs.verdict import deviations, judge
+from models.side_outputs import reason
 
 DEFAULT = "accuracy"  # results of which are named by data, size and weights alone
 
@@ -126,10 +128,19 @@ def _tell(
     known = (weights.known if weights is not None else {}) | (
         {"recipe": recipe, "reproduced": verdict.reproduced} if verdict else {}
     )
+    failure = None
     if report.figures or report.tables or report.pictures or report.pages:
-        _write(report, given, weights, folder, known, title)
+        try:
+            _write(report, given, weights, folder, known, title)
+        except OSError as error:
+            failure = error
     if verdict:
         print(verdict.text)
+    if failure is not None:
+        raise StorageFailed(
+            f"eval: the results cannot be written in {short(folder)}, got {reason(failure)}; make room and measure "
+            "again: what was found is printed above"
+        )
 
 
 def _write(

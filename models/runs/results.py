@@ -1,6 +1,7 @@
 """Where the results of an evaluation go: files of their own beside what was evaluated, and nothing is overwritten."""
 
 import csv
+import io
 import os
 from collections.abc import Iterator
 from html import escape
@@ -12,6 +13,7 @@ from conf.places import numbered, writable
 from models.probes import Report
 from models.runs.pages import page, picture, table
 from models.runs.report import shown, write_json
+from models.side_outputs import put
 
 FOLDER = "evaluation"
 PAGE = "report.html"
@@ -33,7 +35,11 @@ def keep(report: Report, folder: Path, stem: str, known: dict[str, Any], title: 
         title: of the page.
     """
     path, said = _reserved(folder, f"{stem}.json")
-    write_json(path, report.figures | known)
+    try:
+        write_json(path, report.figures | known)
+    except OSError:
+        path.unlink(missing_ok=True)  # nothing stands where there is no result
+        raise
     files = list(_beside(report, path.with_suffix("")))
     if report.pictures:
         _write_page(path.with_suffix("") / PAGE, _page(report, path.with_suffix(""), title or stem, known))
@@ -101,10 +107,11 @@ def _page(report: Report, folder: Path, title: str, known: dict[str, Any]) -> st
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    put(path, text.getvalue())
 
 
 def _write_picture(path: Path, picture: Any) -> None:
@@ -122,4 +129,4 @@ def _write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def _write_page(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    put(path, text)

@@ -73,6 +73,19 @@ def test_nobody_reads_what_eval_prints(tmp_path):
     assert (tmp_path / "outputs/a/checkpoints/metrics.json").exists()
 
 
+@pytest.mark.case(17)
+@pytest.mark.full
+def test_eval_has_no_room_for_its_results(tmp_path):
+    """The figures are printed, nothing half is left, and the status says so."""
+    assert run(tmp_path, *SHORT)[0] == 0
+    full = "import errno, os\nimport models.runs.report as r\n"
+    full += "def _full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\nr.put = _full"
+    status, text = run(tmp_path, "ckpt=outputs/a", program="eval.py", before=full)
+    assert status == 74 and "Traceback" not in text and "│ top-1  " in text, text
+    assert "eval: the results cannot be written in outputs/a" in text and "No space left on device" in text
+    assert not [path for path in (tmp_path / "outputs/a").rglob("*.json") if not path.stat().st_size]
+
+
 # every file of the run beside its checkpoints cannot be written until optimizer step 5, the others never
 NO_ROOM = """
 import errno, os, pathlib
