@@ -291,9 +291,9 @@ class ImageData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position of the next training batch to be processed, what it was counted with, and of which data."""
         epoch, batch = self._position()
-        begun = self._layout() if self.begun is None else self.begun
-        if self.begun is not None:
-            batch = batch // self._layout().accumulated * begun.accumulated
+        now = self._layout()
+        begun = now if self.begun is None else self.begun
+        batch = batch // now.accumulated * begun.accumulated  # of a step that was not finished nothing is kept
         position = {"epoch": epoch, "batch": batch, **self._counted_with(), "begun": list(begun)}
         return position | {"data": self.fingerprint}
 

@@ -111,6 +111,8 @@ def go_on(
         )
     trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
     trainer.limit_train_batches = now.batches
+    if isinstance(limit := trainer.limit_val_batches, int):  # as many images as before
+        trainer.limit_val_batches = -(-limit * begun.batch * begun.processes // (batch * now.processes))
     config["data"]["batch_size"] = batch
     data.go_on_with(begun, batch, accumulated)
     return [f"began as {begun} (batch x processes x accumulated), goes on as {now}: the same images in every step"]

@@ -40,7 +40,8 @@ def parts(batch=64, processes=1, given=1, images=None, epoch=1000, limit=1.0, re
         "optimizer": {"lr": lr, "reference_batch": reference},
         "run": {"recipe": recipe},
     }
-    runs = SimpleNamespace(world_size=processes, accumulate_grad_batches=given, limit_train_batches=limit)
+    limits = {"limit_train_batches": limit, "limit_val_batches": 3}
+    runs = SimpleNamespace(world_size=processes, accumulate_grad_batches=given, **limits)
     return config, runs, SimpleNamespace(batch_size=batch, steps_per_epoch=lambda world: epoch)
 
 
@@ -249,6 +250,7 @@ def test_steps_are_made_up_on_any_number_of_processes(begun, settings, goes_on):
     batch, processes, accumulated, batches = goes_on
     assert dealt == [(begun, batch, accumulated)] and runs.limit_train_batches == batches
     assert config["data"]["batch_size"] == batch and runs.accumulate_grad_batches == accumulated
+    assert runs.limit_val_batches * batch * processes == 3 * begun[0] * begun[1]
     assert f"goes on as {batch} x {processes} x {accumulated}: the same images in every step" in notes[0]
 
 
