@@ -104,11 +104,15 @@ def _read(place: Path) -> Listing | None:
         said = json.loads((place / "index.json").read_bytes())
         if any(os.stat(name).st_mtime_ns != changed for name, changed in said["folders"].items()):
             return None
-        files, labels = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("files", "labels"))
+        files, labels = (_array(place / f"{name}.npy") for name in ("files", "labels"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     whole = files.dtype.kind == "S" and labels.dtype == np.int64 and len(files) == len(labels) == said["images"]
     return Listing(files, labels, list(said["left_out"])) if whole else None
+
+
+def _array(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _write(place: Path, listing: Listing, folders: dict[str, int], began: int) -> None:

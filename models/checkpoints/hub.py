@@ -1,18 +1,23 @@
-"""Weights by name from Hugging Face's hub: `timm/<model>.<tag>` and `hf-hub:<owner>/<repository>[@revision]`.
+"""Weights by name from Hugging Face's hub: `timm/<model>.<tag>` and `hf-hub:<owner>/<repository>[@revision][:file]`.
+
+Only safetensors are taken, unless the file is named: `hf-hub:owner/name:pytorch_model.bin`.
 
 Torch-free, but for a model of timm without a tag, whose usual one only timm knows. What lies in the hub's cache is
 taken from there, and the network is not asked. Nothing but the weights and the `config.json` beside them is downloaded.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.files import inside
 
 HUB, TIMM = ("hf-hub:", "hf_hub:"), "timm/"
 CONFIG = "config.json"
-_USUAL = ("model.safetensors", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+SAFE = "model.safetensors"
+_USUAL = (SAFE, "pytorch_model.bin")
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _SECONDS = 20
 
 
@@ -36,16 +41,22 @@ def fetch(path: str | os.PathLike) -> Path:
 def downloaded(path: str | os.PathLike) -> Path | None:
     """The weights in a folder as the hub has them; None for anything else."""
     folder = Path(path)
-    here = (folder / name for name in _USUAL if (folder / CONFIG).is_file() and not (folder / "manifest.json").exists())
-    return next((file for file in here if file.is_file()), None)
+    if not (folder / CONFIG).is_file() or (folder / "manifest.json").exists():
+        return None
+    for name in _USUAL:
+        with suppress(OSError):
+            return inside(folder, name)
+    return None
 
 
 def _of_hub(name: str) -> Path:
     from huggingface_hub import constants, errors
 
-    repository, _, revision = _repository(name).partition("@")
+    repository, _, file = _repository(name).partition(":")
+    repository, _, revision = repository.partition("@")
     try:
-        return _cached(repository, revision or None) or _downloaded(repository, revision or None, name)
+        cached = _cached(repository, revision or None, [file] if file else [SAFE])
+        return cached or _downloaded(repository, revision or None, name, file)
     except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(
             f"load_weights: Hugging Face has nothing (that you may read) under this name, got {name}; "
@@ -68,6 +79,7 @@ def _repository(name: str) -> str:
     model, dot, _ = name.removeprefix(TIMM).partition(".")
     if dot:
         return name
+    model, colon, file = model.partition(":")
     import timm
 
     from conf.names import nearest
@@ -77,26 +89,34 @@ def _repository(name: str) -> str:
     tag = getattr(timm.get_pretrained_cfg(model), "tag", "")
     if not tag:
         raise UserError(f"load_weights: timm has no weights of this model, got {name}; choose another one")
-    return f"{name}.{tag}"
+    return f"{TIMM}{model}.{tag}{colon}{file}"
 
 
-def _cached(repository: str, revision: str | None) -> Path | None:
+def _cached(repository: str, revision: str | None, files: list[str]) -> Path | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repository, file, constants.HF_HUB_CACHE, revision) for file in _USUAL)
+    found = (try_to_load_from_cache(repository, file, constants.HF_HUB_CACHE, revision) for file in files)
     return next((Path(file) for file in found if isinstance(file, str)), None)
 
 
-def _downloaded(repository: str, revision: str | None, name: str) -> Path:
-    """The usual file of weights, or the first with a suffix of weights, and the configuration beside it."""
+def _downloaded(repository: str, revision: str | None, name: str, wanted: str) -> Path:
+    """The file that the name says, else the usual or the first of safetensors, and the configuration beside it."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     where = {"revision": revision, "cache_dir": constants.HF_HUB_CACHE}
     files = [file.rfilename for file in HfApi().model_info(repository, revision=revision, timeout=_SECONDS).siblings]
-    others = [file for suffix in _SUFFIXES for file in files if file.endswith(suffix)]
-    weights = [file for file in _USUAL if file in files] + others
+    safe = sorted((file for file in files if file.endswith(".safetensors")), key=lambda file: file != SAFE)
+    weights = [file for file in files if file == wanted] if wanted else safe
     if not weights:
-        raise UserError(f"load_weights: this repository has no file of weights, got {name}; choose another one")
+        pickles = [file for file in files if file.endswith(_PICKLES)]
+        if pickles and not wanted:
+            raise UserError(
+                f"load_weights: this repository has no safetensors, only pickles, got {name}; if you trust its authors "
+                f"name the file: {name}:{pickles[0]}"
+            )
+        raise UserError(
+            f"load_weights: this repository has no {wanted or 'file of weights'}, got {name}; choose another one"
+        )
     if CONFIG in files:
         hf_hub_download(repository, CONFIG, **where)
     return Path(hf_hub_download(repository, weights[0], **where))

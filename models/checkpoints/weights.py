@@ -92,6 +92,11 @@ def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     except Exception as error:  # broken bytes end the loader in many ways: IndexError, struct.error, TypeError …
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(error).split()))[0][:200] or type(error).__name__
         raise UserError(_unreadable(path, reason)) from error
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"load_weights: a pickle is read as weights only, got {path} with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD set; "
+            "unset that variable"
+        )
     return strip(unwrap(content, ema, str(path)), str(path))
 
 
@@ -119,7 +124,7 @@ def _refuse_compressed(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
                 raise UserError(f"the member {member.filename} is compressed, which torch never does")
 
 

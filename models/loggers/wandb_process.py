@@ -51,6 +51,7 @@ class Service:
 
     def _open(self, given: dict[str, Any], mode: str) -> None:
         os.environ["WANDB_MODE"] = mode  # also where it is set, and empty
+        os.chdir(given["init"]["dir"])  # `wandb/settings` of a folder that somebody works in could name another server
         import wandb
 
         known = getattr(wandb.Settings, "model_fields", given["settings"])  # older releases lack some

@@ -82,7 +82,10 @@ def test_awkward_values_are_refused_for_every_key(accepted):
         ("trainer.log_every_n_steps=-5", "trainer: log_every_n_steps must be at least 0, got -5"),
         ("trainer.log_every_n_steps=abc", "trainer: log_every_n_steps must be a whole number or null, got 'abc'"),
         ("trainer.max_steps=-5", "trainer: max_steps must be at least -1, got -5"),
-        ("attention.qkv_bias=abc", "attention: qkv_bias must be true or false, got 'abc'; set attention.qkv_bias"),
+        (
+            "attention.qkv_bias=abc",
+            "attention: qkv_bias must be true or false or a list, each true or false, got 'abc'",
+        ),
         ("model.mlp_ratio=[]", "model: mlp_ratio must be a number, got []; set model.mlp_ratio"),
         ("model.depth=2.5", "model: depth must be a whole number, got 2.5; set model.depth"),
         ("task.gradient_checkpointing=abc", "task: gradient_checkpointing must be true or false, got 'abc'"),

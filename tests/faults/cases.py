@@ -28,11 +28,7 @@ CASES = {
         "the same command goes on and ends with the same bits; loader processes die with it",
         STEPS,
     ),
-    2: Case(
-        "killed while a checkpoint is written",
-        "at every call of the writer: the older checkpoint stands, or the new one is complete; the rest is swept",
-        STEPS,
-    ),
+    2: Case("killed while a checkpoint is written", "the older checkpoint stands, or the new one is complete", STEPS),
     3: Case(
         "SIGTERM, to the process or to the whole job",
         "saves the last full step, status 75; loader processes outlive a signal to the job; torchrun makes it 1",
@@ -78,29 +74,11 @@ CASES = {
         "nothing to continue", "refused with what is near, resume=must too; auto says that it starts at 0", NOTHING
     ),
     # storage
-    17: Case(
-        "the disk is full, a quota is reached, a write fails or takes minutes",
-        "older checkpoints stay and training goes on; status 74 after three failures in a row, or where the last step "
-        "cannot be saved, with what was needed and what is free; a save is left out where the one before takes long",
-        STEPS,
-    ),
+    17: Case("the disk is full", "older checkpoints stay, training goes on; status 74 after three failures", STEPS),
     18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
-    19: Case(
-        "the run's folder cannot be written, or is removed under the run",
-        "refused in one sentence before work begins; later status 74 after three failures; a folder is made again",
-        STEPS,
-    ),
-    20: Case(
-        "a checkpoint is damaged: a bit, half a file, a file less",
-        "found by its checksum, the one before is used and said; where none can be read, or a later version wrote "
-        "it, status 2: nothing is started and nothing deleted",
-        STEPS,
-    ),
-    21: Case(
-        "killed while an old checkpoint is deleted",
-        "the rest is swept at the next start; only what was written or verified is ever deleted",
-        NOTHING,
-    ),
+    19: Case("the run's folder cannot be written", "refused in one sentence before work begins", NOTHING),
+    20: Case("a checkpoint is damaged", "found by its checksum, the one before is used and said", STEPS),
+    21: Case("killed while an old checkpoint is deleted", "the rest is swept at the next start", NOTHING),
     22: Case("the clock jumps", "the newest checkpoint is that of the highest step", NOTHING),
     # going on
     23: Case(
@@ -122,13 +100,13 @@ CASES = {
     29: Case("names with prefixes of wrappers", "read", NOTHING),
     30: Case("a file of weights to resume from", "refused in one sentence", NOTHING),
     # files from elsewhere
-    31: Case("a pickle with code in it", "never run", NOTHING),
-    32: Case("a configuration that names foreign code or a network", "refused with the place", NOTHING),
-    33: Case("a configuration with interpolations", "refused with the place", NOTHING),
-    34: Case("an archive that is larger than it says", "refused", NOTHING),
-    35: Case("headers and JSON that are none", "one sentence, status 2", NOTHING),
-    36: Case("a data set with a script, or that names other files", "not run, not read", NOTHING),
-    37: Case("caches that hold pickles", "never unpickled", NOTHING),
+    31: Case("a pickle with code in it", "never run: read as weights only, or refused in one sentence", NOTHING),
+    32: Case("a configuration that names foreign code, a network or too much", "refused with the place in it", NOTHING),
+    33: Case("a configuration with interpolations", "refused with the place, also where nothing is built", NOTHING),
+    34: Case("an archive that is larger than it says", "refused before it is unpacked", NOTHING),
+    35: Case("headers, JSON, links and pipes in place of files", "one sentence with the path, status 2", NOTHING),
+    36: Case("a data set with a script, or that names other files", "not run, not read: the row is named", NOTHING),
+    37: Case("caches that hold pickles", "never unpickled; an array may not claim more than it holds", NOTHING),
     # data
     38: Case("an image that cannot be read", "named; with on_error=skip left out up to data.max_skipped", NOTHING),
     39: Case("images of other modes", "read as documented", NOTHING),
@@ -140,7 +118,9 @@ CASES = {
     ),
     # numbers, settings, services
     44: Case("a loss that is not finite, no memory", "the step is left out; status 76 after too many", NOTHING),
-    45: Case("settings that are wrong", "refused before training", NOTHING),
+    45: Case(
+        "settings of the wrong kind, out of range, or that nothing reads", "refused before torch is loaded", NOTHING
+    ),
     46: Case(
         "Weights & Biases is missing, refuses, is slow, freezes or dies",
         "the run goes on and is not held: it ends within 12 s, a stop within 5; the end says how to upload the rest",

@@ -52,7 +52,26 @@ def test_what_the_cache_has_needs_no_network(cache, name):
 
 def test_an_older_file_of_torch(cache):
     downloaded(cache, "someone/vit", "pytorch_model.bin")
-    assert torch.equal(load_weights("hf-hub:someone/vit")["head.weight"], WEIGHTS["head.weight"])
+    weights = load_weights("hf-hub:someone/vit:pytorch_model.bin")
+    assert torch.equal(weights["head.weight"], WEIGHTS["head.weight"])
+
+
+def test_a_pickle_must_be_asked_for_by_its_name(cache, tmp_path, monkeypatch):
+    def download(repository, file, **where):
+        torch.save(WEIGHTS, tmp_path / file)
+        return str(tmp_path / file)
+
+    def info(api, repository, revision, timeout):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in ("README.md", "vit.pth")])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    downloaded(cache, "someone/vit", "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only pickles, got hf-hub:someone/vit; .*: hf-hub:someone/vit:vit\.pth$"):
+        load_weights("hf-hub:someone/vit")
+    assert load_weights("hf-hub:someone/vit:vit.pth").keys() == WEIGHTS.keys()
+    with pytest.raises(ValueError, match=r"this repository has no other\.bin, got"):
+        load_weights("hf-hub:someone/vit@main:other.bin")
 
 
 def test_weights_are_downloaded_with_the_configuration_beside_them(cache, tmp_path, monkeypatch):
