@@ -26,6 +26,7 @@ from models.side_outputs import attempt
 # A moment of training in one integer, so that the first one survives a minimum: the epoch above, the step below.
 _STEPS = 2**40
 _NEVER = 2**62
+BROKEN = "the weights hold NaN or infinity"
 
 
 class NonFinite(RuntimeError):
@@ -83,6 +84,8 @@ class NonFiniteGuard(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._reason:  # not at once: what saves has seen the step now
+            self._stop(trainer)
         if self._begun != trainer.global_step:  # not so in the middle of an accumulated batch
             self._begun, self._losses, self._batches = trainer.global_step, [], []
             self._bad = torch.zeros(2, dtype=torch.bool, device=pl_module.device)
@@ -121,7 +124,7 @@ class NonFiniteGuard(Callback):
         norm: float,
         scale: float,
     ) -> None:
-        """Says what is known of the step and takes its gradients away; `on_train_batch_end` stops if it must."""
+        """Says what is known of the step and takes its gradients away; the next batch does not begin if it must not."""
         loss = sum(float(loss) for loss in self._losses) / scale
         known = {"loss": loss, "gradient_norm": norm, "batches": self._batches}
         bad = bad_steps.look(trainer, task, self._last, **known)
@@ -131,7 +134,7 @@ class NonFiniteGuard(Callback):
             print(bad.line(self.in_a_row, self.skip), flush=True)
             attempt(f"{bad_steps.FOLDER}/", bad_steps.keep, bad, Path(trainer.default_root_dir))
         if not bad.weights_are_finite:
-            self._reason = "the weights hold NaN or infinity"
+            self._reason = BROKEN
         elif self.in_a_row > self.skip:
             self._reason = f"{bad.what} is NaN or infinite"
 
@@ -147,8 +150,6 @@ class NonFiniteGuard(Callback):
             self._last.forget()
         if trainer.global_step % trainer.log_every_n_steps == 0:
             self._log(trainer, pl_module)
-        if self._reason:
-            raise NonFinite(f"NonFiniteGuard: {self._reason}, {self._stopped(trainer)}")
         if not self.skip and trainer.global_step % self._interval == 0:
             self._check_steps(trainer)
 
@@ -189,6 +190,13 @@ class NonFiniteGuard(Callback):
             where = _situation(trainer, *divmod(min(loss, gradient), _STEPS))
             raise NonFinite(f"NonFiniteGuard: {what} is NaN or infinite, {where}")
 
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """On all processes: what was reached is saved, unless the weights are broken."""
+        saver = _saver(trainer)
+        if saver is not None and self._reason != BROKEN:
+            saver.save(trainer)
+        raise NonFinite(f"NonFiniteGuard: {self._reason}, {self._stopped(trainer)}")
+
     def _stopped(self, trainer: pl.Trainer) -> str:
         where = _situation(trainer, trainer.current_epoch, trainer.global_step)
         return f"{where}; the last {self.in_a_row} steps were left out, see {bad_steps.FOLDER}/, or try debug=anomaly"
@@ -227,10 +235,14 @@ def _saved(checkpoint: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     return {what: {name: local(value) for name, value in state.items()} for what, state in kinds.items()}
 
 
+def _saver(trainer: pl.Trainer) -> Checkpoints | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+
+
 def _situation(trainer: pl.Trainer, epoch: int, step: int) -> str:
     """The second half of the message: where training stood, and what is left of it."""
     rate = bad_steps.rate_of(trainer)
     shown = f"{rate:.3g}" if math.isfinite(rate) else "unknown"
-    saver = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+    saver = _saver(trainer)
     good = f"the last good checkpoint is {saver.last}" if saver and saver.last else "no checkpoint was saved before"
     return f"got it at step {step}, epoch {epoch}, learning rate {shown}; {good}; lower the rate"
