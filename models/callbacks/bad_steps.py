@@ -45,7 +45,7 @@ class BadStep(NamedTuple):
             f"learning rate {self.learning_rate:.3g}",
             f"loss {self.loss:.4g}",
             f"gradient norm {self.gradient_norm:.3g}",
-            _images(self.suspects or self.indices, self.files),
+            _shown(self.suspects or self.indices, self.files),
             f"first in {self.where}" if self.where else _weights(self.gradients),
         ]
         return (
@@ -126,7 +126,12 @@ def _files(data: Any, indices: list[int]) -> dict[int, str]:
         return {}
 
 
-def _images(indices: list[int], files: dict[int, str]) -> str:
+def images_of(data: Any, indices: list[int]) -> str:
+    """ "images 3, 12, 7 and 61 more", by their files where the data has files."""
+    return _shown(indices, _files(data, indices[:SHOWN]))
+
+
+def _shown(indices: list[int], files: dict[int, str]) -> str:
     named = [files.get(index, str(index)) for index in indices[:SHOWN]]
     more = f" and {len(indices) - SHOWN} more" if len(indices) > SHOWN else ""
     return f"image{'s' if len(indices) > 1 else ''} {', '.join(named)}{more}" if named else ""

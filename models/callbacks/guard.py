@@ -125,7 +125,8 @@ class NonFiniteGuard(Callback):
         scale: float,
     ) -> None:
         """Says what is known of the step and takes its gradients away; the next batch does not begin if it must not."""
-        loss = sum(float(loss) for loss in self._losses) / scale
+        parts = trainer.accumulate_grad_batches / max(1, len(self._losses))  # by which Lightning has divided
+        loss = sum(float(loss) for loss in self._losses) * parts / scale
         known = {"loss": loss, "gradient_norm": norm, "batches": self._batches}
         bad = bad_steps.look(trainer, task, self._last, **known)
         self._kept.leave_out(optimizer)

@@ -151,3 +151,12 @@ def test_processes_agree_on_what_is_left_out(tmp_path):
     said = [line for line in text.splitlines() if "is left out" in line]
     assert len(said) == 1 and said[0].startswith("step 3, epoch 0: the training loss is NaN"), text
     assert json.loads((tmp_path / "outputs/a/non_finite/step-00000003.json").read_text())["rank"] == 1
+
+
+def test_a_loss_that_jumps_is_said(tmp_path):
+    settings = ("callbacks.spikes.window=8", "callbacks.spikes.factor=5", "schedule.sched=constant")
+    hook = BAD_LOSS.format(factor="50", calls=[20])
+    status, text = run(tmp_path, "run.name=a", *TINY, *settings, before=hook)
+    assert status == 0, text
+    assert "step 20, epoch 2: the training loss" in text and "is far above its median of the last 8 steps" in text
+    assert (tmp_path / "outputs/a/spikes.csv").read_text().splitlines()[1].startswith("20,2,")
