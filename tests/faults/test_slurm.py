@@ -10,7 +10,7 @@ from tests.docs.pages import blocks
 from tests.faults.programs import ROOT, TINY, digests, run
 from tests.faults.slurm import cluster, wait_for
 
-LONG = (*TINY, "trainer.max_epochs=40", "checkpoint.every_n_steps=1000")
+LONG = (*TINY, "trainer.max_epochs=20", "checkpoint.every_n_steps=1000")
 pytestmark = [pytest.mark.faults, pytest.mark.case(13)]
 
 
@@ -25,10 +25,10 @@ def signalled(folder, job, number):
     queue, variables = folder.parents[1] / "queue", dict(variables_of(folder.parents[1] / "queue"))
     log = folder / "train.log"
     for _ in range(2400):
-        if log.exists() and "epoch 2/40" in log.read_text():
+        if log.exists() and "epoch 2/20" in log.read_text():
             break
         subprocess.run(["sleep", "0.1"], check=True)
-    assert "epoch 2/40" in log.read_text(), (queue / job / "state").read_text()
+    assert "epoch 2/20" in log.read_text(), (queue / job / "state").read_text()
     subprocess.run(["scancel", f"--signal={number}", job], check=True, env=variables)
 
 
@@ -77,4 +77,4 @@ def test_the_script_of_the_documents_queues_itself_again(tmp_path, queue):
     signalled(tmp_path / "outputs/a", "4711", "USR1")
     wait_for(folder, "4711", "COMPLETED")
     assert (folder / "4711/status-0").read_text() == "75"
-    assert json.loads((tmp_path / "outputs/a/metrics.json").read_text())["epochs"] == 40
+    assert json.loads((tmp_path / "outputs/a/metrics.json").read_text())["epochs"] == 20
