@@ -180,5 +180,6 @@ def listening() -> Iterator[Requests]:
                 print(f"{stop}; to go on, give the same command again", file=sys.stderr, flush=True)
         raise SystemExit(stop.status) from None
     finally:
+        found.looked_at = True  # what comes now finds the run over
         _LISTENING.remove(found)
         found.close()

@@ -70,8 +70,8 @@ class Data(pl.LightningDataModule):
         return DataLoader([Samples()[9, number] for number in range(3)], batch_size=None)
 
     def state_dict(self) -> dict[str, int]:
-        ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"batch": ready if ready < LENGTH else 0}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"batch": 0 if progress.is_last_batch else progress.current.ready}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.order.start = state_dict["batch"]
