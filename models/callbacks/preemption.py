@@ -155,7 +155,7 @@ class Preemption(Callback):
         checkpoints.saver.settle(trainer)
         if save and not checkpoints.save(trainer):
             log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
-        self._requests.saving = False
+        self._requests.saving, self._requests.stopped = False, True
         message = f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"
         if checkpoints.saved_step >= 0:
             message += f"; to go on: resume={checkpoints.directory / 'last'}"

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from conf.errors import UserError
+
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
 INTERRUPTED = 130  # what shells report for Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
@@ -42,13 +44,14 @@ class Requests:
     Attributes:
         looked_at: a loop asks for `number` where it can stop, so the handler raises nothing.
         saving: a checkpoint is being written, which a second request waits for.
+        stopped: the run is ending because of them, its step saved.
         alive: when the last batch was finished, on the monotonic clock.
         grace: seconds without a finished batch after which a request is insisted on.
         others: processes that end with this one.
     """
 
     def __init__(self) -> None:
-        self.looked_at = self.saving = False
+        self.looked_at = self.saving = self.stopped = False
         self.alive, self.grace = 0.0, GRACE
         self.others: Iterable[Any] = ()
         self._received: set[int] = set()
@@ -108,7 +111,7 @@ class Requests:
         self._received.add(number)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         if alone and not self.looked_at and not self._raised:
-            self._raised = True
+            self._raised = self.stopped = True
             raise Stopped(self.status, f"stopped by {signal.Signals(number).name}", said=False)
 
     def _watch(self) -> None:
@@ -145,13 +148,10 @@ class Requests:
         number = max(self._seen)
         frame = sys._current_frames().get(threading.main_thread().ident)
         where = "" if frame is None else f" in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        lost = "what comes behind it is left out" if self.stopped else "the step is lost, the last checkpoint stays"
+        text = f"stopped by {signal.Signals(number).name} while the process hung{where}; {lost}"
         with contextlib.suppress(Exception):
-            print(
-                f"stopped by {signal.Signals(number).name} while the process hung{where}; the step is lost, the last "
-                "checkpoint stays: start the same command again",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{text}: start the same command again", file=sys.stderr, flush=True)
         for process in self.others:
             with contextlib.suppress(OSError):
                 process.kill()
@@ -179,6 +179,15 @@ def listening() -> Iterator[Requests]:
             with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
                 print(f"{stop}; to go on, give the same command again", file=sys.stderr, flush=True)
         raise SystemExit(stop.status) from None
+    except Exception as error:
+        if not found.number or isinstance(error, UserError):
+            raise
+        # the signal went to all that the run had started, such as what compiles, and this is what came of it
+        with contextlib.suppress(OSError, ValueError):
+            name, reason = signal.Signals(found.number).name, str(error).partition("\n")[0]
+            text = f"stopped by {name}, and then {type(error).__name__}: {reason}; the last checkpoint stays"
+            print(f"{text}: start the same command again", file=sys.stderr, flush=True)
+        raise SystemExit(found.status) from None
     finally:
         found.looked_at = True  # what comes now finds the run over
         _LISTENING.remove(found)

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from conf.errors import UserError
 from models.callbacks.preemption import Preemption
 from models.callbacks.signals import GRACE, ONCE, PATIENCE, Requests, Stopped, listening, requests
 
@@ -70,6 +71,21 @@ def test_where_somebody_looks_it_is_noted():
         os.kill(os.getpid(), USR1)
         assert found.number == TERM and found.status == 75
     assert not isinstance(Stopped(75, ""), Exception)  # or guards against failures would swallow it
+
+
+def test_what_a_signal_to_the_job_breaks_is_no_failure_of_the_run(capsys):
+    with pytest.raises(SystemExit) as ended, listening() as found:
+        found.looked_at = True
+        os.kill(os.getpid(), TERM)
+        raise RuntimeError("a compiler was killed\nwith details")
+    assert ended.value.code == 75
+    assert "stopped by SIGTERM, and then RuntimeError: a compiler was killed; the last" in capsys.readouterr().err
+    with pytest.raises(UserError), listening() as found:
+        found.looked_at = True
+        os.kill(os.getpid(), TERM)
+        raise UserError("a setting")
+    with pytest.raises(RuntimeError), listening():
+        raise RuntimeError("without a signal")
 
 
 @pytest.mark.parametrize("grace", [0, -1, "long", True, float("nan")])
