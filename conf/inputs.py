@@ -60,7 +60,7 @@ def _listed(path: Path) -> list[str]:
     """The files that a list names; where they are not, reading them will say so."""
     try:
         names = _rows(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, LookupError, RecursionError, csv.Error) as error:
         raise UserError(f"input: {printable(path)} is no list of files ({error}); give one file in a line") from error
     beside = [os.path.join(path.parent, name) for name in names]
     return [place if os.path.exists(place) else name for place, name in zip(beside, names, strict=True)]

@@ -22,6 +22,8 @@ FILE = (*FILE, "imageid", "img", "id", "name")
 CLASS = ("class", "class_name", "classname", "category", "label", "labels", "target", "label_name", "category_id", "y")
 NUMBER = ("label", "class_id", "class_index", "target", "category_id", "y")
 SPLIT = ("split", "set", "subset", "partition", "fold")
+# what the bytes of strangers end in: no UTF-8, no JSON, lists in the place of names, too deep, too long
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error)
 DELIMITERS = ",;\t|"
 
 
@@ -56,7 +58,7 @@ def _read(path: str, changed: int, file: str | None, label: str | None) -> Liste
     try:
         text = Path(path).read_text("utf-8-sig", errors="surrogateescape")
         header, rows = _json(text, path) if path.endswith((".json", ".jsonl")) else _table(text, path)
-    except ValueError as error:
+    except BROKEN as error:
         raise error if isinstance(error, UserError) else _wrong(path, f"no list that can be read ({error})") from error
     if not rows:
         raise _wrong(path, "no rows")
@@ -85,16 +87,17 @@ def read_classes(path: str | os.PathLike) -> list[str]:
         raise UserError(
             f"data.classes: there is no file, got {printable(place)}; give a text file of class names, or imagenet"
         )
-    text = place.read_text("utf-8-sig")
     try:
+        text = place.read_text("utf-8-sig")
         found = json.loads(text) if place.suffix == ".json" else text.splitlines()
-    except ValueError as error:
-        raise UserError(f"data.classes: no JSON in {place} ({error}); give a list of names") from error
-    if isinstance(found, dict):  # {"0": name} or {name: 0}
-        found = [
-            name for _, name in sorted((int(v), k) if isinstance(v, int) else (int(k), v) for k, v in found.items())
-        ]
-    names = [str(name).strip() for name in found if str(name).strip()]
+        if isinstance(found, dict):  # {"0": name} or {name: 0}
+            found = [
+                name for _, name in sorted((int(v), k) if isinstance(v, int) else (int(k), v) for k, v in found.items())
+            ]
+        names = [str(name).strip() for name in found if str(name).strip()]
+    except BROKEN as error:
+        what = "JSON" if place.suffix == ".json" else "text"
+        raise UserError(f"data.classes: no {what} in {place} ({error}); give a list of names") from error
     if not names or len(set(names)) < len(names):
         twice = next((name for name in names if names.count(name) > 1), None)
         what = f"{twice!r} twice" if twice else "none"

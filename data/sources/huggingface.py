@@ -184,7 +184,12 @@ class HuggingFace:
     @cached_property
     def _files(self) -> dict[str, list[str]]:
         """The Parquet files of every split, where they are streamed."""
-        return files_of(os.path.expanduser(self.path), self.name, self._options)
+        try:
+            return files_of(os.path.expanduser(self.path), self.name, self._options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _unreadable(self.path, error) from error
 
     @cached_property
     def _features(self) -> Any:
@@ -195,9 +200,9 @@ class HuggingFace:
         path = os.path.expanduser(self.path)
         try:
             return load(path, self.name, split=split, **options)
-        except ValueError as error:
-            if "split" not in str(error).lower():
-                raise
+        except Exception as error:  # of datasets: many kinds, also for a script, which it does not run
+            if not isinstance(error, ValueError) or "split" not in str(error).lower():
+                raise _unreadable(self.path, error) from error
             known = ", ".join(load(path, self.name, **options))
             raise UserError(
                 f"HuggingFace: no such split in {self.path}, got {split}, there are {known}; "
@@ -301,6 +306,14 @@ class HuggingFace:
             return {part: rows.labels[self._chosen[part]] for part, rows in self._images.items()}
         columns = {part: rows.with_format("numpy", columns=[label])[:][label] for part, rows in self._rows.items()}
         return {part: np.asarray(column).astype(np.int64) for part, column in columns.items()}
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"HuggingFace: the data set cannot be read, got {path} ({type(error).__name__}: {reason}); mend its files, or "
+        "set data.source.path to another"
+    )
 
 
 def _files_in(files: Any) -> list[str]:

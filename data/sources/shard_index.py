@@ -13,6 +13,7 @@ from conf.errors import UserError
 from conf.folders import EXTENSIONS, printable
 from conf.lists import CLASS
 
+MAX_LABEL = 2**20  # bytes of a label
 CACHE = "~/.cache/vision-zoo/shards"
 
 
@@ -66,7 +67,7 @@ def _read(shard: str) -> Index:
                 key, suffix = os.path.join(folder, stem), (dot + suffix).lower()
                 if suffix.endswith(EXTENSIONS):
                     images.setdefault(key, (member.offset_data, member.size))
-                elif suffix in (".cls", ".json") and key not in labels:
+                elif suffix in (".cls", ".json") and key not in labels and member.size <= MAX_LABEL:
                     label = _label(tar.extractfile(member).read(), suffix)
                     labels |= {} if label is None else {key: label}
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -92,6 +93,6 @@ def _label(content: bytes, suffix: str) -> str | None:
             )
             value = next((found[name] for name in CLASS if name in found), None)
             text = "" if value is None or isinstance(value, list | dict) else str(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return text or None

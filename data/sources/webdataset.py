@@ -25,6 +25,7 @@ from data.sources.form import RGB, Form
 from data.sources.imagelist import numbered
 from data.sources.shard_index import Index, index_of
 
+MOST = 1_000_000  # shards that braces name
 OPEN = 16  # shards that a process keeps open
 SHOWN = 3  # samples named in a message
 
@@ -201,5 +202,7 @@ def _braces(path: str) -> list[str]:
     if match is None:
         return [path]
     first, last, words = match.groups()
+    if words is None and int(last) - int(first) >= MOST:
+        raise UserError(f"data.source: braces may name {MOST} shards, got {path}; name a folder of them")
     values = words.split(",") if words else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
     return [path[: match.start()] + value + rest for value in values for rest in _braces(path[match.end() :])]

@@ -114,11 +114,13 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
         ValueError: the run trained another model.
     """
     from models.checkpoints.conversion import settings_of
+    from models.checkpoints.format.config import check_stored
     from models.checkpoints.format.directory import read_config
 
     if Path(chosen.file).is_file():
         return {}
     config = read_config(chosen.file)
+    check_stored(config)
     if not {"run", "model", "attention"} <= config.keys():  # a directory that no run wrote
         return {}
     if (name := config["run"]["model"]) != chosen.model:

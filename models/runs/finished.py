@@ -202,6 +202,7 @@ class Parts:
             if state is None:
                 return None
             model = built_within(self.given["ckpt"], lambda: part_of(self.cfg, "model"))
+            _refuse_whole(state, model, self.given["ckpt"])
             model.load_state_dict(state)
         except (OSError, RuntimeError) as error:
             if shortage(error) is not None:
@@ -224,6 +225,15 @@ class Parts:
             return Subject(told, None, None, weights, given, Path(named or FOLDER))
         folder = Path(named) if named else found.folder
         return Subject(found.title, found.path, found.classes, weights, given, folder)
+
+
+def _refuse_whole(state: dict[str, Tensor], model: nn.Module, path: str) -> None:
+    """Weights of whole or complex numbers would be taken for others without a word."""
+    for name, own in model.state_dict().items():
+        if own.is_floating_point() and name in state and not state[name].is_floating_point():
+            raise UserError(
+                f"eval: weights must be real numbers, got {state[name].dtype} in {name} of {path}; convert them"
+            )
 
 
 def as_in_training(data: pl.LightningDataModule, trained: list[str] | None, num_classes: int | None) -> None:

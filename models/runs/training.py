@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
+from conf.folders import escaped
 from conf.names import short
 from conf.settings import check_settings, resolved
 from data.cores import usable_cores
@@ -80,7 +81,7 @@ def train(cfg: DictConfig) -> float | None:
         run.notes.extend(precision if run.checkpoint is None else [])
         trainer = run.trainer
         if trainer.is_global_zero:
-            print(headline(config, run.trainer, run.task, run.data, run_dir, run.notes))
+            print(escaped(headline(config, run.trainer, run.task, run.data, run_dir, run.notes), keep="\n"))
         told = reported_step(run_dir) == run.step
         if (saver := saver_of(trainer)) is not None:
             saver.unfinished = not told

@@ -8,8 +8,13 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from conf.errors import UserError
+from conf.inputs import images_of
+from conf.lists import read_classes, read_list
+from data.sources.webdataset import expanded
 from models.checkpoints import load_weights, read_config, read_manifest, resolve, verify
 from models.checkpoints.format.config import check_local, check_stored
 from models.checkpoints.format.door import MAX_JSON_BYTES, CorruptCheckpoint, read_head, read_json
@@ -309,3 +314,47 @@ def test_a_run_is_not_continued_from_a_configuration_of_another_kind(forge, tmp_
     arguments = (*TINY, f"resume={forge(HOSTILE[name][0])}", "run.name=b")
     status, text = run(tmp_path, *arguments)
     assert status == 2 and "Traceback" not in text, text
+
+
+@pytest.mark.case(35)
+def test_weights_that_are_no_real_numbers_are_refused(forge, tmp_path):
+    def change(folder):
+        state = load_file(folder / "model.safetensors")
+        name = next(name for name, value in state.items() if value.is_floating_point())
+        save_file(state | {name: state[name].to(torch.int8)}, folder / "model.safetensors")
+
+    status, text = run(tmp_path, f"ckpt={forge(change=change)}", "trainer.accelerator=cpu", program="eval.py")
+    assert status == 2 and "weights must be real numbers, got torch.int8 in" in text, text
+
+
+GARBAGE = {
+    "deep": "[" * 100_000,
+    "digits": '{"a": ' + "9" * 5000 + "}",
+    "NUL": "a.png,b\n\0\0,c\n",
+    "long": "a," + "x" * 200_000 + "\n",
+    "numbers": "[1, 2]",
+    "mixed": '[{"file": {}}, [1], null]',
+    "coco": '{"images": [1], "annotations": [2], "categories": [3]}',
+    "mapping": '{"a": "b"}',
+    "empty": "",
+    "text": "\x1b]0;owned\x07",
+}
+
+
+@pytest.mark.case(35)
+@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "txt"])
+def test_lists_of_strangers_are_read_or_refused(tmp_path, name, suffix):
+    file = tmp_path / f"list.{suffix}"
+    file.write_text(GARBAGE[name])
+    for read in (read_list, read_classes, images_of):
+        try:
+            read(str(file))
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 or read is images_of
+
+
+@pytest.mark.case(34)
+def test_braces_name_no_million_of_shards():
+    with pytest.raises(UserError, match="braces may name 1000000 shards"):
+        expanded("x-{0..999999999999}.tar", "data.source.train")
