@@ -48,10 +48,7 @@ class Messenger:
 
     def heard(self) -> list[dict[str, Any]]:
         """What it has said since the last time."""
-        if os.getpid() == self._owner:
-            with contextlib.suppress(OSError, ValueError):
-                while part := self._process.stdout.read(65536):
-                    self._heard += part
+        self._listen()
         *lines, self._heard = self._heard.split(b"\n")
         return [found for line in lines if isinstance(found := _read(line), dict)]
 
@@ -69,10 +66,19 @@ class Messenger:
             self._process.stdin.close()
         try:
             self._process.wait(max(end - time.monotonic(), 0))
+            ended = True
         except subprocess.TimeoutExpired:
             self._end()
-            return False
-        return True
+            ended = False
+        self._listen()
+        self._process.stdout.close()
+        return ended
+
+    def _listen(self) -> None:
+        if os.getpid() == self._owner and not self._process.stdout.closed:
+            with contextlib.suppress(OSError):
+                while part := self._process.stdout.read(65536):
+                    self._heard += part
 
     def _send(self) -> None:
         try:

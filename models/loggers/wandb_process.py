@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -42,16 +43,30 @@ class Service:
 
     def start(self, given: dict[str, Any]) -> None:
         """Opens the run in the first mode that works; shows the configuration and names the best of each figure."""
+        sys.argv = given["argv"]  # W&B shows with what a run was started
+        os.environ.setdefault("WANDB_PROGRAM", sys.argv[0])
+        os.environ.pop("WANDB_MODE", None)  # which may be set and empty; the modes to try are given
+        self.attempt(self._set_up)
+        if self.broken:
+            return
         for mode in given["modes"]:
             self.broken = False
             self.attempt(self._open, given, mode)
             if not self.broken:
-                return self.say("started", mode=mode)
-        return None
+                self.say("started", mode=mode)
+                return
+
+    def _set_up(self) -> None:
+        """Imports W&B elsewhere: it takes a server from ./wandb/settings too, which may have come with other files."""
+        started = os.getcwd()
+        os.chdir(os.path.dirname(os.path.abspath(__file__)))
+        import wandb
+
+        if hasattr(wandb, "setup"):
+            wandb.setup()
+        os.chdir(started)
 
     def _open(self, given: dict[str, Any], mode: str) -> None:
-        os.environ["WANDB_MODE"] = mode  # also where it is set, and empty
-        os.chdir(given["init"]["dir"])  # `wandb/settings` of a folder that somebody works in could name another server
         import wandb
 
         known = getattr(wandb.Settings, "model_fields", given["settings"])  # older releases lack some

@@ -4,6 +4,7 @@ import hashlib
 import netrc
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -212,7 +213,9 @@ def start_with(
     # the same folder is the same run: a continued run goes on in the same W&B run
     ids = {m: hashlib.sha256(f"{run_dir.resolve()} {m}".encode()).hexdigest()[:12] for m in modes}
     best = {figure: "min" if "loss" in figure else "max" for figure in figures}
-    return {"modes": modes, "init": init, "ids": ids, "settings": SETTINGS, "config": plain(config), "best": best}
+    shown = {"config": plain(config), "best": best, "argv": sys.argv}
+    watched = {"x_stats_pid": os.getpid()}  # whose memory and load it shows
+    return {"modes": modes, "init": init, "ids": ids, "settings": SETTINGS | watched, **shown}
 
 
 def plain(value: Any) -> Any:

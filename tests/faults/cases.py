@@ -74,7 +74,11 @@ CASES = {
         "nothing to continue", "refused with what is near, resume=must too; auto says that it starts at 0", NOTHING
     ),
     # storage
-    17: Case("the disk is full", "older checkpoints stay, training goes on; status 74 after three failures", STEPS),
+    17: Case(
+        "the disk is full",
+        "older checkpoints stay, training goes on, figures wait in memory; status 74 after three failures",
+        STEPS,
+    ),
     18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
     19: Case("the run's folder cannot be written", "refused in one sentence before work begins", NOTHING),
     20: Case("a checkpoint is damaged", "found by its checksum, the one before is used and said", STEPS),

@@ -111,3 +111,15 @@ def test_a_good_server_gets_everything(tmp_path):
         status, text = run(tmp_path, *CHOSEN, env=env(tmp_path, **server.env), before=SLOWLY)
     assert status == 0 and "failed" not in text, text
     assert server.rows >= STEPS
+
+
+@pytest.mark.case(46)
+@pytest.mark.full
+def test_a_file_beside_what_is_trained_on_names_no_server(tmp_path):
+    """W&B would take its server from ./wandb/settings, and send it the key."""
+    (tmp_path / "wandb").mkdir()
+    with serving("good") as server:
+        (tmp_path / "wandb/settings").write_text(f"[default]\nbase_url = {server.env['WANDB_BASE_URL']}\n")
+        known = env(tmp_path, WANDB_API_KEY=server.env["WANDB_API_KEY"]) | {"WANDB_BASE_URL": None}
+        status, text = run(tmp_path, *CHOSEN, "trainer.max_epochs=1", "logger.mode=online", env=known)
+    assert (status, server.asked) == (0, 0), text

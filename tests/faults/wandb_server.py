@@ -36,7 +36,7 @@ ANSWER = {
 
 
 class Server(ThreadingHTTPServer):
-    """`how` may be changed while it runs.
+    """`how` may be changed while it runs; `rows` of figures came, in so many of the requests that it was `asked`.
 
     Args:
         how: "good", "silent" (it accepts and never answers), or the status of every answer.
@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, how: str | int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.how, self.rows = how, 0
+        self.how, self.rows, self.asked = how, 0, 0
 
     @property
     def env(self) -> dict[str, str]:
@@ -63,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked += 1
         if self.server.how == "silent":
             return time.sleep(3600)
         if self.server.how != "good":
