@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import foreign, recipes, text
 from conf.compose import compose
 from conf.errors import UserError, reason
-from conf.names import PARTS, PLACES, choosable, groups, nearest, options
+from conf.names import CONF, PARTS, PLACES, choosable, groups, nearest, options
 
 LONG = 40  # names that a message does not list
 
@@ -172,6 +172,8 @@ def wrong_key(error: Exception, config_name: str, arguments: list[str]) -> str:
         value = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
         if (written := foreign.advice(config_name, key, value)) and key not in foreign.ours(config_name, key):
             return f"there is no setting {key!r}{written}"
+        if key.startswith("hydra.launcher."):
+            return _no_key_of_launcher(key, arguments)
         if "No match in the defaults list" in str(error):
             return f"there is no group {key!r}{nearest(key, groups())}\ngroups: {', '.join(groups())}"
         if f"attention/{key}" in choosable():
@@ -186,6 +188,16 @@ def wrong_key(error: Exception, config_name: str, arguments: list[str]) -> str:
     if cause is not error and str(cause) not in said:
         said = f"{said}\n{str(cause).splitlines()[0]}"
     return said
+
+
+def _no_key_of_launcher(key: str, arguments: list[str]) -> str:
+    """A setting that the chosen launcher does not have."""
+    chosen = next((a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")), "basic")
+    path, leaf = CONF / "hydra" / "launcher" / f"{chosen}.yaml", key.rpartition(".")[2]
+    if not path.is_file():
+        return f"there is no setting {key!r} without hydra/launcher=local or hydra/launcher=slurm"
+    keys = sorted(str(name) for name in OmegaConf.load(path) if name not in ("defaults", "_target_"))
+    return f"there is no setting {key!r}{nearest(leaf, keys)}\nvalid keys of hydra.launcher: {', '.join(keys)}"
 
 
 def _near_keys(key: str, config_name: str, arguments: list[str]) -> str:

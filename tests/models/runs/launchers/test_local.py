@@ -126,6 +126,12 @@ def test_a_signal_saves_the_runs_that_go_on_and_begins_no_other(sweep, tmp_path,
             "per_run=many", "per_run must be a whole number of at least 1, got 'many'", marks=pytest.mark.full
         ),
         pytest.param("gpus=-1", "gpus must be a whole number of at least 0, got -1", marks=pytest.mark.full),
+        pytest.param(
+            "job=2",
+            "there is no setting 'hydra.launcher.job'; did you mean 'jobs'? valid keys of hydra.launcher: "
+            "gpus, jobs, per_run",
+            marks=pytest.mark.full,
+        ),
         pytest.param("gpus=2", "gpus=2, but this machine shows 0; give gpus=0", marks=pytest.mark.full),
     ],
 )
