@@ -70,5 +70,8 @@ def _equal(value: Tensor, copy: Tensor) -> bool:
     """Bit for bit: zeros of both signs differ, a NaN equals itself."""
     if value.shape != copy.shape or value.dtype != copy.dtype:
         return False
-    value = value.detach().cpu().contiguous()
-    return torch.equal(value.reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8))
+    value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    copy = copy.reshape(-1).view(torch.uint8)
+    if value.numel() % 8 == 0 and value.storage_offset() % 8 == 0:
+        value, copy = value.view(torch.int64), copy.view(torch.int64)  # which is compared eight times as fast
+    return not bool((value != copy).any())
