@@ -7,7 +7,7 @@ seen, bit for bit, whatever the number of workers. Use `use_distributed_sampler=
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -43,7 +43,8 @@ class ImageData(pl.LightningDataModule):
         source: where images come from (`data.sources`).
         num_classes: known before data is read, because the model needs it.
         image_size: of training images in pixels, one number or (height, width).
-        batch_size: images per process and batch, in training and evaluation.
+        batch_size: images per process and batch, in training and evaluation; a run makes a number of `auto` before
+            (`models.runs.batch_size`).
         seed: names order and augmentation.
         augment: values of `data.augment.Augment`.
         eval: values of `data.transforms.Evaluation`.
@@ -72,7 +73,7 @@ class ImageData(pl.LightningDataModule):
         source: Source,
         num_classes: int,
         image_size: int | Sequence[int],
-        batch_size: int,
+        batch_size: int | Literal["auto"],
         seed: int = 0,
         augment: Mapping[str, Any] | None = None,
         eval: Mapping[str, Any] | None = None,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from conf import values
 from models.cost import example_inputs
+from models.largest import largest as largest_batch
 from models.probes import Report, Subject
 
 WARM_UP, LEAST = 2, 5  # passes before the first that counts, and that count at least
-CLOSE = 1.05  # the largest batch is found to 5 %
 
 
 def throughput(
@@ -103,18 +103,19 @@ def _timed(run: Callable[[], Tensor], seconds: float, device: torch.device) -> t
     return passes, torch.cuda.max_memory_allocated(device) if gpu else held
 
 
-def _largest(prepared: Callable, fits: int) -> int:
-    """The largest batch of one pass, by doubling and then halving the gap."""
-    too_many = None
-    while too_many is None or too_many > CLOSE * fits + 1:
-        tried = fits * 2 if too_many is None else (fits + too_many) // 2
+def _largest(prepared: Callable, known: int) -> int:
+    """The largest batch of one pass."""
+
+    def fits(batch: int) -> bool:
         try:
-            prepared(tried)()
-            fits = tried
+            prepared(batch)()
         except torch.OutOfMemoryError:
-            too_many = tried
-        torch.cuda.empty_cache()
-    return fits
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    return largest_batch(fits, known)
 
 
 def _shown(rows: list[dict[str, Any]], figures: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from models.engines.sequence_parallel import share_tokens
 from models.engines.strategies import engine
 from models.engines.together import apart, together
 from models.loggers import build_loggers
+from models.runs import batch_size
 from models.runs.ending import ending
 from models.runs.facts import facts_of
 from models.runs.headline import headline, title
@@ -109,10 +110,13 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task = part_of(cfg, "task")
     origin = _origin(config, task, checkpoint)
+    auto = batch_size.begin(cfg, config, read_config(checkpoint) if checkpoint else None)
     data = part_of(cfg, "data")
     if checkpoint is not None:
         take_split(data.source, checkpoint.resolve().parents[1])
     check_data(data)
+    if auto and checkpoint is None:
+        batch_size.bound(config, data)
     check_monitor(config, task)
     task.prepare(data)
     if checkpoint is not None:
@@ -126,6 +130,7 @@ def _prepared(cfg: DictConfig, config: dict[str, Any], run_dir: Path, log: RunLo
     trainer = _trainer(cfg, config, run_dir, [*frozen, progress.throughput, progress, record])
     spread = share_tokens(trainer.strategy, task, trainer.world_size)
     if checkpoint is None:
+        origin += batch_size.settle(cfg, config, trainer, task, data) if auto else []
         accumulate(config, trainer, data)
     else:
         origin += go_on(config, read_config(checkpoint), position, trainer, data)

@@ -121,7 +121,13 @@ CASES = {
         "a loader process dies or hangs", "started again at the same batch; a third time, or hanging, 65", NOTHING
     ),
     # numbers, settings, services
-    44: Case("a loss that is not finite, no memory", "the step is left out; status 76 after too many", NOTHING),
+    44: Case(
+        "a loss, a gradient or weights that are not finite, a loss that jumps, no memory",
+        "the step is left out, with its images and module named; status 76 after ten in a row, or where weights or "
+        "averages are broken, which are never saved; no memory: one sentence with three settings",
+        NOTHING,
+        "the memory and the fp16 scaler of a real GPU",
+    ),
     45: Case(
         "settings of the wrong kind, out of range, or that nothing reads", "refused before torch is loaded", NOTHING
     ),
