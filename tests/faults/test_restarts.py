@@ -103,20 +103,25 @@ def differences(found, expected):
     return [name for name in expected if not same(name)]
 
 
-def sequence(folder, seed):
-    """A run with three to six ends at random moments, then to its end: the number of its settings, these, and that."""
+def sequence(folder, seed, most=6):
+    """A run with three to `most` ends at random moments, then to its end: the number of its settings, both of them."""
     choose = random.Random(seed)
     number = seed % len(SETTINGS)
     story = []
-    for _ in range(choose.randint(3, 6)):
+    for _ in range(choose.randint(3, most)):
         story.append((choose.randint(0, 20), choose.random() < 0.4))
         start(folder, SETTINGS[number], Fate(*story[-1]))
     return number, story, ended(folder, *start(folder, SETTINGS[number], Fate()))
 
 
-@pytest.mark.parametrize("seed", range(12))
+QUICK = (0, 2, 5, 7)  # plain, accumulating, validating within epochs, by steps
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed in QUICK else pytest.mark.full) for seed in range(len(SETTINGS))]
+)
 def test_a_run_that_is_stopped_again_and_again_ends_where_it_would_have(tmp_path, uninterrupted, seed):
-    number, story, found = sequence(tmp_path, seed)
+    number, story, found = sequence(tmp_path, seed, most=3)
     assert differences(found, uninterrupted(number)) == [], story
 
 
