@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments import ClusterEnvironment
 from torch.distributed.rendezvous import rendezvous
 
+ANSWER = 30  # seconds in which the store answers, else whoever keeps it is gone
 _met: list[dist.Store] = []  # of the process group, which outlives the runs of a sweep
 _watches = count()
 
@@ -39,4 +40,8 @@ def meet(environment: ClusterEnvironment, backend: str, timeout: timedelta, devi
 
 def watch_store() -> dist.Store | None:
     """A connection to the store of the group for one watch over it; None where somebody else has made the group."""
-    return dist.PrefixStore(f"watch-{next(_watches)}", _met[0].clone()) if _met else None
+    if not _met:
+        return None
+    store = dist.PrefixStore(f"watch-{next(_watches)}", _met[0].clone())
+    store.set_timeout(timedelta(seconds=ANSWER))
+    return store

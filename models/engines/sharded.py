@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from conf.errors import UserError
 from models.callbacks.gradients import total_norm
 from models.engines.blocks import blocks_of
 from models.engines.distributed import Distributed
@@ -71,6 +72,15 @@ class FullySharded(Distributed):
             part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)
 
+    def teardown(self) -> None:
+        """Shares stay where they are: Lightning would move the model to the CPU."""
+        if self.lightning_module is not None:
+            for _, part in self._parts():
+                part.reshard()
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The shares, also in the middle of a validation."""
         for _, part in self._parts():
@@ -93,7 +103,16 @@ class FullySharded(Distributed):
 
 
 def share(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Makes the weights of a model shares, in place: its blocks one by one, then the rest."""
+    """Makes the weights of a model shares, in place: its blocks one by one, then the rest.
+
+    Raises:
+        UserError: a part looks at whole weights between steps.
+    """
+    if any(hasattr(part, "right_inverse") and hasattr(part, "step") for part in model.modules()):
+        raise UserError(
+            "trainer: strategy=fsdp shares every weight, got reparam=sigma, which looks at whole ones between steps; "
+            "set trainer=ddp, or leave reparam out"
+        )
     numbers = {weight for weight in model.parameters() if weight.dim() == 0}
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=numbers)

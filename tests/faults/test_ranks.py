@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.programs import ROOT, TINY, digests, run, start
+from tests.faults.programs import ROOT, TINY, Program, digests, run, start
 
 TWO = (*TINY, "trainer=ddp_cpu", "trainer.accelerator=cpu", "data.batch_size=8", "data.workers=0")
 # what a process does at a step: put in place of a hook of Lightning's module that all tasks have
@@ -26,8 +26,14 @@ pl.LightningModule.on_train_batch_start = hook
 """
 
 
-def two(folder: Path, fault: str, *arguments: str, step: int = 5):
-    """Both processes of a run, as srun starts them; the fault is in process 1."""
+def two(folder: Path, fault: str, *arguments: str, step: int = 5) -> list[Program]:
+    """Both processes of a run; the fault is in process 1."""
+    faults = [AT_STEP.format(rank=rank, step=step, fault=fault if rank else "pass") for rank in range(2)]
+    return both(folder, faults, *arguments)
+
+
+def both(folder: Path, faults: list[str], *arguments: str) -> list[Program]:
+    """Both processes of a run, as srun starts them, each with what it runs first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -35,10 +41,10 @@ def two(folder: Path, fault: str, *arguments: str, step: int = 5):
         start(
             folder,
             *(*TWO, "run.name=a", *arguments),
-            before=AT_STEP.format(rank=rank, step=step, fault=fault if rank else "pass"),
+            before=fault,
             env={"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
         )
-        for rank in range(2)
+        for rank, fault in enumerate(faults)
     ]
 
 
@@ -82,7 +88,8 @@ def test_an_error_of_process_0_ends_the_others(tmp_path):
 @pytest.mark.case(10)
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_process_ends_the_job_and_is_named(tmp_path, dead):
-    zero, one = two(tmp_path, "time.sleep(0)", "trainer.max_epochs=300")
+    """With loader processes, which have copies of its connections and outlive it for a while."""
+    zero, one = two(tmp_path, "time.sleep(0)", "trainer.max_epochs=300", "data.workers=1")
     zero.wait_for("epoch 1/300")
     (zero, one)[dead].send(signal.SIGKILL)
     left = (one, zero)[dead]
@@ -133,6 +140,47 @@ def test_torchrun_starts_all_again_and_the_bits_are_the_same(tmp_path):
     assert status == 0, text
     assert (tmp_path / "killed").exists()
     assert digests(tmp_path / "outputs/a") == digests(tmp_path / "whole/outputs/a")
+
+
+@pytest.mark.full
+@pytest.mark.case(17)
+def test_a_process_that_cannot_write_its_share_fails_the_save_on_all(tmp_path):
+    """Process 1 has a full disk at every save after the first: the checkpoint of before stays, status 74."""
+    fault = f"""{AT_STEP.format(rank="{rank}", step=-1, fault="pass")}
+import models.engines.shares as shares
+write, saves = shares.write_tensors, []
+def full(folder, tensors):
+    saves.append(folder)
+    if {{rank}} and len(saves) > 1:
+        raise OSError(28, "No space left on device")
+    return write(folder, tensors)
+shares.write_tensors = full
+"""
+    settings = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    zero, one = both(tmp_path, [fault.format(rank=rank) for rank in range(2)], *settings, "checkpoint.every_n_steps=3")
+    assert zero.wait(120) == 74 and one.wait(60) == 74
+    assert "step 6 could not be saved" in zero.text and "No space left on device" in zero.text
+    folder = tmp_path / "outputs/a/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last", "step-00000003"]
+
+
+@pytest.mark.full
+@pytest.mark.case(46)
+@pytest.mark.parametrize("images", [9, 11])
+def test_evaluation_by_two_is_that_by_one(tmp_path, images):
+    """Every image counts once, whatever remains."""
+    assert run(tmp_path, *TINY, "trainer.max_epochs=1", "data.workers=0", "run.name=a")[0] == 0
+    figures = []
+    for devices in (1, 2):
+        settings = (f"data.source.val_images={images}", "data.batch_size=4", "data.workers=0")
+        spread = ("trainer.accelerator=cpu", f"trainer.devices={devices}")
+        status, text = run(tmp_path, "ckpt=outputs/a", *settings, *spread, program="eval.py")
+        assert status == 0, text
+        figures.append(json.loads((tmp_path / "outputs/a/checkpoints/metrics.json").read_text()))
+    for name in ("val/top1", "val/top1_ema"):
+        assert figures[0][name] == figures[1][name]
+        assert (figures[0][name] * images) % 1 == pytest.approx(0, abs=1e-5)
+    assert figures[0]["val/loss"] == pytest.approx(figures[1]["val/loss"], rel=1e-6)
 
 
 SUICIDE = """

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from conf.errors import UserError
 from models import create_model
 from models.checkpoints import load_weights
 from models.checkpoints.format.directory import read_manifest
@@ -105,6 +106,12 @@ def shares_of_two(folder: Path) -> None:
 
 def test_shares_learn_what_a_whole_model_learns(tmp_path):
     pair(tmp_path, f"{__name__}:shares_of_two")
+
+
+def test_what_looks_at_whole_weights_is_refused():
+    model = create_model("vit_32px", **SMALL, reparam="sigma")
+    with pytest.raises(UserError, match=r"fsdp shares every weight, got reparam=sigma, .*; set trainer=ddp"):
+        share(model, None)
 
 
 def test_blocks_of_ours_and_of_others():
