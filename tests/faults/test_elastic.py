@@ -71,6 +71,20 @@ def test_another_batch_makes_up_the_same_steps(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.case(8)
+def test_an_exception_within_an_accumulated_step_loses_no_batch_of_it(tmp_path):
+    """Steps of four batches; the third of the second step raises: the run goes on with the first of that step."""
+    settings = ("data.batch_size=8", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=1")
+    assert go(tmp_path, "whole", *settings)[0] == 0
+    broken = stop_in(7).replace("os.kill(os.getpid(), signal.SIGTERM)", "raise RuntimeError('broken')")
+    assert run(tmp_path, *TINY, *EXACT, "run.name=parts", *settings, before=broken)[0] == 1
+    assert steps(tmp_path, "parts") == 1
+    status, out = go(tmp_path, "parts", *settings)
+    assert status == 0, out
+    same(tmp_path, "whole", "parts", exact=True)
+
+
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.case(25)
 def test_from_two_processes_to_one_and_back(tmp_path):
