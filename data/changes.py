@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from conf.errors import UserError
-from data.order.fingerprint import looked_at, sizes_of
+from data.order.fingerprint import LOOKED_INTO, contents_of, looked_at, sizes_of
 
 KEPT = 2_000_000  # names of files that are kept beside a run, to say which one has changed
 NAME = "data.npz"
@@ -43,7 +43,10 @@ def changes(before: dict[str, Any], after: dict[str, Any], names: "Names | None"
     found = []
     for part in ("train", "val"):
         was, now = before.get(part), after.get(part)
-        if None not in (was, now) and was != now:
+        if None in (was, now):
+            continue
+        now = {key: now[key] for key in was}  # an older fingerprint knows less
+        if was != now:
             of_files = names.changes(part) if names is not None else []
             phrases = of_files or _of_images(was, now, after["classes"]) or [_otherwise(was, now)]
             found += [f"{part}: {phrase}" for phrase in phrases]
@@ -88,7 +91,9 @@ def _of_images(was: dict[str, Any], now: dict[str, Any], classes: list[str]) -> 
 
 
 def _otherwise(was: dict[str, Any], now: dict[str, Any]) -> str:
-    return "images have other sizes" if was["order"] == now["order"] else "images come in another order"
+    if was["order"] != now["order"]:
+        return "images come in another order"
+    return "images have other sizes" if was["sizes"] != now["sizes"] else "images hold something else"
 
 
 class Names:
@@ -109,10 +114,21 @@ class Names:
         found += [f"{_shown(name)} is gone" for name in gone.tolist() if name not in moved]
         found += [f"{_shown(name)} is new" for name in new.tolist() if name not in set(moved.values())]
         if not found and len(was) == len(now) and (was == now).all():
-            places = looked_at(len(now))
-            pairs = zip(places.tolist(), self.kept[f"{part}_sizes"].tolist(), sizes_of(split, places), strict=True)
-            found = [f"{_shown(now[i])} has {size} bytes, had {old}" for i, old, size in pairs if old != size]
+            found = self._replaced(part)
         return found[:SHOWN] + ([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
+
+    def _replaced(self, part: str) -> list[str]:
+        """Which of the files that were looked at have another size, or begin otherwise."""
+        split, found = self.splits[part], {}
+        for what, seen, places, said in (
+            ("sizes", sizes_of(split), looked_at(len(split)), "has {1} bytes, had {0}"),
+            ("contents", contents_of(split), looked_at(len(split), LOOKED_INTO), "holds something else"),
+        ):
+            before = self.kept.get(f"{part}_{what}", seen)
+            for place, old, now in zip(places.tolist(), before.tolist(), seen.tolist(), strict=False):
+                if old != now:
+                    found.setdefault(place, f"{_shown(split.files[place])} {said.format(old, now)}")
+        return list(found.values())
 
 
 def _moved(gone: list[bytes], new: list[bytes]) -> dict[bytes, bytes]:
@@ -137,7 +153,7 @@ def keep_names(path: Path, **splits: Any) -> None:
     for part, split in splits.items():
         if hasattr(split, "files") and len(split) <= KEPT:
             content[f"{part}_files"] = split.files
-            content[f"{part}_sizes"] = np.array(sizes_of(split, looked_at(len(split))), np.int64)
+            content[f"{part}_sizes"], content[f"{part}_contents"] = sizes_of(split), contents_of(split)
     if not content:
         return
     waiting = path.with_name(f".{path.name}.{os.getpid()}")

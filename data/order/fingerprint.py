@@ -1,26 +1,30 @@
 """What a data set is, wherever it lies: a run goes on with the data that it began with, or hears what has changed.
 
-Of each split: how many images every class has and a digest of their names, the order of names and labels, and the sizes
-of up to `LOOKED_AT` files spread over it, since asking for a million takes minutes on a network drive. Contents are not
-read: a file that was replaced by one of the same size, or by another where not all are looked at, is not noticed. The
-folder that all names are relative to does not count. Digests find accidents; they are no protection from intent.
+Of each split: how many images every class has and a digest of their names, the order of names and labels, the sizes of
+up to `LOOKED_AT` files spread over it, and the beginnings of up to `LOOKED_INTO`, since asking for a million takes
+minutes on a network drive: of larger sets a file that was replaced may not be noticed. The folder that all names are
+relative to does not count. Digests find accidents; they are no protection from intent.
 
-A split offers what it has: `files` (names as bytes), or `keys()` (a number per image, uint64); and `sizes(places)`.
+A split offers what it has: `files` (names as bytes), or `keys()` (a number per image, uint64); `sizes(places)` and
+`contents(places)`, a number each.
 """
 
 import os
+import stat
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-LOOKED_AT = 10_000  # images of a split whose sizes are compared
+LOOKED_AT, LOOKED_INTO = 10_000, 1_000  # images of a split whose sizes, and whose beginnings are compared
+HEAD = 4096  # bytes
 _ROWS = 1 << 16
 _BASE, _INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 2**64)
 
 
 def fingerprint(classes: Sequence[str], **splits: Any) -> dict[str, Any]:
-    """The fingerprint as plain data: `classes`, and of each split `images`, `counts`, `digests`, `order`, `sizes`."""
+    """The fingerprint as plain data: `classes`, and of each split `images`, `counts`, `digests` and three more."""
     return {"classes": list(classes)} | {name: _of(split, len(classes)) for name, split in splits.items()}
 
 
@@ -37,18 +41,26 @@ def _of(split: Any, classes: int) -> dict[str, Any]:
         "counts": counts.tolist(),
         "digests": [f"{int(digest):016x}" for digest in digests],
         "order": _digest(whole + _mixed(labels.astype(np.uint64))),
-        "sizes": _digest(np.array(sizes_of(split, looked_at(len(labels))), np.int64).astype(np.uint64)),
+        "sizes": _digest(sizes_of(split).astype(np.uint64)),
+        "contents": _digest(contents_of(split).astype(np.uint64)),
     }
 
 
-def looked_at(images: int) -> np.ndarray:
-    """The places of the images whose sizes are compared."""
-    return np.unique(np.linspace(0, images - 1, min(images, LOOKED_AT)).round().astype(np.int64))
+def looked_at(images: int, most: int = LOOKED_AT) -> np.ndarray:
+    """The places of the images whose sizes, or whose beginnings are compared."""
+    return np.unique(np.linspace(0, images - 1, min(images, most)).round().astype(np.int64))
 
 
-def sizes_of(split: Any, places: np.ndarray) -> list[int]:
-    """Bytes of these images; none where a split cannot say."""
-    return list(split.sizes(places)) if hasattr(split, "sizes") else []
+def sizes_of(split: Any) -> np.ndarray:
+    """Bytes of the images at `looked_at`, int64; none where a split cannot say."""
+    found = split.sizes(looked_at(len(split))) if hasattr(split, "sizes") else ()
+    return np.array(list(found), np.int64)
+
+
+def contents_of(split: Any) -> np.ndarray:
+    """Numbers for what the images at `looked_at` begin with, int64; none where a split cannot say."""
+    found = split.contents(looked_at(len(split), LOOKED_INTO)) if hasattr(split, "contents") else ()
+    return np.array(list(found), np.int64)
 
 
 def sizes_on_disk(paths: Sequence[str]) -> list[int]:
@@ -60,6 +72,22 @@ def sizes_on_disk(paths: Sequence[str]) -> list[int]:
         except OSError:
             found.append(-1)
     return found
+
+
+def heads_on_disk(paths: Sequence[str]) -> list[int]:
+    """A number for what each file begins with; −1 for what is no file, or cannot be read."""
+    found = []
+    for path in paths:
+        try:
+            with open(path, "rb", opener=_without_waiting) as file:
+                found.append(zlib.crc32(file.read(HEAD)) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else -1)
+        except OSError:
+            found.append(-1)
+    return found
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # or a pipe would be waited for
 
 
 def names_hashed(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

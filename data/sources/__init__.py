@@ -18,7 +18,7 @@ class Split(Protocol):
     # few shards are mixed (`data.order.sampler`)
 
     # by which a run knows its data again (`data.order.fingerprint`): `files: np.ndarray`, names as bytes, or
-    # `keys() -> np.ndarray`, a number per image; and `sizes(places) -> Sequence[int]`, the bytes of some of them
+    # `keys() -> np.ndarray`, a number per image; and `sizes(places)`, `contents(places) -> Sequence[int]` of some
 
     def __len__(self) -> int: ...
 

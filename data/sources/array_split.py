@@ -15,8 +15,8 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def sizes(self, places: np.ndarray) -> list[int]:
-        """What some images hold, in place of the size of their files (`data.order.fingerprint`)."""
+    def contents(self, places: np.ndarray) -> list[int]:
+        """Numbers for what some images hold (`data.order.fingerprint`)."""
         return [zlib.crc32(self.pixels[place].tobytes()) for place in places.tolist()]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

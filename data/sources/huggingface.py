@@ -5,6 +5,7 @@ map-style: prepared once in the cache of `datasets`, then read in any order.
 """
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
 from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, files_of
 
-READ = 100  # images whose sizes are compared where reading a row is reading the image
+READ = 100  # images that are compared where reading a row is reading the image
 
 
 class HuggingFaceSplit:
@@ -56,12 +57,14 @@ class HuggingFaceSplit:
         return self.numbers.astype(np.uint64)
 
     def sizes(self, places: np.ndarray) -> list[int]:
-        """Bytes of the groups of some rows where they are streamed, else those of a few images."""
-        if isinstance(self.rows, ParquetRows):
-            return self.rows.sizes(self.numbers[places]).tolist()
-        few = spread_over(len(places), READ) if len(places) else []
+        """Bytes of the groups of some rows, where they are streamed."""
+        return self.rows.sizes(self.numbers[places]).tolist() if isinstance(self.rows, ParquetRows) else []
+
+    def contents(self, places: np.ndarray) -> list[int]:
+        """Numbers for what a few of some images hold; none where rows are streamed, which would read whole groups."""
+        few = [] if isinstance(self.rows, ParquetRows) or not len(places) else spread_over(len(places), READ)
         files = [self.rows[int(self.numbers[places[place]])][self.image] or {} for place in few]
-        return [len(file.get("bytes") or b"") for file in files]
+        return [zlib.crc32(file.get("bytes") or b"") for file in files]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])

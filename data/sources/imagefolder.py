@@ -18,7 +18,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.folders import Layout, class_folders, classes_in, layout, printable, suffixes
 from conf.lists import read_classes, read_list
-from data.order.fingerprint import sizes_on_disk
+from data.order.fingerprint import heads_on_disk, sizes_on_disk
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import read_image
 from data.sources.form import Form
@@ -67,6 +67,10 @@ class FolderSplit:
     def sizes(self, places: np.ndarray) -> list[int]:
         """Bytes of some files (`data.order.fingerprint`)."""
         return sizes_on_disk([self.path(place) for place in places.tolist()])
+
+    def contents(self, places: np.ndarray) -> list[int]:
+        """Numbers for what some files begin with."""
+        return heads_on_disk([self.path(place) for place in places.tolist()])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.path(index)), int(self.labels[index])

@@ -1,12 +1,12 @@
 """A part of the training images of any source: a share of every class, or so many of each (`data.subset`)."""
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from data.order.fingerprint import sizes_of
 from data.order.stratified import part
 from data.sources import Source, Split
 
@@ -25,9 +25,13 @@ class PartSplit:
         """Which images of the split they are (`data.order.fingerprint`)."""
         return self._chosen.astype(np.uint64)
 
-    def sizes(self, places: np.ndarray) -> list[int]:
+    def sizes(self, places: np.ndarray) -> Sequence[int]:
         """Those of the split, where it has them."""
-        return sizes_of(self._split, self._chosen[places])
+        return self._split.sizes(self._chosen[places]) if hasattr(self._split, "sizes") else ()
+
+    def contents(self, places: np.ndarray) -> Sequence[int]:
+        """Those of the split, where it has them."""
+        return self._split.contents(self._chosen[places]) if hasattr(self._split, "contents") else ()
 
     def __getitem__(self, index: int) -> Any:
         return self._split[int(self._chosen[index])]

@@ -9,6 +9,7 @@ by seed and epoch, and the images of a few shards among each other (`data.order.
 import glob
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from PIL import Image
 from conf.errors import UserError
 from conf.folders import printable
 from conf.lists import in_order, read_classes
-from data.order.fingerprint import names_hashed
+from data.order.fingerprint import HEAD, names_hashed
 from data.order.stratified import check_fraction, held_out
 from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
@@ -57,6 +58,11 @@ class ShardSplit:
     def sizes(self, places: np.ndarray) -> list[int]:
         """Bytes of some images."""
         return self.places[places, 1].tolist()
+
+    def contents(self, places: np.ndarray) -> list[int]:
+        """Numbers for what some images begin with."""
+        chosen = zip(self.shard_of[places].tolist(), self.places[places].tolist(), strict=True)
+        return [zlib.crc32(os.pread(self._file(shard), min(size, HEAD), at)) for shard, (at, size) in chosen]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.read(index), int(self.labels[index])

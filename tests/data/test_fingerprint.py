@@ -1,5 +1,6 @@
 """A data set is known again wherever it lies, and what has changed in it is named."""
 
+import os
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from data.changes import NAME, changes, check_same, keep_names, read_names
 from data.module import ImageData
-from data.order.fingerprint import LOOKED_AT, fingerprint, looked_at, names_hashed
+from data.order.fingerprint import LOOKED_AT, LOOKED_INTO, fingerprint, heads_on_disk, looked_at, names_hashed
 from data.sources.array_split import ArraySplit
 from data.sources.fake import Fake
 from data.sources.imagefolder import FolderSplit, ImageFolder
@@ -71,6 +72,11 @@ def test_a_data_set_that_has_moved_is_the_same(root, tmp_path):
             "train: cat/3.png has 5 bytes, had 23",
         ),
         (
+            lambda r: (r / "train/cat/3.png").write_bytes(b"y" * 23),
+            "train: images hold something else",
+            "train: cat/3.png holds something else",
+        ),
+        (
             lambda r: _swapped(r, "ant", "bee"),
             "train: images have other sizes; val: images have other sizes",
             "train: ant/0.png has 15 bytes, had 10; train: ant/1.png has 16 bytes, had 11; "
@@ -78,7 +84,7 @@ def test_a_data_set_that_has_moved_is_the_same(root, tmp_path):
             "val: ant/1.png has 16 bytes, had 11; val: bee/0.png has 10 bytes, had 15; val: and 1 more",
         ),
     ],
-    ids=["renamed", "same order", "moved", "other name", "replaced", "swapped"],
+    ids=["renamed", "same order", "moved", "other name", "replaced", "as large", "swapped"],
 )
 def test_what_has_changed_is_named(root, tmp_path, change, known, named):
     without, with_names = told(root, lambda: change(root), tmp_path)
@@ -119,6 +125,18 @@ def test_a_run_does_not_go_on_with_other_data(root):
         data().load_state_dict(state)
 
 
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert heads_on_disk([str(tmp_path / "pipe.png"), str(tmp_path / "none.png"), str(tmp_path)]) == [-1, -1, -1]
+
+
+def test_an_older_fingerprint_that_knows_less_is_no_other(root):
+    before, _ = seen(root)
+    del before["train"]["contents"], before["val"]["contents"]
+    (root / "train/cat/3.png").write_bytes(b"y" * 23)
+    assert changes(before, seen(root)[0]) == []
+
+
 def test_lists_arrays_and_parts(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     (tmp_path / "b.png").write_bytes(b"22")
@@ -135,9 +153,8 @@ def test_lists_arrays_and_parts(tmp_path):
     assert fingerprint(several.classes, train=several.train)["train"]["counts"] == [1, 1]
     pixels, labels = np.arange(96, dtype=np.uint8).reshape(6, 4, 4), np.arange(6) % 2
     whole, other = ArraySplit(pixels, labels), ArraySplit(pixels[::-1], labels)
-    assert changes(*(fingerprint(["a", "b"], train=split) for split in (whole, other))) == [
-        "train: images have other sizes"
-    ]
+    first, second = (fingerprint(["a", "b"], train=split) for split in (whole, other))
+    assert changes(first, second) == ["train: images hold something else"]
     few, more = (Part(Fake(), subset, 0) for subset in (2, 3))
     assert len(changes(*(fingerprint(part.classes, train=part.train) for part in (few, more)))) == 4
 
@@ -150,12 +167,15 @@ def test_names_are_hashed_whatever_the_longest_is():
     assert (longer[:4] == whole).all()
 
 
-def test_a_million_images_take_a_second_and_a_few_sizes(monkeypatch):
+def test_a_million_images_take_a_second_and_a_few_sizes(monkeypatch, tmp_path):
     """Counted, not timed: of how many files the size is asked for."""
-    asked = []
+    asked, read = [], []
     split = FolderSplit.of(
-        "/none", np.array([b"a/%d.png" % i for i in range(50_000)], np.bytes_), np.zeros(50_000, np.int64)
+        str(tmp_path), np.array([b"a/%d.png" % i for i in range(50_000)], np.bytes_), np.zeros(50_000, np.int64)
     )
     monkeypatch.setattr("data.sources.imagefolder.sizes_on_disk", lambda paths: asked.extend(paths) or [1] * len(paths))
+    heads = "data.sources.imagefolder.heads_on_disk"
+    monkeypatch.setattr(heads, lambda paths: read.extend(paths) or [1] * len(paths))
     fingerprint(["a"], train=split)
+    assert len(read) == LOOKED_INTO
     assert len(asked) == LOOKED_AT and len(looked_at(50_000)) == LOOKED_AT and len(looked_at(7)) == 7

@@ -297,7 +297,7 @@ def test_a_streamed_run_goes_on_at_its_place_and_in_the_same_rows(parquet, tmp_p
     )
     assert changes(before, epoch(0)[2])[0].startswith("train: class 'ant' has other files")
     plain = ImageData(HuggingFace(**settings), 3, 8, batch_size=2).fingerprint
-    assert plain["train"]["counts"] == [4, 4, 4] and plain["train"]["sizes"]
+    assert plain["train"]["counts"] == [4, 4, 4] and plain["train"]["contents"]
 
 
 def test_what_cannot_be_streamed(parquet, image_tree, tmp_path):
