@@ -14,9 +14,11 @@ import yaml
 from conf.errors import UserError
 from conf.names import CONF, choosable, nearest
 from conf.signatures import ANY, Kind, kind_of, signature
+from conf.source import GIVEN
 
 # looked at by their own checks, or copies of other places
 ELSEWHERE = ("probe", "hydra", "augment", "arguments", "others", "target")
+OF_FILES = ("recipe", "image_size", "fine_tunes", "target")  # keys at the top that models and recipes bring along
 COPIES = ("task.model", "task.optimizer", "task.schedule", "model.attention", "data.augment")
 LARGEST = 1e12
 # what neither code nor files say, as annotations, and from where to where numbers go
@@ -77,6 +79,8 @@ def check_added(config: dict[str, Any], overrides: Iterable[str]) -> None:
         if not key.startswith("+") or (name := key.lstrip("+").partition("@")[0]) in choosable():
             continue
         known = _read_beside(config, name)
+        if key.startswith("++") and name.partition(".")[0] in OF_A_MODEL:
+            continue  # a sweep sets so what models have of each other's
         if known is not None and (leaf := name.rpartition(".")[2]) not in known:
             raise UserError(f"there is no setting {name!r}{nearest(leaf, known)}; leave {override!r} out")
 
@@ -85,7 +89,7 @@ def _read_beside(config: dict[str, Any], name: str) -> set[str] | None:
     """The keys that are read where a key is added; None where nobody knows."""
     parent = name.rpartition(".")[0]
     if not parent:
-        return None if "probe" in config else {*_written(""), *choosable(), "recipe"}
+        return None if "probe" in config else {*_written(""), *choosable(), *OF_FILES}
     if parent.partition(".")[0] in (*ELSEWHERE, "optimizer", "logger", "debug") or parent == "callbacks":
         return None  # looked at elsewhere; callbacks may be anybody's
     node: Any = config
@@ -93,7 +97,8 @@ def _read_beside(config: dict[str, Any], name: str) -> set[str] | None:
         node = node.get(part) if isinstance(node, dict) else None
     if isinstance(node, dict) and "_target_" in node:
         found = signature(str(node["_target_"]))
-        return None if found is None or found.others else {*found.parameters, *_written(parent), "_target_"}
+        given = GIVEN if parent == "model" else ()
+        return None if found is None or found.others else {*found.parameters, *_written(parent), *given, "_target_"}
     return {*_written(parent)} or None
 
 

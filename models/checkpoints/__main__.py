@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf import apart, output
 from conf.errors import UserError
+from conf.folders import escaped
 
 if TYPE_CHECKING:  # `--help` and a wrong argument do not wait for torch
     from torch import Tensor
@@ -34,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
             with apart.without("wandb"):
                 import timm.utils  # noqa: F401
             lines = _run(chosen)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"models.checkpoints: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, LookupError, AttributeError) as error:
+        print(escaped(f"models.checkpoints: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    print("\n".join(lines))
+        print(escaped(f"warning: {warning.message}"), file=sys.stderr)
+    print(escaped("\n".join(lines), keep="\n"))
     return 0
 
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import apart, extras, mistakes, output, resolvers, settings, source, text
 from conf.compose import compose
 from conf.errors import UserError
+from conf.folders import escaped
 from models.export.arguments import Wanted, wanted
 from models.export.formats import FORMATS
 from models.runs import evaluated
@@ -48,7 +49,7 @@ def main(given: Sequence[str] | None = None) -> int:
         from models.export.job import export
 
         for line in export(cfg, asked):
-            print(line, flush=True)
+            print(escaped(line, keep="\n"), flush=True)
     except UserError as error:
         return _refused(str(error).removeprefix("eval: "), error.status)
     except MissingConfigException as error:
@@ -81,7 +82,7 @@ def configured(asked: Wanted) -> DictConfig:
 
 
 def _refused(message: str, status: int = 2) -> int:
-    print(f"models.export: {message}", file=sys.stderr)
+    print(escaped(f"models.export: {message}", keep="\n"), file=sys.stderr)
     return status
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from conf.folders import escaped
 from conf.inputs import images_of
 from data.sources.pictures import Pictures
 from data.sources.relabelled import Relabelled
@@ -117,7 +118,7 @@ def _of_file(cfg: DictConfig, given: dict[str, Any]) -> Weights:
             return None  # the raw weights were there: the file has no average
         state, notes = in_our_names(content, given, classes)
         for note in notes if not ema else ():
-            print(note)
+            print(escaped(note))
         return state
 
     known = {"checkpoint": str(cfg.ckpt), "model": given["run"]["model"]}

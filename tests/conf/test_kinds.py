@@ -126,6 +126,7 @@ def test_what_something_reads_is_added():
     config = settings.resolved(composed(*TINY))
     overrides = ["+trainer.overfit_batches=2", "+optimizer.momentum=0.9", "+callbacks.mine._target_=a.B", "+gate=eca"]
     kinds.check_added(config, [*TINY, *overrides, "+data.timeout=5", "+hydra.x=1", "+logger.notes=x"])
+    kinds.check_added(config, ["++image_size=64", "++model.gate_at=mlp", "+model.norm=rms", "++attention.window=7"])
 
 
 def test_no_default_and_no_plan_is_refused():
