@@ -28,7 +28,11 @@ CASES = {
         "the same command goes on and ends with the same bits; loader processes die with it",
         STEPS,
     ),
-    2: Case("killed while a checkpoint is written", "the older checkpoint stands, or the new one is complete", STEPS),
+    2: Case(
+        "killed while a checkpoint is written",
+        "at every call of the writer: the older checkpoint stands, or the new one is complete; the rest is swept",
+        STEPS,
+    ),
     3: Case(
         "SIGTERM, to the process or to the whole job",
         "saves the last full step, status 75; loader processes outlive a signal to the job; torchrun makes it 1",
@@ -75,14 +79,28 @@ CASES = {
     ),
     # storage
     17: Case(
-        "the disk is full",
-        "older checkpoints stay, training goes on, figures wait in memory; status 74 after three failures",
+        "the disk is full, a quota is reached, a write fails or takes minutes",
+        "older checkpoints stay and training goes on; status 74 after three failures in a row, or where the last step "
+        "cannot be saved, with what was needed and what is free; a save is left out where the one before takes long",
         STEPS,
     ),
     18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
-    19: Case("the run's folder cannot be written", "refused in one sentence before work begins", NOTHING),
-    20: Case("a checkpoint is damaged", "found by its checksum, the one before is used and said", STEPS),
-    21: Case("killed while an old checkpoint is deleted", "the rest is swept at the next start", NOTHING),
+    19: Case(
+        "the run's folder cannot be written, or is removed under the run",
+        "refused in one sentence before work begins; later status 74 after three failures; a folder is made again",
+        STEPS,
+    ),
+    20: Case(
+        "a checkpoint is damaged: a bit, half a file, a file less",
+        "found by its checksum, the one before is used and said; where none can be read, or a later version wrote "
+        "it, status 2: nothing is started and nothing deleted",
+        STEPS,
+    ),
+    21: Case(
+        "killed while an old checkpoint is deleted",
+        "the rest is swept at the next start; only what was written or verified is ever deleted",
+        NOTHING,
+    ),
     22: Case("the clock jumps", "the newest checkpoint is that of the highest step", NOTHING),
     # going on
     23: Case(
