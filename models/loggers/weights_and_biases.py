@@ -49,6 +49,7 @@ class SafeWandb(Logger):
         self.run_dir, self.given, self.checkpoint = run_dir, given, checkpoint
         self.broken, self.mode = False, ""
         self._stopped = self._finished = self._closed = False
+        self._until = 0.0  # until when the end waits
         self._messenger: Messenger | None = None
         self._told: list[tuple[str, Any]] = []  # until the W&B run has begun
 
@@ -86,28 +87,37 @@ class SafeWandb(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Lightning says how the run ended; one that was stopped is in a hurry, and the W&B run ends from here on."""
-        if status != "success" and not self._stopped:
-            self._stopped = True
-            self._tell("finish", 1)
+        if status == "success" or self._stopped:
+            return
+        self._stopped, self._until = True, time.monotonic() + STOP  # curves are drawn meanwhile
+        self._tell("finish", 1)
+        if self._messenger is not None:
+            self._begin_at_last()
 
     def close(self) -> None:
         """Ends the W&B run, and what has not ended after a while; says how to send what was not sent."""
         if self._messenger is None or self._closed:
             return
         self._closed = True
-        if not self._begun() and not self.broken and self.given["modes"][0] == "online":
-            self._go_offline()
-        seconds = STOP if self._stopped else END
-        if not self._stopped and self.checkpoint is not None and self.checkpoint.exists():
-            self._tell("artifact", str(self.checkpoint.resolve()))
-            seconds = UPLOAD
+        seconds = STOP
         if not self._stopped:
+            self._begin_at_last()
+            seconds = END
+            if self.checkpoint is not None and self.checkpoint.exists():
+                self._tell("artifact", str(self.checkpoint.resolve()))
+                seconds = UPLOAD
             self._tell("finish", 0)
-        ended = self._messenger.close(seconds)
+            self._until = time.monotonic() + seconds
+        ended = self._messenger.close(max(self._until - time.monotonic(), 0.1))
         if not ((self._hear() or self._finished) and ended):
             self._fail("its process ended" if ended else f"it has not ended within {seconds:.0f} s")
         if self.broken and list(self.run_dir.glob("wandb/run-*")):
             print(f"logger: what was not sent lies in the folder; upload with: {self._sync('run-*')}", flush=True)
+
+    def _begin_at_last(self) -> None:
+        """Of a run that ends before its W&B run has begun: offline, where a server has not answered so far."""
+        if not self._begun() and not self.broken and self.given["modes"][0] == "online":
+            self._go_offline()
 
     def _begun(self) -> bool:
         """Whether the W&B run has begun, of a run that may be over within seconds; waits a little for it."""

@@ -168,7 +168,8 @@ def test_settings_of_the_working_directory_do_not_redirect_wandb(tmp_path):
     code = (
         "import sys; from models.loggers.wandb_process import Service; service = Service(sys.stdout); "
         f"given = {{'init': {{'dir': {str(tmp_path / 'run')!r}, 'project': 'p'}}, 'ids': {{'offline': 'a'}}, "
-        "'settings': {'silent': True, 'console': 'off'}, 'config': {}, 'best': {}}; service._open(given, 'offline'); "
+        "'settings': {'silent': True, 'console': 'off'}, 'config': {}, 'best': {}, 'argv': ['train.py'], "
+        "'modes': ['offline']}; service.start(given); "
         "print('URL', service.run.settings.base_url, service.run.settings.entity); service.run.finish()"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}

@@ -147,6 +147,23 @@ def test_a_wandb_that_hangs_at_the_end_is_left(tmp_path, standin, capsys, monkey
 
 
 @pytest.mark.case(46)
+def test_a_stop_waits_for_nothing_remote(tmp_path, standin, capsys, monkeypatch):
+    """It begins offline what has not begun online, and what does not end then is ended."""
+    told = standin("if mode == 'online': import time; time.sleep(600)")
+    monkeypatch.setattr(wandb_logger, "START_STOPPED", 0.1)
+    for stop, mode in ((60.0, "offline"), (0.0, "")):
+        monkeypatch.setattr(wandb_logger, "STOP", stop)
+        logger = build_loggers(WANDB, tmp_path / "run", {}, 0)[1]
+        logger.start()
+        logger.log_metrics({"loss": 0.5}, 0)
+        logger.finalize("failed")
+        logger.close()
+        assert logger.mode == mode
+    assert [json.loads(line) for line in told.read_text().splitlines()][-1] == {"finish": 1}
+    assert capsys.readouterr().out.count("failed (it has not ended within") == 1
+
+
+@pytest.mark.case(46)
 def test_a_failure_in_one_run_of_a_sweep_is_none_in_the_next(tmp_path, standin):
     told = standin("if os.path.exists(os.environ['STANDIN'] + '-bad'): raise OSError('away')")
     bad = tmp_path / "told-bad"
