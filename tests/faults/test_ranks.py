@@ -12,17 +12,18 @@ import pytest
 from tests.faults.programs import ROOT, TINY, Program, digests, run, start
 
 TWO = (*TINY, "trainer=ddp_cpu", "trainer.accelerator=cpu", "data.batch_size=8", "data.workers=0")
-# what a process does at a step: put in place of a hook of Lightning's module that all tasks have
+# what a process does at a step: put in place of a hook of all tasks
 AT_STEP = """
 import os, signal, time
-import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
+from models.tasks.base import Task
 rank_zero_only.rank = {rank}
-real = pl.LightningModule.on_train_batch_start
+real = Task.on_train_batch_start
 def hook(self, batch, batch_idx):
     if self.global_step == {step}:
         {fault}
-pl.LightningModule.on_train_batch_start = hook
+    return real(self, batch, batch_idx)
+Task.on_train_batch_start = hook
 """
 
 

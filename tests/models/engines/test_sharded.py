@@ -30,13 +30,15 @@ ENGINES = {
 }
 STOP = """
 import os, signal
-import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
+from models.tasks.base import Task
 rank_zero_only.rank = {rank}
+real = Task.on_train_batch_start
 def hook(self, batch, batch_idx):
     if self.global_step == {stop}:
         os.kill(os.getpid(), signal.SIGTERM)
-pl.LightningModule.on_train_batch_start = hook
+    return real(self, batch, batch_idx)
+Task.on_train_batch_start = hook
 """
 
 
