@@ -140,22 +140,25 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 
 def end_all(trainer: pl.Trainer, owed: Callable[[], bool]) -> None:
     """Lets a run that has nothing left to train do what is `owed` at its end: Lightning leaves it before any hook."""
-    fit_loop = trainer.fit_loop
-    run = fit_loop.run
 
-    def run_or_end() -> None:
-        fit_loop.setup_data()
-        if not (fit_loop.skip and fit_loop.max_batches and trainer.limit_train_batches):
-            run()
-            return
-        epochs, owes = fit_loop.epoch_progress.current, owed()
-        if owes:
-            fit_loop.on_run_start()
-        epochs.processed = epochs.completed = epochs.ready  # as Lightning counts an epoch that is left by its steps
-        if owes:
-            fit_loop.on_run_end()
+    class FitLoop(type(trainer.fit_loop)):
+        @property
+        def skip(self) -> bool:  # what Lightning asks once, before it begins
+            skip = super().skip
+            if skip and self.max_batches and trainer.limit_train_batches:
+                _end(self, owed())
+            return skip
 
-    fit_loop.run = run_or_end
+    trainer.fit_loop.__class__ = FitLoop
+
+
+def _end(fit_loop: Any, owes: bool) -> None:
+    epochs = fit_loop.epoch_progress.current
+    if owes:
+        fit_loop.on_run_start()
+    epochs.processed = epochs.completed = epochs.ready  # as Lightning counts an epoch that is left by its steps
+    if owes:
+        fit_loop.on_run_end()
 
 
 def validate_now(trainer: pl.Trainer) -> None:
