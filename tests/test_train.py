@@ -121,7 +121,13 @@ def test_without_a_key_wandb_logs_offline(command, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path):
-    hopeless = ("optimizer.lr=1e30", "schedule.warmup_epochs=0", "checkpoint.every_n_steps=1", "run.name=hot")
+    hopeless = (
+        "optimizer.lr=1e4",
+        "optimizer.weight_decay=1e4",
+        "schedule.warmup_epochs=0",
+        "checkpoint.every_n_steps=1",
+        "run.name=hot",
+    )
     status, _, err = command("train", *SMALL, *hopeless)
     assert status == 76 and "Traceback" not in err
     assert re.search(r"loss is NaN or infinite, got it at step \d+, epoch \d, learning rate .*lower the rate", err)
@@ -261,9 +267,10 @@ def test_processes_of_torchrun_need_a_name(command, monkeypatch):
 
 
 def test_a_broken_run_does_not_end_a_sweep(command):
-    status, out, err = command("train", "-m", *SMALL, "trainer.max_epochs=1", "optimizer.lr=1e30,1e-3")
-    assert status == 1 and "learning rate" in err
-    assert "1 of 2 runs" in out and "no result: optimizer.lr=1e+30" in out
+    hopeless = ("optimizer.lr=1e4,1e-5", "optimizer.weight_decay=1e4", "schedule.warmup_epochs=0")
+    status, out, err = command("train", "-m", *SMALL, "trainer.max_epochs=1", *hopeless)
+    assert status == 76 and "learning rate" in err
+    assert "1 of 2 runs" in out and "no result: optimizer.lr=1" in out
 
 
 @pytest.mark.slow
