@@ -39,22 +39,12 @@ def run(
     arguments, and gives those that Hydra shall see; what it raises is reported in the same way. `words` are other
     things to do, by the word that stands first in place of settings; of eval.py the name of a probe is such a word.
     """
-    with output.kept():
-        _run(config_name, job, before, words or {})
-
-
-def _run(
-    config_name: str,
-    job: Callable[[], Callable[[DictConfig], object]],
-    before: Callable[[list[str]], list[str]] | None,
-    words: dict[str, Callable[[list[str]], None]],
-) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed and swallowed
     for module in (resolvers, source, text):
         module.register()
     arguments, failed = sys.argv[1:], []
-    with _reported(config_name, arguments):
-        if arguments and arguments[0] in words:
+    with output.kept(), _reported(config_name, arguments):
+        if arguments and arguments[0] in (words or {}):
             return words[arguments[0]](arguments[1:])
         if config_name == "train":
             stops.answer()
@@ -72,8 +62,8 @@ def _run(
                 config_path=str(CONF),
                 config_name=config_name,
             )
-    if failed:
-        sys.exit(max(failed))
+        if failed:
+            sys.exit(max(failed))
 
 
 def _read(config_name: str, arguments: list[str], before: Callable[[list[str]], list[str]] | None) -> list[str]:
