@@ -5,6 +5,7 @@ of conf/ give it; a number is also looked at whether anybody could mean it.
 """
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -23,12 +24,15 @@ COPIES = ("task.model", "task.optimizer", "task.schedule", "model.attention", "d
 LARGEST = 1e12
 # what neither code nor files say, as annotations, and from where to where numbers go
 UNSAID = {
+    "image_size": "int | Sequence[int]",
     "global_batch": "int | None",
     "init": "str | None",
     "resume": "str | None",
     "freeze": "str | Sequence[str] | None",
     "freeze_epochs": "int | float | None",
     "trainer.max_time": "str | Mapping | None",
+    "logger.entity": "str | None",
+    "logger.group": "str | int | None",
 }
 RANGES = {
     "optimizer.lr": (0, 1e4),
@@ -60,6 +64,8 @@ def check_kinds(config: dict[str, Any]) -> None:
     for key, kind, value in _settings(config, "", None):
         if not kind.anything and not kind.takes(value):
             _refuse(key, str(kind), value)
+        if value == [] and re.fullmatch(r"(model|attention)\.\w+", key):
+            _refuse(key, "a value, or one for every stage or block", value)
         for number in _numbers(value):
             _check_number(key, number, value)
 

@@ -177,7 +177,7 @@ WRONG = {
     "modle=vit_tiny": r"there is no setting 'modle'; did you mean 'model'\?",
     "trainer.max_epoch=3": r"no setting 'trainer.max_epoch'; did you mean 'max_epochs'.*\nvalid keys of trainer: ",
     "attention.topk=3": r"no setting 'attention.topk'.*\nvalid keys of attention: ",
-    "+model.foo=1": r"unexpected keyword argument 'foo'",
+    "+model.foo=1": r"there is no setting 'model.foo'.*; leave '\+model.foo=1' out",
     "optimizer.lr=abc": r"optimizer: lr must be a number of at least 0, got 'abc'",
     "optimizer.opt=adamm": r"optimizer: timm cannot make it .*adamm",
     "schedule.sched=cosin": r"schedule: sched must be one of cosine",

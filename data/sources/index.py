@@ -69,7 +69,7 @@ def walked(
     files: list[bytes] = []
     labels: list[int] = []
     left_out: list[str] = []
-    folders = [folder]
+    folders = [folder] if os.path.isdir(folder) else []
     for label, name in enumerate(classes):
         place = os.path.join(folder, name)
         if not os.path.isdir(place):

@@ -172,4 +172,4 @@ def stem(given: dict[str, Any], weights: Weights | None) -> str:
         None if name == DEFAULT else name,
     ]
     # a word of a stored configuration makes no path
-    return "-".join(re.sub(r"[^\w.+@=-]", "_", str(part)) for part in parts if part is not None)
+    return "-".join(re.sub(r"[/\\\x00-\x1f\x7f]", "_", str(part)) for part in parts if part is not None)

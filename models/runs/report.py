@@ -97,7 +97,9 @@ def print_columns(
     names = list(dict.fromkeys(name for column in columns for name in column))
     for first in range(0, len(columns), ABREAST):
         chosen = slice(first, first + ABREAST)
-        table = Table("", *map(_text, headings[chosen]))
+        table = Table("")
+        for heading in headings[chosen]:
+            table.add_column(_text(heading))
         for name in names:
             table.add_row(_text(name), *(_text(shown(name, column.get(name))) for column in columns[chosen]))
         console.print(table, width=None if console.is_terminal else 120, soft_wrap=False)

@@ -61,7 +61,7 @@ def accepted():
 @pytest.mark.case(45)
 def test_awkward_values_are_refused_for_every_key(accepted):
     """Words for words, numbers for numbers; parts of the model and of augmentation look at their own."""
-    own = ("augment.", "model.", *names.PLACES)
+    own = ("augment.", "model.", "attention.", "logger.group", *names.PLACES)
     numbers = {key for key, values in accepted.items() if 1.5 in values and not key.startswith(own)}
     texts = {key for key, values in accepted.items() if "abc" in values and not key.startswith(own)}
     flags = {key for key, values in accepted.items() if True in values and not key.startswith(own)}
@@ -69,7 +69,16 @@ def test_awkward_values_are_refused_for_every_key(accepted):
     others = {key: values for key, values in accepted.items() if not key.startswith(own)}
     assert {key for key, values in others.items() if -5 in values or 1e30 in values} == set()
     lists = {key for key, values in others.items() if [] in values}
-    assert lists <= {"data.mean", "data.std", "optimizer.betas", "trainer.devices", "freeze", "task.class_weights"}
+    assert lists <= {
+        "data.mean",
+        "data.std",
+        "optimizer.betas",
+        "trainer.devices",
+        "freeze",
+        "task.class_weights",
+        "logger.tags",
+    }
+    assert not any([] in values for key, values in accepted.items() if key.startswith(("model.", "attention.")))
     assert {key for key, values in others.items() if {"a": 1} in values} <= {"trainer.max_time"}
 
 
@@ -156,7 +165,7 @@ def test_no_model_and_no_recipe_is_refused(tmp_path):
     for name in names.options("model"):
         kinds.check_kinds(settings.resolved(composed(f"model={name}", *["model.name=resnet18"] * (name == "timm"))))
     for name in recipes.names():
-        kinds.check_kinds(settings.resolved(composed(f"recipe={name}", f"data.root={tmp_path}")))
+        kinds.check_kinds(settings.resolved(composed(f"recipe={name}", f"++data.root={tmp_path}")))
 
 
 @pytest.mark.parametrize(

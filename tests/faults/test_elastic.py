@@ -46,6 +46,7 @@ def steps(folder, name):
     return json.loads((folder / f"outputs/{name}/checkpoints/last/manifest.json").read_text())["step"]
 
 
+@pytest.mark.full
 @pytest.mark.case(25)
 def test_another_batch_makes_up_the_same_steps(tmp_path):
     """32 images per step: 16 x 2 accumulated goes on as 8 x 4 in the middle of an epoch; what cannot be is refused."""

@@ -161,6 +161,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.full
 @pytest.mark.case(14)
 @pytest.mark.case(16)
 @pytest.mark.case(24)

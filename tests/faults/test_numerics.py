@@ -44,6 +44,7 @@ def test_one_bad_step_does_not_end_a_run(tmp_path):
     assert [row["train/left_out"] for row in rows if row.get("train/left_out")][-1] == "1.0"
 
 
+@pytest.mark.full
 def test_a_bad_gradient_is_left_out_and_resumed_alike(tmp_path):
     """A run that is stopped behind the step, and one that is not, end with the same bits."""
     hook = BAD_GRADIENT.format(steps=[3])

@@ -12,6 +12,17 @@ from tests.faults.programs import TINY, digests, run, start
 WORKERS = ("run.name=a", *TINY, "data.workers=2")
 # a signal to the process group, from within: at a moment that is known
 GROUP = "import os, signal\ndef send(*numbers):\n    for number in numbers: os.killpg(0, number)\n"
+OPTIMIZER = (
+    GROUP
+    + """
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+taken = []
+def within(*given):
+    taken.append(1)
+    if len(taken) == 6: send(15)
+register_optimizer_step_pre_hook(within)
+"""
+)
 STEP = (
     GROUP
     + """
@@ -101,6 +112,7 @@ def whole(tmp_path_factory):
         pytest.param("SIGTERM", STEP.format(at=(0, 0), action="send(15, 15)"), 1, marks=pytest.mark.case(3)),
         pytest.param("SIGTERM", VALIDATION.format(step=16, action="send(15)"), 16, marks=pytest.mark.case(6)),
         pytest.param("SIGUSR2", SAVING.format(step=8, action="send(12)"), 8, marks=pytest.mark.case(4)),
+        pytest.param("SIGTERM", OPTIMIZER, 6, marks=pytest.mark.case(7)),
         pytest.param("SIGINT", STEP.format(at=(0, 5), action="send(2)"), 6, marks=pytest.mark.case(5)),
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("SIG") else "",

@@ -192,7 +192,7 @@ def test_step_randomness_depends_on_counters_alone(tmp_path):
         pass
 
     def draw(epoch, number, seed=3, rank=0):
-        trainer = type("Trainer", (), {"global_rank": rank})
+        trainer = type("Trainer", (), {"global_rank": rank, "distributed_sampler_kwargs": None})
         torch.rand(epoch + number + 1)  # whatever happened before must not matter
         StepRandomness(seed).on_train_batch_start(trainer, Module(), TinyBatch(None, None, epoch, number), 0)
         return torch.rand(1).item(), float(np.random.rand()), random.random()

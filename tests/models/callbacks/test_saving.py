@@ -43,6 +43,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, c
     expected = fingerprint(*fit(tmp_path / "whole", every=3))
     weights = load_weights(fit_until(tmp_path / "short", 3))
     caplog.set_level(logging.INFO)
+    caplog.clear()
     storage = SlowStorage(monkeypatch, step=3, until=5)
     task, trainer = fit(tmp_path / "slow", callbacks=(storage,), checkpoints=keep_all(every_n_steps=3))
     found = fingerprint(task, trainer)

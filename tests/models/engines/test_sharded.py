@@ -106,6 +106,7 @@ def shares_of_two(folder: Path) -> None:
     assert difference(found, {name: weight.detach() for name, weight in whole.named_parameters()}) < 1e-6
 
 
+@pytest.mark.full
 def test_shares_learn_what_a_whole_model_learns(tmp_path):
     pair(tmp_path, f"{__name__}:shares_of_two")
 

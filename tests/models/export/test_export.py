@@ -109,7 +109,7 @@ def test_what_takes_one_batch_only_is_not_left(export, run, tmp_path, monkeypatc
 
 
 def test_a_model_that_gives_no_numbers_is_refused(export, tmp_path):
-    broken = run_of(tmp_path / "outputs", *TINY, spread=float("inf"))
+    broken = run_of(tmp_path / "outputs", *TINY, spread=1e30)
     status, _, errors = export(f"ckpt={broken}", "format=safetensors", "-o", "mine.safetensors")
     assert status == 2 and "ckpt: the model itself gives no finite numbers for its images; export another" in errors
     assert not Path("mine.safetensors").exists()

@@ -76,7 +76,7 @@ def standin(tmp_path, monkeypatch):
     """`standin("raise OSError") -> the file of what it was told`, with a server that seems to answer."""
 
     def make(fault: str) -> Path:
-        (tmp_path / "shim/wandb").mkdir(parents=True)
+        (tmp_path / "shim/wandb").mkdir(parents=True, exist_ok=True)
         (tmp_path / "shim/wandb/__init__.py").write_text(STANDIN.replace("FAULT", fault))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "shim"))
         monkeypatch.setenv("STANDIN", str(tmp_path / "told"))
@@ -151,16 +151,24 @@ def test_a_stop_waits_for_nothing_remote(tmp_path, standin, capsys, monkeypatch)
     """It begins offline what has not begun online, and what does not end then is ended."""
     told = standin("if mode == 'online': import time; time.sleep(600)")
     monkeypatch.setattr(wandb_logger, "START_STOPPED", 0.1)
-    for stop, mode in ((60.0, "offline"), (0.0, "")):
-        monkeypatch.setattr(wandb_logger, "STOP", stop)
-        logger = build_loggers(WANDB, tmp_path / "run", {}, 0)[1]
-        logger.start()
-        logger.log_metrics({"loss": 0.5}, 0)
-        logger.finalize("failed")
-        logger.close()
-        assert logger.mode == mode
+    monkeypatch.setattr(wandb_logger, "STOP", 60.0)
+    assert _stopped(tmp_path).mode == "offline"
     assert [json.loads(line) for line in told.read_text().splitlines()][-1] == {"finish": 1}
+    assert "failed (it has not ended within" not in capsys.readouterr().out
+    standin("import time; time.sleep(600)")
+    monkeypatch.setattr(wandb_logger, "STOP", 0.5)
+    assert _stopped(tmp_path).mode == ""
     assert capsys.readouterr().out.count("failed (it has not ended within") == 1
+
+
+def _stopped(folder):
+    """The logger of a run that logged one figure and was stopped."""
+    logger = build_loggers(WANDB, folder / "run", {}, 0)[1]
+    logger.start()
+    logger.log_metrics({"loss": 0.5}, 0)
+    logger.finalize("failed")
+    logger.close()
+    return logger
 
 
 @pytest.mark.case(46)

@@ -62,6 +62,7 @@ def test_a_trial_leaves_no_trace():
     assert all(parameter.grad is None for parameter in task.parameters()) and "log" not in vars(task)
 
 
+@pytest.mark.full
 def test_a_run_keeps_its_number(tmp_path):
     tiny = [setting for setting in TINY if "max_epochs" not in setting]
     status, text = run(tmp_path, "run.name=a", *tiny, "trainer.max_epochs=1", "data.batch_size=auto", "global_batch=48")
