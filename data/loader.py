@@ -37,7 +37,12 @@ class EpochLoader(DataLoader):
 
     def _started(self) -> Iterator[Batch | Failed]:
         with processes.held():
-            return super().__iter__()
+            try:
+                return super().__iter__()
+            except Gone as gone:  # one that stayed from the iteration before: it had nothing to read
+                print(f"data: a loader process {gone.why} between epochs; started again")
+                processes.end(self)
+                return super().__iter__()
 
     def _delivered(self, batches: Iterator[Batch | Failed], epoch: int, first: int) -> Iterator[Batch]:
         restarts, start = 0, first

@@ -46,7 +46,9 @@ def test_a_process_that_dies_is_started_again_at_the_same_batch(image_tree, spli
     said = capsys.readouterr().out
     assert "data: a loader process was killed by SIGKILL while it read batch" in said
     assert f"{split}/" in said and ".png" in said and "started again (1 of 3 times)" in said
+    kill(loader)
     assert all(map(torch.equal, whole, read(loader)))  # the next iteration
+    assert "data: a loader process was killed by SIGKILL between epochs; started again" in capsys.readouterr().out
 
 
 @pytest.mark.case(43)
