@@ -26,7 +26,7 @@ class _Noted(NamedTuple):
     inside: frozenset[str] | None
     missing: list[Path]
     sweep: bool
-    known: frozenset[Path]  # runs of earlier commands
+    known: frozenset[Path]  # folders that were there
     made: list[Path]
 
 
@@ -73,16 +73,16 @@ def _note(folder: Path, sweep: bool) -> None:
     if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         return  # the first process of a run has its folder
     inside = frozenset(os.listdir(folder)) if folder.is_dir() else None
-    known = frozenset(_runs(folder)) if sweep else frozenset()
+    known = frozenset(_folders(folder)) if sweep else frozenset()
     _noted.append(_Noted(folder, inside, [path for path in folder.parents if not path.exists()], sweep, known, []))
 
 
-def _runs(folder: Path) -> Iterator[Path]:
-    """The folders of runs, at any depth: Hydra has put its own into each."""
+def _folders(folder: Path) -> Iterator[Path]:
+    """All folders at any depth, but what is in those of runs: Hydra has put its own into each."""
     for path, inside, _ in os.walk(folder):
         if ".hydra" in inside:
             inside.clear()
-            yield Path(path)
+        yield Path(path)
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

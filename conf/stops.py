@@ -1,4 +1,4 @@
-"""Signals to a command that has not begun: it ends with the status that says to start it again."""
+"""Signals that ask to stop, and statuses of what was stopped; a command that has not begun ends with its status."""
 
 import contextlib
 import signal
@@ -6,7 +6,8 @@ import sys
 import threading
 from types import FrameType
 
-PREEMPTED = 75  # sysexits' EX_TEMPFAIL
+PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
+INTERRUPTED = 130  # what shells report for Ctrl-C
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)  # Ctrl-C is Python's own
 
 

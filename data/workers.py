@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-DEAF = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU}
+from conf.stops import ASKING
+
+DEAF = {*ASKING, signal.SIGINT}
 LAST_WAIT = 1.0  # seconds for a killed process to go; one that waits for a file server in the kernel does not
 _PR_SET_PDEATHSIG = 1
 

@@ -339,5 +339,10 @@ class Checkpoints(Callback):
         return self._metrics[self.monitor]
 
 
+def saver_of(trainer: pl.Trainer) -> Checkpoints | None:
+    """The callback that saves; None where it was taken out."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+
+
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}

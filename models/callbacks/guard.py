@@ -16,7 +16,7 @@ from torch import Tensor
 from conf import values
 from conf.errors import UserError
 from models.callbacks import bad_steps
-from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.checkpoint import saver_of
 from models.callbacks.culprit import LastPass
 from models.callbacks.directory_io import EMA_KEY
 from models.callbacks.finite import check_finite
@@ -193,7 +193,7 @@ class NonFiniteGuard(Callback):
 
     def _stop(self, trainer: pl.Trainer) -> None:
         """On all processes: what was reached is saved, unless the weights are broken."""
-        saver = _saver(trainer)
+        saver = saver_of(trainer)
         if saver is not None and self._reason != BROKEN:
             saver.save(trainer)
         raise NonFinite(f"NonFiniteGuard: {self._reason}, {self._stopped(trainer)}")
@@ -236,14 +236,10 @@ def _saved(checkpoint: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     return {what: {name: local(value) for name, value in state.items()} for what, state in kinds.items()}
 
 
-def _saver(trainer: pl.Trainer) -> Checkpoints | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
-
-
 def _situation(trainer: pl.Trainer, epoch: int, step: int) -> str:
     """The second half of the message: where training stood, and what is left of it."""
     rate = bad_steps.rate_of(trainer)
     shown = f"{rate:.3g}" if math.isfinite(rate) else "unknown"
-    saver = _saver(trainer)
+    saver = saver_of(trainer)
     good = f"the last good checkpoint is {saver.last}" if saver and saver.last else "no checkpoint was saved before"
     return f"got it at step {step}, epoch {epoch}, learning rate {shown}; {good}; lower the rate"

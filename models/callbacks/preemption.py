@@ -14,9 +14,10 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
 from conf.errors import UserError
+from conf.stops import INTERRUPTED, PREEMPTED
 from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.loops import call_last, leave_signals_alone, log_step
-from models.callbacks.signals import GRACE, INTERRUPTED, PREEMPTED, SIGNALS, Requests, Stopped, requests
+from models.callbacks.signals import GRACE, SIGNALS, Requests, Stopped, requests
 
 log = logging.getLogger(__name__)
 

@@ -49,7 +49,7 @@ class Profile(Callback):
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
+        attempt("profile.txt", self._stop)  # what saves the last step comes after it
 
     def _stop(self) -> None:
         if self._profile is not None:

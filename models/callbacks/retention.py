@@ -86,7 +86,7 @@ class Retention:
             try:
                 verify(path)
                 self._sound.add(path)
-            except UserError as error:
+            except (UserError, OSError) as error:  # OSError: of a folder that is somebody else's
                 log.warning("Checkpoints: a damaged one stays until you delete it: %s", error)
                 self._damaged.add(path)
         return path in self._sound

@@ -156,8 +156,11 @@ class Saver:
             log.log(level, "%s", text)
 
 
-def free_bytes(directory: Path) -> int:
-    """What is free where this folder is, or will be."""
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
+def free_bytes(directory: Path) -> int | str:
+    """What is free where this folder is, or will be; "unknown" where the storage does not say."""
+    try:
+        while not directory.exists():
+            directory = directory.parent
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return "unknown"

@@ -18,11 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from conf.errors import UserError
+from conf.stops import ASKING, INTERRUPTED, PREEMPTED
 
-PREEMPTED = 75  # sysexits' EX_TEMPFAIL: start the same command again
-INTERRUPTED = 130  # what shells report for Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+SIGNALS = (*ASKING, signal.SIGINT)
 ONCE = 2.0  # seconds in which further signals are the same request: a group gets one from each process above it
+ECHO = 0.1  # seconds in which a second Ctrl-C is none: coreutils' `timeout` sends two
 PATIENCE = 3.0  # seconds that a step has after a second request
 GRACE = 300.0  # seconds without a finished batch after the first
 
@@ -54,14 +54,14 @@ class Requests:
         self.looked_at = self.saving = self.stopped = False
         self.alive, self.grace = 0.0, GRACE
         self.others: Iterable[Any] = ()
-        self._received: set[int] = set()
+        self._received: dict[int, float] = {}  # when they came first
         self._previous: dict[int, Any] = {}
         self._process, self._raised = os.getpid(), False
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         # of the thread alone
         self._first = self._again = 0.0
-        self._seen: set[int] = set()
+        self._seen: dict[int, float] = {}
 
     @property
     def number(self) -> int:
@@ -105,10 +105,10 @@ class Requests:
         """The handler. A second Ctrl-C ends the process; where nobody looks, the first request ends the run."""
         if os.getpid() != self._process:
             return  # a fork that has no handlers of its own yet
-        if number == signal.SIGINT and number in self._received:
+        now = time.monotonic()
+        if now - self._received.setdefault(number, now) > ECHO and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received.add(number)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         if alone and not self.looked_at and not self._raised:
             self._raised = self.stopped = True
@@ -130,8 +130,7 @@ class Requests:
 
     def _count(self, number: int, now: float) -> None:
         self._first = self._first or now
-        twice = number == signal.SIGINT and number in self._seen
-        self._seen.add(number)
+        twice = now - self._seen.setdefault(number, now) > ECHO and number == signal.SIGINT
         # the kernel repeats SIGXCPU every second by itself
         if not self._again and (twice or (now - self._first > ONCE and number != signal.SIGXCPU)):
             self._again = now

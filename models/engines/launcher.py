@@ -13,9 +13,10 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from conf.stops import INTERRUPTED, PREEMPTED
 from models.engines.watch import ended_by
 
-MEANT = (0, 75, 130)  # the job as a whole has ended so: done, or stopped on request
+MEANT = (0, PREEMPTED, INTERRUPTED)  # the job as a whole has ended so: done, or stopped on request
 PATIENCE = 15.0  # seconds in which processes end by themselves once one has failed
 
 

@@ -6,14 +6,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.checkpoint import saver_of
 from models.checkpoints import read_manifest
 from models.checkpoints.format.codec import decode
-
-
-def saver_of(trainer: pl.Trainer) -> Checkpoints | None:
-    """The callback that saves; None where it was taken out."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
 
 
 def reported_step(run_dir: Path) -> int | None:

@@ -15,7 +15,7 @@ from data.cores import usable_cores
 from data.place import readers
 from data.sources.split_file import take_split
 from models.attention.backend import describe_backend
-from models.callbacks.checkpoint import Checkpoints
+from models.callbacks.checkpoint import Checkpoints, saver_of
 from models.callbacks.directory_io import DirectoryCheckpointIO, restoring
 from models.callbacks.freezing import freezing
 from models.callbacks.progress import RunProgress, duration
@@ -34,7 +34,7 @@ from models.runs.identity import compare_configs, compare_data, usual_settings
 from models.runs.initial import check_given, follow_weights, start_from
 from models.runs.machine import check_accelerator, fit_precision, fit_threads
 from models.runs.memory import explained
-from models.runs.over import limit_of, out_of_time, reported_step, saved_figures, saver_of
+from models.runs.over import limit_of, out_of_time, reported_step, saved_figures
 from models.runs.preflight import (
     check_data,
     check_monitor,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from conf.errors import UserError
+from conf.stops import PREEMPTED
 from models.runs.launchers.queue import requeue, state
 
-PREEMPTED = 75  # the run has saved: start the same command again
 FRUITLESS = 3  # starts without a new checkpoint, as where the time is too short for one step
 AHEAD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 

@@ -22,10 +22,9 @@ from omegaconf import DictConfig, open_dict, read_write
 from conf import values
 from conf.errors import Failure, UserError
 from conf.names import short
+from conf.stops import ASKING, INTERRUPTED, PREEMPTED
 from data.cores import usable_cores
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PREEMPTED, INTERRUPTED = 75, 130
 # by which a task of SLURM is known: a run of the sweep is none, even if the sweep is
 OF_A_TASK = tuple(f"SLURM_{name}" for name in ("PROCID", "LOCALID", "NODEID", "NTASKS", "NPROCS", "NTASKS_PER_NODE"))
 LOOK = 0.1  # seconds between looks at the runs
@@ -212,7 +211,7 @@ def _stopping(runs: Sequence[Child]) -> Iterator[list[int]]:
             if run.process is not None and run.process.poll() is None:
                 run.process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOPS}
+    before = {number: signal.signal(number, pass_on) for number in (*ASKING, signal.SIGINT)}
     try:
         yield came
     finally:

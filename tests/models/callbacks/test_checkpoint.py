@@ -10,6 +10,8 @@ from pytorch_lightning.callbacks import Callback
 from conf.errors import StorageFailed
 from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.directory_io import DirectoryCheckpointIO
+from models.callbacks.retention import Retention
+from models.callbacks.saving import free_bytes
 from models.checkpoints import load_weights, read_config, read_manifest
 from models.checkpoints.format.directory import step_directories
 from tests.models.callbacks.tiny_run import fingerprint, fit
@@ -195,6 +197,21 @@ def test_a_damaged_checkpoint_of_an_earlier_start_is_never_deleted(tmp_path, cap
     fit(tmp_path, epochs=2, resume="auto", checkpoints=Checkpoints(every_n_steps=2, monitor=None, keep=1))
     assert steps(tmp_path) == [4, 6, 8, 14, 16]  # 8 is the best
     assert caplog.text.count("a damaged one stays until you delete it") == 2
+
+
+def test_storage_that_cannot_be_asked_fails_no_save(tmp_path, monkeypatch, caplog):
+    """An old checkpoint of somebody else that cannot be looked at stays; what is free may be unknown."""
+
+    def refuses(*_):
+        raise PermissionError(13, "Permission denied")
+
+    old = tmp_path / "step-00000001"
+    old.mkdir()
+    monkeypatch.setattr("models.callbacks.retention.verify", refuses)
+    Retention(keep=0).delete(tmp_path, tmp_path / "step-00000002")
+    assert old.exists() and "a damaged one stays until you delete it: [Errno 13]" in caplog.text
+    monkeypatch.setattr("shutil.disk_usage", refuses)
+    assert free_bytes(tmp_path / "not/yet") == "unknown"
 
 
 @pytest.mark.case(2)

@@ -7,7 +7,7 @@ import pytest
 
 from conf.errors import UserError
 from models.callbacks.preemption import Preemption
-from models.callbacks.signals import GRACE, ONCE, PATIENCE, Requests, Stopped, listening, requests
+from models.callbacks.signals import ECHO, GRACE, ONCE, PATIENCE, Requests, Stopped, listening, requests
 
 TERM, USR1, INT, XCPU = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGXCPU
 
@@ -28,6 +28,7 @@ def told(*signals):
         ([(TERM, 1), (TERM, 6)], 6 + PATIENCE),
         ([(USR1, 1), (TERM, 6)], 6 + PATIENCE),
         ([(INT, 1), (INT, 1.5)], 1.5 + PATIENCE),
+        ([(INT, 1), (INT, 1 + ECHO / 2)], 1 + GRACE),
         ([(XCPU, 1), (XCPU, 2), (XCPU, 9)], 1 + GRACE),  # the kernel repeats it
     ],
 )

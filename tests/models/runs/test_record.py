@@ -101,10 +101,12 @@ def test_of_a_sweep_the_runs_that_began_stay(tmp_path):
     """At any depth, and those of other commands whatever they hold; nothing of a sweep of which none began."""
     outputs, noted = tmp_path / "outputs", leftovers.Leftovers()
     (outputs / "some/earlier/seed-0/.hydra").mkdir(parents=True)
+    (outputs / "some/mine").mkdir()
+    (outputs / "some/mine/notes.txt").touch()  # a folder of the user's, with the name of a run
     for name, began in [("some", "agent/seed-1"), ("none", None)]:
         folder = outputs / name
         noted.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
-        for job in ("earlier/seed-0", "agent/seed-0", "agent/seed-1", "softmax/seed-0"):
+        for job in ("earlier/seed-0", "agent/seed-0", "agent/seed-1", "softmax/seed-0", "mine"):
             if name == "none" or job != "earlier/seed-0":
                 (folder / job / ".hydra").mkdir(parents=True)
             noted.on_job_start(OmegaConf.create({"hydra": {"runtime": {"output_dir": str(folder / job)}}}))
@@ -114,8 +116,10 @@ def test_of_a_sweep_the_runs_that_began_stay(tmp_path):
         (outputs / "some/other/seed-0/.hydra").mkdir(parents=True, exist_ok=True)  # of a command beside this one
     leftovers.remove()
     found = sorted(str(path.parent.relative_to(outputs)) for path in outputs.rglob(".hydra"))
-    assert found == ["some/agent/seed-1", "some/earlier/seed-0", "some/other/seed-0"]
-    assert sorted(path.name for path in (outputs / "some").iterdir()) == ["agent", "earlier", "multirun.yaml", "other"]
+    assert found == ["some/agent/seed-1", "some/earlier/seed-0", "some/mine", "some/other/seed-0"]
+    names = ["agent", "earlier", "mine", "multirun.yaml", "other"]
+    assert sorted(path.name for path in (outputs / "some").iterdir()) == names
+    assert (outputs / "some/mine/notes.txt").exists()
     assert [path.name for path in outputs.iterdir()] == ["some"]
 
 
