@@ -67,6 +67,7 @@ class HeadRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.backend, self.all_reduce = backend, all_reduce
+        self.asks_others = all_reduce  # see models.callbacks.bad_steps
         self.num_heads, self.shared, self.routed, self.experts = num_heads, shared, routed, num_heads - shared
         self.watched, self._sums = False, None
         self._add_layers(dim)

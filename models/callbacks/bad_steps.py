@@ -108,13 +108,20 @@ def _blame(step: BadStep) -> tuple[bool, bool, bool, int]:
 
 def _found(trainer: pl.Trainer, task: pl.LightningModule, last: LastPass | None) -> Finding:
     """Nothing where a pass of one process alone would wait for the others, or does not fit any more."""
-    joined = trainer.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in task.modules())
-    if last is None or joined or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if last is None or not _alone(trainer, task):
         return Finding(None, None)
     try:
         return last.first_bad(trainer.precision_plugin.forward_context)
     except RuntimeError:  # of the memory, for one: the step is bad, whether its place is known or not
         return Finding(None, None)
+
+
+def _alone(trainer: pl.Trainer, task: nn.Module) -> bool:
+    """Whether a pass asks nothing of other processes: where it ends differs from one to the next."""
+    if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
+        return isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+    asks = any(isinstance(part, nn.SyncBatchNorm) or getattr(part, "asks_others", False) for part in task.modules())
+    return not asks and not any(hasattr(weight, "full_tensor") for weight in task.parameters())
 
 
 def _files(data: Any, indices: list[int]) -> dict[int, str]:

@@ -143,6 +143,8 @@ def _mean(head: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
 class _Shared:
     """A core with a state that all processes add to."""
 
+    asks_others = True  # see models.callbacks.bad_steps
+
     def summed(self, k_BMSD: Tensor, v_BMSD: Tensor, kv_grid: Grid) -> tuple[State, int]:
         state, keys = super().summed(k_BMSD, v_BMSD, kv_grid)
         if (processes := _spread()) == 1:

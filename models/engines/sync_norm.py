@@ -33,6 +33,8 @@ class SyncNorms(TorchSyncBatchNorm):
 class _Synced:
     """A batch norm whose training looks at all processes."""
 
+    asks_others = True  # see models.callbacks.bad_steps
+
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)

@@ -142,7 +142,7 @@ class Watch(threading.Thread):
             if gone and rank not in self._gone:  # a launcher that knows how it ended says so first
                 self._gone.add(rank)
             elif gone or now - self._signs[rank][1] > SILENT:
-                reason = "has died" if here else f"has given no sign for {SILENT:.0f} s"
+                reason = "has died" if gone else f"has given no sign for {SILENT:.0f} s"
                 failure = Failure(rank, sign["host"], reason, sign["step"])
                 self.fail(failure)
                 return failure

@@ -166,6 +166,26 @@ shares.write_tensors = full
 
 
 @pytest.mark.full
+@pytest.mark.case(44)
+def test_a_bad_loss_of_one_process_is_left_out_where_weights_are_shared(tmp_path):
+    """Only process 1 finds something: what looks for the place must not wait for the other one."""
+    fault = f"""{AT_STEP.format(rank="{rank}", step=-1, fault="pass")}
+from models.tasks.classification import Classification
+step = Classification.training_step
+def bad(self, batch, number):
+    loss = step(self, batch, number)
+    return loss * float("nan") if {{rank}} and number == 2 else loss
+Classification.training_step = bad
+"""
+    settings = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    faults = [fault.format(rank=rank) for rank in range(2)]
+    zero, one = both(tmp_path, faults, *settings, "trainer.max_epochs=1", "trainer.timeout=60")
+    assert (zero.wait(120), one.wait(60)) == (0, 0), zero.text
+    assert "step 3, epoch 0: the training loss is NaN or infinite; the step is left out (1 in a row" in zero.text
+    assert "loss nan" in zero.text
+
+
+@pytest.mark.full
 @pytest.mark.case(46)
 @pytest.mark.parametrize("images", [9, 11])
 def test_evaluation_by_two_is_that_by_one(tmp_path, images):

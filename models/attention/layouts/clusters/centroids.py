@@ -26,6 +26,7 @@ class Centroids(nn.Module):
     """
 
     averages = True  # see models.layers.block
+    asks_others = True  # in training, see models.callbacks.bad_steps
 
     def __init__(
         self,
