@@ -1,5 +1,9 @@
-"""Files of others, opened with care: a pipe, a socket or a device is refused, not waited for, and sizes are bounded."""
+"""Files: those of others opened with care, our own written whole or not at all.
 
+A pipe, a socket or a device is refused, not waited for, and sizes are bounded.
+"""
+
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -57,3 +61,22 @@ def inside(folder: Path, name: str) -> Path:
         raise OSError(f"{path} is a link that leads out of its folder")
     with opened(path):
         return path
+
+
+def put(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: beside its place first, then there. Links are replaced, not followed.
+
+    Raises:
+        OSError: it could not be written; what was there before is still there.
+    """
+    data = content.encode(errors="replace") if isinstance(content, str) else content
+    waiting = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        waiting.unlink(missing_ok=True)
+        with waiting.open("xb") as file:  # a link of that name, in the folder of somebody else, is not followed
+            file.write(data)
+        waiting.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            waiting.unlink()
+        raise

@@ -1,5 +1,6 @@
 """What has changed in a data set since a run began, in words: classes, and single files where names were kept."""
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from conf.errors import UserError
+from conf.files import put
 from data.order.fingerprint import LOOKED_INTO, contents_of, looked_at, sizes_of
 
 KEPT = 2_000_000  # names of files that are kept beside a run, to say which one has changed
@@ -156,10 +158,9 @@ def keep_names(path: Path, **splits: Any) -> None:
             content[f"{part}_sizes"], content[f"{part}_contents"] = sizes_of(split), contents_of(split)
     if not content:
         return
-    waiting = path.with_name(f".{path.name}.{os.getpid()}")
-    with waiting.open("wb") as file:
-        np.savez_compressed(file, **content)
-    waiting.replace(path)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **content)
+    put(path, packed.getvalue())
 
 
 def read_names(path: Path, **splits: Any) -> Names | None:

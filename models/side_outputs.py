@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conf.files import put
+
 _said: set[str] = set()
 
 
@@ -50,25 +52,6 @@ def reason(error: BaseException) -> str:
         return error.strerror
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def put(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then there. Links are replaced, not followed.
-
-    Raises:
-        OSError: it could not be written; what was there before is still there.
-    """
-    data = content.encode(errors="replace") if isinstance(content, str) else content
-    waiting = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        waiting.unlink(missing_ok=True)
-        with waiting.open("xb") as file:  # a link of that name, in the folder of somebody else, is not followed
-            file.write(data)
-        waiting.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            waiting.unlink()
-        raise
 
 
 def put_figure(path: Path, figure: Any, dpi: int = 120) -> None:

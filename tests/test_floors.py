@@ -35,7 +35,7 @@ ONLY = {
     "models.gates": ("conf", "kernels", "models.attention", "models.layers"),
     "models.diffusion": ("conf", "models.loggers", "models.side_outputs"),
     "models.loggers": ("conf", "models.side_outputs"),
-    "models.side_outputs": (),
+    "models.side_outputs": ("conf",),
     "models.callbacks": ("conf", "models.attention", "models.checkpoints", "models.loggers", "models.side_outputs"),
     "models.checkpoints.format": ("conf",),
     "models.checkpoints.names": ("conf",),

@@ -5,23 +5,25 @@ although files were added to the folder since.
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from conf.files import put
+
 NAME = "split.csv"
 
 
 def write_split(path: Path, rows: list[tuple[str, str, int, str]]) -> None:
     """Writes (file, class, label, split) rows; a file that is there is replaced at once or not at all."""
-    waiting = path.with_name(f".{path.name}.{os.getpid()}")
-    with waiting.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("file", "class", "label", "split"))
-        writer.writerows(rows)
-    waiting.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "class", "label", "split"))
+    writer.writerows(rows)
+    put(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def leave_split(source: Any, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """A run as a job of SLURM: submitted where it would begin, and not twice."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import extras, values
 from conf.errors import Failure, UserError
+from conf.files import put
 from conf.names import short
 from models.runs.launchers import job, queue
 from models.runs.launchers.local import as_one_run
@@ -166,9 +166,7 @@ def submit(run_dir: Path, name: str, options: dict[str, Any], arguments: list[st
             shutil.rmtree(folder, ignore_errors=True)
         said = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"hydra/launcher: SLURM refuses the job, got {said[-1]!r}; see hydra.launcher") from None
-    written = folder / "job.json.new"
-    written.write_text(json.dumps({"job": sent.job_id, "arguments": arguments}) + "\n")
-    os.replace(written, folder / "job.json")
+    put(folder / "job.json", json.dumps({"job": sent.job_id, "arguments": arguments}) + "\n")
     return sent.job_id
 
 
