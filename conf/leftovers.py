@@ -69,9 +69,14 @@ def remove() -> None:
                 parent.rmdir()
 
 
+def first_process() -> bool:
+    """Whether this is the only process of a run, or the first of several: known before these meet."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def _note(folder: Path, sweep: bool) -> None:
-    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        return  # the first process of a run has its folder
+    if not first_process():  # it has the folder
+        return
     inside = frozenset(os.listdir(folder)) if folder.is_dir() else None
     known = frozenset(_folders(folder)) if sweep else frozenset()
     _noted.append(_Noted(folder, inside, [path for path in folder.parents if not path.exists()], sweep, known, []))

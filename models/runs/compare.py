@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf import sweeps
 from conf.errors import Failure
+from conf.leftovers import first_process
 from conf.names import short
 from models.side_outputs import attempt
 
@@ -28,7 +29,7 @@ class CompareRuns(Callback):
         self.total = sweeps.begin(config.hydra.overrides.task, params)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.sweeps:
+        if self.sweeps and first_process():
             settings = " ".join(f"{key}={value}" for key, value in _differing(config).items())
             of = f" of {self.total}" if self.total else ""
             self.started += 1
@@ -43,6 +44,8 @@ class CompareRuns(Callback):
         from models.runs.sweep import columns_of, read_run, rows_of, table_of
 
         sweeps.end()
+        if not first_process():
+            return
         runs = [read_run(*job) for job in self.jobs]
         monitor, mode = str(config.checkpoint.monitor), str(config.checkpoint.mode)
         rows = rows_of(runs, monitor, mode)

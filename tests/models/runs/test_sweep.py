@@ -6,9 +6,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from omegaconf import OmegaConf
 
 from models import side_outputs
-from models.runs.compare import write_all
+from models.runs.compare import CompareRuns, write_all
 from models.runs.sweep import cell, columns_of, read_run, rows_of, table_of, write_comparison, write_runs
 from models.runs.sweep_pictures import curve, draw_active_heads, draw_comparison, draw_pareto, pareto
 
@@ -149,6 +150,18 @@ def test_a_sweep_without_any_result_still_says_why(runs, tmp_path):
     written = write_all(tmp_path, [], runs[3:], TOP1, "max")
     assert [path.name for path in written] == ["runs.csv", "report.html"]
     assert "the loss is NaN" in written[-1].read_text()
+
+
+@pytest.mark.parametrize(("name", "first"), [("LOCAL_RANK", "0"), ("LOCAL_RANK", "1"), ("SLURM_PROCID", "1")])
+def test_of_several_processes_the_first_one_tells_of_the_sweep(runs, tmp_path, monkeypatch, capsys, name, first):
+    monkeypatch.setenv(name, first)
+    monkeypatch.setattr("models.runs.compare.write_all", lambda folder, *given: [folder / "runs.csv"])
+    sweep = CompareRuns()
+    sweep.jobs = [({}, 0, tmp_path / "softmax/seed-0", "")]
+    sweep.on_multirun_end(
+        OmegaConf.create({"checkpoint": {"monitor": TOP1, "mode": "max"}, "hydra": {"sweep": {"dir": str(tmp_path)}}})
+    )
+    assert ("1 of 1 runs" in capsys.readouterr().out) is (first == "0")
 
 
 @pytest.mark.case(17)
