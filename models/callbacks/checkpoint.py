@@ -252,7 +252,10 @@ class Checkpoints(Callback):
         elif self._is_time(trainer, step):
             log_step(trainer)
             self._figures = _numbers(trainer.callback_metrics)
-            self.saver.begin_unless_slow(trainer)
+            if self.kept.lasting(step):  # is promised, and waits for slow storage
+                self.saver.begin(trainer)
+            else:
+                self.saver.begin_unless_slow(trainer)
             self.pace.begin(step)
         else:
             self.saver.settle_if_over(trainer)

@@ -69,7 +69,7 @@ class Retention:
         self._damaged.discard(last)
         kept = {entry.step for entry in self.ranked}
         steps = step_directories(directory)
-        old = [path for step, path in steps.items() if path != last and step not in kept and not self._lasting(step)]
+        old = [path for step, path in steps.items() if path != last and step not in kept and not self.lasting(step)]
         for path in [path for path in reversed(old) if self._is_sound(path)][self.keep :]:
             try:
                 with contextlib.suppress(FileNotFoundError):  # somebody was faster
@@ -77,7 +77,8 @@ class Retention:
             except OSError as error:
                 log.warning("Checkpoints: an old one could not be deleted: %s", error)
 
-    def _lasting(self, step: int) -> bool:
+    def lasting(self, step: int) -> bool:
+        """Whether the checkpoint of this step is one that is never deleted."""
         return bool(self.keep_every_n_steps) and step % self.keep_every_n_steps == 0
 
     def _is_sound(self, path: Path) -> bool:

@@ -65,6 +65,14 @@ def test_a_save_is_left_out_where_the_storage_is_slow(tmp_path, monkeypatch, cap
     assert caplog.text.count("the save of step 2 in") == 1 and "left out where the storage is so slow" in caplog.text
 
 
+@pytest.mark.case(17)
+def test_a_checkpoint_that_stays_for_ever_is_never_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(Saver, "begin_unless_slow", lambda *_: None)
+    checkpoints = keep_all(every_n_steps=2, keep_every_n_steps=3)
+    fit(tmp_path, epochs=1, checkpoints=checkpoints)
+    assert list(step_directories(tmp_path / "checkpoints")) == [3, 6, 8]
+
+
 def test_after_a_validation_the_tensors_are_not_written_again(tmp_path, monkeypatch):
     written = []
 
