@@ -31,7 +31,11 @@ UNSAID = {
     "freeze": "str | Sequence[str] | None",
     "freeze_epochs": "int | float | None",
     "trainer.max_time": "str | Mapping | None",
+    "checkpoint.every_minutes": "float | None",
+    "optimizer.betas": "Sequence[float] | None",  # null: the optimizer's own
+    "optimizer.eps": "float | None",
     "logger.entity": "str | None",
+    "logger.job_type": "str | None",
     "logger.group": "str | int | None",
 }
 RANGES = {
@@ -46,9 +50,11 @@ RANGES = {
     "trainer.max_steps": (-1, 1e12),
     "trainer.max_epochs": (-1, 1e12),
     "trainer.devices": (-1, 1e6),
+    "trainer.num_sanity_val_steps": (-1, 1e12),
 }
 # what may be below zero besides parts of a model, where only counts may not
 SIGNED = ("data.mean", "data.std")
+TIMMS = {"schedule": "timm.scheduler.scheduler_factory.create_scheduler_v2"}  # what takes a group's settings too
 OF_A_MODEL = ("model", "attention", "gate", "pool", "head", "reducer", "reparam", "initializer", "adapter")
 
 
@@ -105,7 +111,8 @@ def _read_beside(config: dict[str, Any], name: str) -> set[str] | None:
         found = signature(str(node["_target_"]))
         given = GIVEN if parent == "model" else ()
         return None if found is None or found.others else {*found.parameters, *_written(parent), *given, "_target_"}
-    return {*_written(parent)} or None
+    taken = signature(TIMMS[parent]) if parent in TIMMS else None
+    return {*_written(parent), *(taken.parameters if taken is not None else ())} or None
 
 
 def _settings(node: dict[str, Any], path: str, target: str | None) -> Iterator[tuple[str, Kind, Any]]:
@@ -187,11 +194,16 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 def _check_number(key: str, number: int | float, value: Any) -> None:
     low, high = RANGES.get(key, (None, LARGEST))
-    if low is None and key not in SIGNED and (type(number) is int or key.partition(".")[0] not in OF_A_MODEL):
+    if low is None and not _signed(key) and (type(number) is int or key.partition(".")[0] not in OF_A_MODEL):
         low = 0
     if number > high or (low is not None and number < low) or number < -LARGEST:
         least = f"at least {low}" if low is not None and number < low else f"at most {high:g}"
         _refuse(key, least, value)
+
+
+def _signed(key: str) -> bool:
+    """What may be below zero: nobody knows it of a callback that is not in conf/."""
+    return key in SIGNED or (key.startswith("callbacks.") and key.rpartition(".")[0] not in _files())
 
 
 def _refuse(key: str, what: str, value: Any) -> None:

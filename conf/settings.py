@@ -27,7 +27,11 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: a value is missing, cannot be computed (`data.root` without images), or is not what it must be.
     """
-    config = resolved(cfg)
+    check_values(resolved(cfg))
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """The same of a configuration that is resolved."""
     if "checkpoint" in config:  # a run
         check_settings(config)
     for group, names in NUMBERS.items():

@@ -1,6 +1,8 @@
 """A value of another kind than its place takes is refused for every key, before anything is imported for it."""
 
 import copy
+import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -11,9 +13,9 @@ import yaml
 from omegaconf import OmegaConf, open_dict
 
 from conf import families, kinds, names, recipes, settings
-from conf.compose import compose_run
 from conf.errors import UserError
 from conf.signatures import Kind, kind_of, signature
+from tests.compositions import compose_once
 
 TINY = ("model=vit_32px", "data=fake")
 RUN = {"name": "x", "model": "x", "attention": "x", "data": "x", "recipe": None}
@@ -23,19 +25,27 @@ AWKWARD = ("abc", -5, [], {"a": 1}, 1e30, True, 1.5, "")
 @cache
 def composed(*arguments):
     """Not to be changed."""
-    cfg, _ = compose_run(list(arguments))
+    cfg, _ = compose_once(list(arguments))
     with open_dict(cfg):
         cfg.run = RUN
     return cfg
 
 
-def keys(node, path=""):
-    """Every setting that stands for itself."""
+def leaves(node, path=""):
+    """Every setting, with what stands there."""
     for name, value in node.items():
         key = f"{path}.{name}" if path else name
         if isinstance(value, dict):
-            yield from keys(value, key)
-        elif not (name.startswith("_") or key.startswith("run.") or (isinstance(value, str) and "${" in value)):
+            yield from leaves(value, key)
+        else:
+            yield key, value
+
+
+def keys(node):
+    """Every setting that stands for itself."""
+    for key, value in leaves(node):
+        computed = isinstance(value, str) and "${" in value
+        if not (key.rpartition(".")[2].startswith("_") or key.startswith("run.") or computed):
             yield key
 
 
@@ -43,13 +53,15 @@ def keys(node, path=""):
 def accepted():
     """What of awkward values for all keys passes; everything else is one sentence."""
     cfg, found = composed(*TINY), {}
+    config, written = settings.resolved(cfg), dict(leaves(OmegaConf.to_container(cfg)))
     for key in keys(OmegaConf.to_container(cfg)):
+        places = [place for place, value in written.items() if place == key or value == f"${{{key}}}"]
         for value in AWKWARD:
-            changed = copy.deepcopy(cfg)
-            given = OmegaConf.create(value) if isinstance(value, dict | list) else value
-            OmegaConf.update(changed, key, given, merge=False)
+            changed = copy.deepcopy(config)
+            for *parents, last in (place.split(".") for place in places):
+                functools.reduce(dict.__getitem__, parents, changed)[last] = value
             try:
-                settings.check(changed)
+                settings.check_values(changed)
             except UserError as error:
                 assert len(str(error).splitlines()) == 1, error
             else:
@@ -138,6 +150,24 @@ def test_what_something_reads_is_added():
     kinds.check_added(config, ["++image_size=64", "++model.gate_at=mlp", "+model.norm=rms", "++attention.window=7"])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["checkpoint.every_minutes=null"],
+        ["checkpoint.every_minutes=0.5"],
+        ["optimizer.eps=null", "optimizer.betas=null"],
+        ["schedule.sched=step", "+schedule.decay_epochs=30", "+schedule.decay_rate=0.1"],
+        ["+trainer.num_sanity_val_steps=-1"],
+        ["+callbacks.mine={_target_:pytorch_lightning.callbacks.ModelCheckpoint,save_top_k:-1}"],
+        ["logger.job_type=null", "trainer.max_time=00:12:00:00", "trainer.devices=[0,1]"],
+    ],
+)
+def test_what_is_offered_or_usual_is_not_refused(arguments):
+    cfg = composed(*TINY, *arguments)
+    settings.check(cfg)
+    kinds.check_added(settings.resolved(cfg), arguments)
+
+
 def test_no_default_and_no_plan_is_refused():
     settings.check(composed(*TINY))
     for plan in families.plans().values():
@@ -151,21 +181,30 @@ def test_no_option_of_a_group_is_refused(group):
         kinds.check_kinds(settings.resolved(composed(f"{group}={option}")))
 
 
-@pytest.mark.full
-def test_no_part_and_no_mechanism_is_refused():
-    for group in (*names.PLACES, *(f"attention/{part}" for part in names.PARTS), "attention"):
-        for option in names.options(group):
-            kinds.check_kinds(settings.resolved(composed("model=vit_32px", f"{group}={option}")))
+def together(*groups):
+    """Arguments in which every option of these groups is chosen once, one of each group at a time."""
+    for chosen in itertools.zip_longest(*map(names.options, groups)):
+        yield [f"{group}={option}" for group, option in zip(groups, chosen, strict=True) if option is not None]
 
 
 @pytest.mark.full
-def test_no_model_and_no_recipe_is_refused(tmp_path):
+def test_no_model_no_mechanism_and_no_part_is_refused():
+    for arguments in together("model", "attention", *names.PLACES):
+        given = [*arguments, *["model.name=resnet18"] * ("model=timm" in arguments)]
+        kinds.check_kinds(settings.resolved(composed(*given)))
+    for arguments in together(*(f"attention/{part}" for part in names.PARTS)):
+        kinds.check_kinds(settings.resolved(composed("model=vit_32px", *arguments)))
+
+
+@pytest.mark.full
+def test_no_recipe_is_refused(tmp_path):
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
-    for name in names.options("model"):
-        kinds.check_kinds(settings.resolved(composed(f"model={name}", *["model.name=resnet18"] * (name == "timm"))))
     for name in recipes.names():
-        kinds.check_kinds(settings.resolved(composed(f"recipe={name}", f"++data.root={tmp_path}")))
+        cfg = composed(f"recipe={name}")
+        if "root" in cfg.data:
+            cfg.data.root = str(tmp_path)
+        kinds.check_kinds(settings.resolved(cfg))
 
 
 @pytest.mark.parametrize(
