@@ -48,16 +48,18 @@ def contents(path: str | os.PathLike, at_most: int) -> bytes:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """An ordinary file in a folder of somebody else's. A link may only lead to where the folder ends.
+    """An ordinary file in a folder of somebody else's. A link may only lead to a file below it.
 
-    Of a snapshot of Hugging Face's cache that is the whole repository, whose files are links to `blobs`.
+    In a snapshot of Hugging Face's cache it may also lead to the `blobs` of that repository.
 
     Raises:
         OSError: there is none, it is something else, or a link leads out of the folder.
     """
     path = folder / name
-    end = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    if path.is_symlink() and not path.resolve().is_relative_to(end.resolve()):
+    ends = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        ends.append(folder.parent.parent.resolve() / "blobs")
+    if path.is_symlink() and not any(path.resolve().is_relative_to(end) for end in ends):
         raise OSError(f"{path} is a link that leads out of its folder")
     with opened(path):
         return path

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -26,7 +27,7 @@ WIDTH, HEIGHT, BITS, COMPRESSION, OFFSETS, SAMPLES, COUNTS, PLANAR, PREDICTOR, F
     *(256, 257, 258, 259, 273, 277, 279, 284, 317, 339),
 )
 TIFF = (b"II*\0", b"MM\0*")
-MAX_BYTES = 2**31  # of a file
+MAX_BYTES = 2**31  # of a file, and of what is unpacked from it
 KINDS = {1: "u", 2: "i", 3: "f"}  # of the tag SampleFormat
 
 
@@ -111,11 +112,23 @@ def _of_tiff(content: bytes) -> np.ndarray | None:
             f"TIFF of {bands} bands in tiles, with compression {compression} or a predictor; save it as strips without "
             "compression, or as .npy"
         )
-    strips = [content[start : start + size] for start, size in zip(tags[OFFSETS], tags[COUNTS], strict=True)]
-    joined = b"".join(strips if compression == 1 else map(zlib.decompress, strips))
+    height, width = tags[HEIGHT], tags[WIDTH]
+    strips = (content[start : start + size] for start, size in zip(tags[OFFSETS], tags[COUNTS], strict=True))
+    joined = _joined(strips, compression != 1, height * width * bands * bits[0] // 8)
     order, kind = ">" if content.startswith(b"MM") else "<", KINDS[tags.get(FORMAT, (1,))[0]]
     numbers = np.frombuffer(joined, np.dtype(f"{order}{kind}{bits[0] // 8}"))
-    height, width = tags[HEIGHT], tags[WIDTH]
     if tags.get(PLANAR, 1) == 2:
         return numbers.reshape(bands, height, width).transpose(1, 2, 0)
     return numbers.reshape(height, width, bands)
+
+
+def _joined(strips: Iterable[bytes], packed: bool, size: int) -> bytes:
+    """The strips of a page of this many bytes; no more is unpacked than it has."""
+    if size > MAX_BYTES:
+        raise UserError(f"TIFF of {size} bytes, more than {MAX_BYTES}; cut it into parts")
+    joined = bytearray()
+    for strip in strips:
+        joined += zlib.decompressobj().decompress(strip, size + 1 - len(joined)) if packed else strip
+        if len(joined) > size:
+            raise UserError(f"TIFF whose strips hold more than the {size} bytes of its pixels; save it again")
+    return bytes(joined)

@@ -63,6 +63,11 @@ class NamedSet:
         self.names = {"train": train, "val": val}
         self.download = flag("data.source", "download", download, fix="set data.source.download=true or false")
         self.options = dict(options or {})
+        if own := {"root", "download"} & self.options.keys():
+            raise UserError(
+                f"data.source: options must be others of torchvision's class, got {sorted(own)[0]}; set data.root or "
+                "data.source.download"
+            )
 
     @cached_property
     def train(self) -> ArraySplit | FolderSplit:

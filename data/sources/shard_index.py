@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.errors import UserError
+from conf.files import opened
 from conf.folders import EXTENSIONS, printable
 from conf.lists import CLASS
 
@@ -56,7 +57,7 @@ def _read(shard: str) -> Index:
     labels: dict[str, str] = {}
     last = "its beginning"
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # or the file would remember all of them
                 last = member.name

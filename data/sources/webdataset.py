@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -203,12 +204,15 @@ def expanded(given: str | Sequence[str] | None, key: str) -> list[str]:
 
 
 def _braces(path: str) -> list[str]:
-    """A path for each value of its first braces, `{000..009}` or `{a,b}`, and of those that follow."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", path)
-    if match is None:
-        return [path]
-    first, last, words = match.groups()
-    if words is None and int(last) - int(first) >= MOST:
-        raise UserError(f"data.source: braces may name {MOST} shards, got {path}; name a folder of them")
-    values = words.split(",") if words else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [path[: match.start()] + value + rest for value in values for rest in _braces(path[match.end() :])]
+    """A path for each value of its braces, `{000..009}` or `{a,b}`; those of the last ones change first."""
+    between, braces, end, count = [], [], 0, 1
+    for match in re.finditer(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", path):
+        first, last, words = match.groups()
+        numbers = range(int(first), int(last) + 1) if words is None else ()
+        count = max(count, 1) * (len(numbers) if words is None else words.count(",") + 1)
+        if count > MOST:
+            raise UserError(f"data.source: braces may name {MOST} shards, got {printable(path)}; name a folder of them")
+        between.append(path[end : match.start()])
+        braces.append([f"{n:0{len(first)}d}" for n in numbers] if words is None else words.split(","))
+        end = match.end()
+    return ["".join(sum(zip(between, values, strict=True), ())) + path[end:] for values in product(*braces)]

@@ -83,6 +83,11 @@ def _begins_as_safetensors(path: Path) -> bool:
 def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     import torch
 
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"load_weights: a pickle is read as weights only, got {path} with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD set; "
+            "unset that variable"
+        )
     try:
         _refuse_compressed(path)
         with torch.serialization.safe_globals(list(stand_ins(path))):
@@ -92,11 +97,6 @@ def _from_torch(path: Path, ema: bool) -> dict[str, Tensor]:
     except Exception as error:  # broken bytes end the loader in many ways: IndexError, struct.error, TypeError …
         reason = re.split(r"\. (?=[A-Z])", " ".join(str(error).split()))[0][:200] or type(error).__name__
         raise UserError(_unreadable(path, reason)) from error
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
-        raise UserError(
-            f"load_weights: a pickle is read as weights only, got {path} with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD set; "
-            "unset that variable"
-        )
     return strip(unwrap(content, ema, str(path)), str(path))
 
 

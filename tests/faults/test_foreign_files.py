@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from conf.errors import UserError
 from conf.inputs import images_of
 from conf.lists import read_classes, read_list
+from data.sources.named import NamedSet
+from data.sources.shard_index import index_of
 from data.sources.webdataset import expanded
 from models.checkpoints import load_weights, read_config, read_manifest, resolve, verify
 from models.checkpoints.format.config import check_local, check_stored
@@ -83,6 +85,10 @@ HOSTILE = {
     "depth": (put("model", "depth", value=10**12), r"config.model.depth: must be at most"),
     "width": (put("model", "dim", value=-(10**9)), r"config.model.dim: must be at most"),
     "pixels": (put("image_size", value=10**6), r"config.image_size: must be at most"),
+    "pixels of a transform": (put("data", "eval", "resize", value=10**5), r"config.data.eval.resize: must be at most"),
+    "pixels of a list": (put("data", "image_size", value=[32, 10**5]), r"config.data.image_size.1: must be at most"),
+    "a crop of nothing": (put("data", "eval", "crop_fraction", value=1e-9), r"config.data.eval.crop_fraction: must be"),
+    "a batch": (put("data", "batch_size", value=10**9), r"config.data.batch_size: must be at most"),
     "classes": (put("classes", value=[[1]]), r"config.classes: must be a list of names"),
     "data is a list": (put("data", value=[]), r"config.data: must be a mapping"),
     "source is text": (put("data", "source", value="x"), r"config.data.source: must be a mapping"),
@@ -220,8 +226,11 @@ def test_a_link_inside_a_repository_of_the_hub_is_followed(tmp_path):
     assert read_json(tmp_path / "snapshots/abc/config.json") == {}
     (tmp_path.parent / "secret.json").write_text("{}")
     (tmp_path / "snapshots/abc/other.json").symlink_to(tmp_path.parent / "secret.json")
-    with pytest.raises(CorruptCheckpoint, match="leads out of its folder"):
-        read_json(tmp_path / "snapshots/abc/other.json")
+    (tmp_path / "snapshots/abc/beside.json").symlink_to("../beside.json")
+    (tmp_path / "snapshots/beside.json").write_text("{}")
+    for name in ("other.json", "beside.json"):
+        with pytest.raises(CorruptCheckpoint, match="leads out of its folder"):
+            read_json(tmp_path / "snapshots/abc" / name)
 
 
 def test_the_heads_of_honest_files_say_what_is_in_them(honest):
@@ -355,6 +364,23 @@ def test_lists_of_strangers_are_read_or_refused(tmp_path, name, suffix):
 
 
 @pytest.mark.case(34)
-def test_braces_name_no_million_of_shards():
+@pytest.mark.parametrize(
+    "path", ["x-{0..999999999999}.tar", "{0..9999}-{0..9999}.tar", "{a,b}" * 40, "{1..0}{0..9999999}"]
+)
+def test_braces_name_no_million_of_shards(path):
     with pytest.raises(UserError, match="braces may name 1000000 shards"):
-        expanded("x-{0..999999999999}.tar", "data.source.train")
+        expanded(path, "data.source.train")
+
+
+@pytest.mark.case(34)
+def test_a_shard_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UserError, match=r"a shard must be a whole, uncompressed tar file, .*it is a pipe"):
+        index_of(str(tmp_path / "a.tar"))
+
+
+@pytest.mark.case(32)
+@pytest.mark.parametrize("name", ["download", "root"])
+def test_options_of_a_named_set_download_nothing(tmp_path, name):
+    with pytest.raises(UserError, match=f"options must be others of torchvision's class, got {name}"):
+        NamedSet("imagenette", tmp_path, download=False, options={name: True})

@@ -7,11 +7,12 @@ import socket
 import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from conf.folders import EXTENSIONS
 from data.sources.decode import UnreadableImage, read_image
@@ -101,6 +102,24 @@ def test_an_array_that_claims_more_than_it_holds_is_not_made(tmp_path, shape):
     (tmp_path / "a.npy").write_bytes(stream.getvalue() + bytes(8))
     with pytest.raises(UnreadableImage, match=r"an array of \(.*\) float32 in \d+ bytes"):
         read_image(tmp_path / "a.npy", form=Form(1, "float32"))
+
+
+@pytest.mark.case(34)
+@pytest.mark.case(37)
+@pytest.mark.parametrize(
+    ("unpacked", "said"), [(64 * 2**20, "strips hold more than the 1280 bytes"), (8, "ValueError")]
+)
+def test_a_tiff_that_unpacks_into_more_than_its_pixels_is_not_unpacked(tmp_path, unpacked, said):
+    tags = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\x08\0\0\0")
+    packed = zlib.compress(bytes(unpacked))
+    # Pillow adds to 0, the place of the only strip, where it puts what is behind the tags
+    found = {256: 16, 257: 16, 258: (8,) * 5, 259: 8, 277: 5, 273: 0, 279: len(packed)}
+    for tag, value in found.items():
+        tags[tag] = value
+    file = tmp_path / "a.tif"
+    file.write_bytes(b"II*\0\x08\0\0\0" + tags.tobytes(8) + packed)
+    with pytest.raises(UnreadableImage, match=said):
+        read_image(file, form=Form(5, "uint8"))
 
 
 @pytest.mark.case(34)

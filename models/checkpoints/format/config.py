@@ -16,7 +16,8 @@ from conf.folders import escaped
 from conf.names import CONF, PLACES
 
 MAX_DEPTH = 64
-MAX_NUMBER, MAX_SIZE = 2**20, 4096  # of what makes a model; pixels of an image
+MAX_NUMBER, MAX_SIZE, MAX_BATCH = 2**20, 4096, 2**16  # of what makes a model; pixels of an image; images of a batch
+SIZES = {"image_size": MAX_SIZE, "size": MAX_SIZE, "resize": MAX_SIZE, "batch_size": MAX_BATCH}  # below `data`
 # the parts of a configuration that are built; all others are looked at
 BUILT = ("attention", "model", "augment", "data", *PLACES)
 # Keys of Hydra that a configuration of ours uses: factories of attention, and plain lists and dicts as arguments.
@@ -41,10 +42,8 @@ def check_stored(config: dict[str, Any], *, importing: bool = True) -> None:
             _check(value, f"config.{key}", 1, importing, built=False)
     for key in ("attention", "model", "task"):
         _check_numbers(config.get(key), f"config.{key}")
-    sizes = config.get("image_size")
-    for size in sizes if isinstance(sizes, list) else [sizes]:
-        if isinstance(size, int | float) and size > MAX_SIZE:
-            raise UserError(f"config.image_size: must be at most {MAX_SIZE} in a stored configuration, got {size}")
+    for key in ("image_size", "data"):
+        _check_sizes(config.get(key), f"config.{key}", MAX_SIZE if key == "image_size" else None)
     _check_kinds(config)
 
 
@@ -112,6 +111,17 @@ def _check_numbers(node: Any, path: str) -> None:
             _check_numbers(value, f"{path}.{key}")
     elif isinstance(node, int) and abs(node) > MAX_NUMBER:
         raise UserError(f"{path}: must be at most {MAX_NUMBER} in a stored configuration, got {node}")
+
+
+def _check_sizes(node: Any, path: str, most: int | None) -> None:
+    """Images and batches that no model has would fill the memory; numbers in lists are as what holds them."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _check_sizes(value, f"{path}.{key}", most if isinstance(node, list) else SIZES.get(key))
+    elif most is not None and isinstance(node, int | float) and node > most:
+        raise UserError(f"{path}: must be at most {most} in a stored configuration, got {node}")
+    elif path.endswith(".crop_fraction") and isinstance(node, int | float) and not 0.05 <= node <= 1:
+        raise UserError(f"{path}: must be from 0.05 to 1 in a stored configuration, got {node}")
 
 
 def check_config(config: Any, path: str = "config", depth: int = 0, *, importing: bool = True) -> None:
