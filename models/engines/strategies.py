@@ -60,5 +60,6 @@ def several(settings: Mapping[str, Any]) -> bool:
         on_cpu = str(settings.get("accelerator")) == "cpu"
         count = 1 if on_cpu else torch.cuda.device_count()
     else:
-        count = int(devices) if str(devices).isdigit() else 1  # "0,": Lightning's word for one of the GPUs
+        words = [word for word in str(devices).split(",") if word.strip()]  # "0,1": two of the GPUs, "0,": one
+        count = int(devices) if str(devices).isdigit() else len(words)
     return count * nodes > 1

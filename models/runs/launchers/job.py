@@ -24,6 +24,9 @@ def run(program: str, arguments: list[str]) -> None:
     for number in AHEAD:  # until the run has handlers of its own: there is nothing to be saved yet
         signal.signal(number, _leave)
     steps = _steps(arguments)
+    if steps and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # its own: else this start would be refused
+        arguments = [word for word in arguments if word.lstrip("+").partition("=")[0] != "resume"]
+        arguments.append("resume=auto")
     sys.argv = [program, *arguments]
     sys.path.insert(0, str(Path(program).parent))
     try:

@@ -28,6 +28,8 @@ from tests.models.engines.pairs import pair
         ({"devices": 1, "num_nodes": 2}, True),
         ({"devices": [0, 1]}, True),
         ({"devices": "0,"}, False),
+        ({"devices": "0,1"}, True),
+        ({"devices": None}, False),
     ],
 )
 def test_several_devices(settings, many):

@@ -239,6 +239,24 @@ def test_a_job_is_queued_again_where_that_leads_further(
     assert asked == ["7"] * queued and said in capsys.readouterr().out
 
 
+@pytest.mark.case(13)
+@pytest.mark.parametrize(
+    ("restarts", "saved", "given"),
+    [("0", True, "resume=null"), ("1", False, "resume=other"), ("1", True, "resume=auto")],
+)
+def test_a_job_that_is_queued_again_goes_on_whatever_it_began_with(restarts, saved, given, tmp_path, monkeypatch):
+    """A new run, or one from another's checkpoint, would begin again, or be refused, where it has saved."""
+    monkeypatch.setattr(job.signal, "signal", lambda *given: None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    for name in ("argv", "path"):
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    (tmp_path / "checkpoints/step-8" if saved else tmp_path).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "train.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    began = given if given != "resume=auto" else "++resume=null"
+    job.run(str(tmp_path / "train.py"), [began, "seed=1", f"hydra.run.dir='{tmp_path}'"])
+    assert [word for word in sys.argv if "resume" in word] == [given] and "seed=1" in sys.argv
+
+
 def test_a_queue_that_does_not_answer_is_said(monkeypatch):
     done = subprocess.CompletedProcess([], 1, "", "slurm_load_jobs error: Unable to contact slurm controller\n")
     monkeypatch.setattr(queue_of.subprocess, "run", lambda *given, **options: done)
