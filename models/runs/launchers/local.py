@@ -40,6 +40,7 @@ class Child:
     process: subprocess.Popen | None = None
     said: IO[bytes] | None = None
     began: float = 0.0
+    failed: str | None = None  # once it has ended: what it printed last, of one that failed
 
     @property
     def folder(self) -> Path:
@@ -60,11 +61,15 @@ class Child:
             start_new_session=True,
         )  # fmt: skip
 
-    def sentence(self) -> str:
+    def end(self) -> None:
+        """Notes how it ended, and gives its file back: a sweep may have more runs than a process files."""
+        self.failed = self._sentence() if self.process.returncode else None
+        self.said.close()
+
+    def _sentence(self) -> str:
         """What it printed last: the error of a run that failed."""
         self.said.seek(0)
         lines = self.said.read().decode(errors="replace").rstrip().splitlines()
-        self.said.close()
         program = f"{Path(sys.argv[0]).name}: "
         at = max((i for i, line in enumerate(lines) if line.startswith(program)), default=len(lines) - 1)
         return "\n".join(lines[at:]).removeprefix(program) or "it printed nothing"
@@ -150,6 +155,7 @@ class SideBySide(Launcher):
             for place, run in running.items():
                 if run is not None and run.process.poll() is not None:
                     running[place] = None
+                    run.end()
                     print(_ended(run), flush=True)
                 if running[place] is None and waiting and not stopped:
                     run = running[place] = waiting.popleft()
@@ -164,7 +170,7 @@ class SideBySide(Launcher):
             status=JobStatus.COMPLETED,
         )  # fmt: skip
         status = run.process.returncode
-        returned.return_value = Failure(run.sentence()) if status else None
+        returned.return_value = Failure(run.failed) if status else None
         if status:
             self.task_function.statuses.append(status if status > 0 else 1)
         HydraConfig.instance().set_config(run.config)
