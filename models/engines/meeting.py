@@ -9,6 +9,8 @@ import torch.distributed as dist
 from lightning_fabric.plugins.environments import ClusterEnvironment
 from torch.distributed.rendezvous import rendezvous
 
+from conf.errors import RunFailed
+
 ANSWER = 30  # seconds in which the store answers, else whoever keeps it is gone
 _met: list[dist.Store] = []  # of the process group, which outlives the runs of a sweep
 _watches = count()
@@ -25,12 +27,21 @@ def meet(environment: ClusterEnvironment, backend: str, timeout: timedelta, devi
         backend: `nccl` or `gloo`.
         timeout: of every operation that waits for other processes.
         device: of this process; None for the CPU.
+
+    Raises:
+        RunFailed: some process does not come.
     """
     if dist.is_initialized():
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     rank, world = environment.global_rank(), environment.world_size()
-    store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
+    try:
+        store, rank, world = next(rendezvous("env://", rank, world, timeout=timeout))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise RunFailed(
+            f"trainer: process {rank} of {world} has not met all others within {timeout.total_seconds():g} s, got "
+            f"{str(error).splitlines()[0].rstrip('.')}; see what these print, or raise trainer.timeout"
+        ) from error
     store.set_timeout(timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt-{attempt}", store)

@@ -35,9 +35,7 @@ def two(folder: Path, fault: str, *arguments: str, step: int = 5) -> list[Progra
 
 def both(folder: Path, faults: list[str], *arguments: str) -> list[Program]:
     """Both processes of a run, as srun starts them, each with what it runs first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     return [
         start(
             folder,
@@ -47,6 +45,12 @@ def both(folder: Path, faults: list[str], *arguments: str) -> list[Program]:
         )
         for rank, fault in enumerate(faults)
     ]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def error_of(folder: Path, rank: int) -> dict:
@@ -126,6 +130,15 @@ def test_a_hanging_process_ends_the_job_and_is_named(tmp_path, deaf):
     assert "process 1 of 2 on" in zero.text and "did not come within 8 s (trainer.timeout) at step 5" in zero.text
     assert one.wait(60) == 1
     assert "time.sleep" in error_of(tmp_path, 1)["traceback"] or "hook" in error_of(tmp_path, 1)["traceback"]
+
+
+@pytest.mark.full
+@pytest.mark.case(11)
+def test_a_process_that_never_comes_is_one_sentence(tmp_path):
+    alone = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    status, text = run(tmp_path, *TWO, "run.name=a", "trainer.timeout=3", env=alone)
+    assert status == 1 and "Traceback" not in text, text
+    assert "trainer: process 0 of 2 has not met all others within 3 s" in text and "or raise trainer.timeout" in text
 
 
 @pytest.mark.full
