@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from conf.errors import UserError
+from conf.files import contents
 from conf.folders import printable
 from conf.values import flag
 from data.order.spread import spread_over
@@ -23,6 +25,7 @@ from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import RGB, Form
 from data.sources.parquet_rows import ParquetRows, chosen_rows, features_of, files_of
 
+MAX_CARD = 2**24  # bytes of what a folder says of its files
 READ = 100  # images that are compared where reading a row is reading the image
 
 
@@ -174,6 +177,7 @@ class HuggingFace:
             raise UserError(
                 f"HuggingFace: no files, got path={self.path} alone; set data.source.data_dir or data.source.data_files"
             )
+        _refuse_addresses(Path(self.path).expanduser())
         options = {"data_dir": self.data_dir, "data_files": self.data_files, "revision": self.revision}
         return options | {"cache_dir": self.cache_dir}
 
@@ -317,6 +321,29 @@ def _unreadable(path: str, error: Exception) -> UserError:
         f"HuggingFace: the data set cannot be read, got {path} ({type(error).__name__}: {reason}); mend its files, or "
         "set data.source.path to another"
     )
+
+
+def _refuse_addresses(folder: Path) -> None:
+    """What a folder says of its files may not be an address, which `datasets` would ask: whoever sent it would know.
+
+    Raises:
+        UserError: with the file that says it.
+    """
+    for name in ("README.md", ".huggingface.yaml"):
+        try:
+            lines = contents(folder / name, MAX_CARD).decode("utf-8", "replace").splitlines()
+            if name == "README.md":  # between its first two lines of dashes
+                lines = lines[1 : lines.index("---", 1)] if lines[:1] == ["---"] else []
+            said = yaml.safe_load("\n".join(lines))
+        except UserError:  # of no size that it should have
+            raise
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+        if isinstance(said, dict) and "://" in str(said.get("configs")):
+            raise UserError(
+                f"HuggingFace: a folder must hold its files, got addresses in {printable(folder / name)}; put files "
+                "there and take the addresses out, or give path=parquet and data.source.data_files"
+            )
 
 
 def _files_in(files: Any) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from conf.errors import UserError
 from conf.folders import EXTENSIONS
 from data.sources.decode import UnreadableImage, read_image
 from data.sources.form import Form
@@ -165,6 +166,23 @@ def test_a_row_that_names_a_file_is_not_read(rows, streaming):
     assert source.train[0][0].getpixel((0, 0)) == (200, 0, 0)
     with pytest.raises(UnreadableImage, match=r"a row must hold its image, .*private\.png"):
         source.train[1]
+
+
+@pytest.mark.case(36)
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_folder_that_names_an_address_asks_nobody(rows, name, streaming):
+    said = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n"
+    text = "---\nlicense_link: https://x.org\n{}---\nSee https://x.org\n" if name == "README.md" else "{}"
+    folder = rows / "folder"
+    folder.mkdir()
+    (rows / "x.parquet").rename(folder / "x.parquet")
+    source = [HuggingFace(str(folder), val_fraction=0.5, streaming=streaming, cache_dir=str(rows / "c")) for _ in "ab"]
+    (folder / name).write_text(text.format(said.format("http://127.0.0.1:9/x.parquet")))
+    with pytest.raises(UserError, match=r"a folder must hold its files, got addresses in "):
+        len(source[0].train)
+    (folder / name).write_text(text.format(said.format("x.parquet")))
+    assert len(source[1].train) + len(source[1].val) == 2
 
 
 @pytest.mark.case(36)
