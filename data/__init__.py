@@ -14,10 +14,14 @@ This file imports nothing heavy: a command line that only composes does not wait
 
 from typing import TYPE_CHECKING, Any
 
+from conf import moved
+
 if TYPE_CHECKING:
     from data.batch import Batch
 
 __all__ = ["Batch"]
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

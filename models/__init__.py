@@ -2,8 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from conf import moved
+
 if TYPE_CHECKING:
     from torch import nn
+
+moved.install()
 
 
 def create_model(
