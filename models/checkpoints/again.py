@@ -35,8 +35,9 @@ def create_from(path: str | os.PathLike, ema: bool = False) -> nn.Module:
     if config is None:
         config = _of_run(path)
     check_stored(config)
+    weights = load_weights(path, ema)  # first: a head that claims more than its file holds allows no larger model
     model = built_within(path, lambda: instantiate(OmegaConf.create(config["model"])))
-    model.load_state_dict(load_weights(path, ema))
+    model.load_state_dict(weights)
     return model.eval()
 
 

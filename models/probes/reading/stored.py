@@ -36,9 +36,9 @@ def stored(path: str | Path, averaged: bool = False) -> Stored:
         place = resolve(path)
         config = read_config(place)
         check_stored(config)
-        ema = averaged and has(place, EMA)
+        weights = load_weights(place, averaged and has(place, EMA))
         model = built_within(place, lambda: _built(config))
-        model.load_state_dict(load_weights(place, ema))
+        model.load_state_dict(weights)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"probe: {path} cannot be read: {error}; give a checkpoint of a run") from error
     return Stored(model.eval(), config)
