@@ -146,7 +146,8 @@ class Saver:
 
     def _report(self) -> None:
         size, seconds = self._writer.bytes / 2**20, self._writer.seconds
-        cost = f"training pauses {self._pause:.2f} s for each, written beside it in {seconds:.2f} s"
+        beside = f", written beside it in {seconds:.2f} s" if seconds else ""  # shares are written in the pause
+        cost = f"training pauses {self._pause:.2f} s for each{beside}"
         self._say_once(logging.INFO, f"checkpoints: {size:.1f} MiB, {cost}")
 
     def _say_once(self, level: int, text: str) -> None:
