@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from kernels.moh_attention import joined, largest, route_heads
 from kernels.precision import full_precision
+from models.layers.processes import all_reduce
 
 # of the bias of loss-free balancing, per step: Wang et al. 2024, arXiv:2408.15664
 BIAS_RATE = 1e-3

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from conf.errors import UserError
 from models.attention import Grid
@@ -26,6 +25,7 @@ from models.attention.multihead import MultiHead
 from models.backbones.vit import ViT
 from models.engines.distributed import Distributed
 from models.layers.block import Block, Stage
+from models.layers.processes import all_reduce
 
 # what computes every token by itself, or holds such modules; of a state core its own parts
 PER_TOKEN = (

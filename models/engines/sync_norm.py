@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules._functions import SyncBatchNorm as OnGpu
+
+from models.layers.processes import all_reduce
 
 
 class SyncNorms(TorchSyncBatchNorm):
