@@ -1,12 +1,13 @@
 """Fully sharded data parallelism: every process keeps a share of weights, averages and optimizer (FSDP2).
 
 Blocks are gathered when they are computed. Gradients are those of data parallelism, so that a run equals one of a
-single process but for the order of sums. Under `bf16-mixed` weights travel in 32 bits and autocast computes as it does
-everywhere else: figures do not depend on the engine.
+single process but for the order of sums. Under `bf16-mixed` weights are gathered in bf16, gradients summed and weights
+kept in 32 bits; autocast computes as it does everywhere else, but for weights outside of products (norms, biases,
+scales), which it would take in 32 bits.
 
-What cannot be shared, weights that are single numbers and those of parts beside the model, is whole on each process,
-and its gradients are averaged. Validation holds the weights whole: processes may have different numbers of batches,
-and may not wait for each other in them.
+What cannot be shared is whole on each process, and its gradients are averaged: weights that are single numbers, those
+of parts beside the model, and those of batch norms in `bf16-mixed`, whose statistics have 32 bits. Validation holds
+the weights whole: processes may have different numbers of batches, and may not wait for each other in them.
 
 Source: ZeRO, Rajbhandari et al., SC 2020 (arXiv 1910.02054); FSDP, Zhao et al., VLDB 2023 (arXiv 2304.11277).
 """
@@ -20,8 +21,9 @@ import torch.distributed as dist
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from conf.errors import UserError
@@ -46,8 +48,9 @@ class FullySharded(Distributed):
         """Shares the model, and its average where there is one."""
         module = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        mixed = self.precision_plugin.precision == "bf16-mixed"
         for model in filter(None, (module.model, getattr(module, "ema_model", None))):
-            share(model, mesh)
+            share(model, mesh, mixed)
         module.to(self.root_device)
         self._whole = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
         if self._whole:  # Lightning's clipping, and torch's below it, takes one kind only
@@ -102,8 +105,13 @@ class FullySharded(Distributed):
         return [(model, part) for model in models for part in model.modules() if isinstance(part, FSDPModule)]
 
 
-def share(model: nn.Module, mesh: DeviceMesh) -> None:
+def share(model: nn.Module, mesh: DeviceMesh, mixed: bool = False) -> None:
     """Makes the weights of a model shares, in place: its blocks one by one, then the rest.
+
+    Args:
+        model: whole, the same on all processes.
+        mesh: of the processes.
+        mixed: gather weights in bf16.
 
     Raises:
         UserError: a part looks at whole weights between steps.
@@ -113,10 +121,17 @@ def share(model: nn.Module, mesh: DeviceMesh) -> None:
             "trainer: strategy=fsdp shares every weight, got reparam=sigma, which looks at whole ones between steps; "
             "set trainer=ddp, or leave reparam out"
         )
-    numbers = {weight for weight in model.parameters() if weight.dim() == 0}
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if mixed else None
+    norms = [part for part in model.modules() if mixed and isinstance(part, _BatchNorm)]
+    options = {
+        "mesh": mesh,
+        "mp_policy": policy or MixedPrecisionPolicy(),
+        "ignored_params": {weight for weight in model.parameters() if weight.dim() == 0}
+        | {weight for norm in norms for weight in norm.parameters()},
+    }
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, ignored_params=numbers)
-    fully_shard(model, mesh=mesh, ignored_params=numbers)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     for name in CALLED:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from conf.errors import UserError
 from models import create_model
@@ -104,6 +105,46 @@ def shares_of_two(folder: Path) -> None:
             optimizer.zero_grad()
     found = {name: getattr(w, "full_tensor", lambda w=w: w)().detach() for name, w in shared.named_parameters()}
     assert difference(found, {name: weight.detach() for name, weight in whole.named_parameters()}) < 1e-6
+
+
+def halves_of_two(folder: Path) -> None:
+    """Gathered in bf16, kept and added up in 32 bits; loss and gradients are those of autocast, to bf16's rounding."""
+    options = {"num_classes": 4, "image_size": 32}
+    torch.manual_seed(0)
+    whole = create_model("coatnet_32px", **options).eval()  # has batch norms
+    torch.manual_seed(0)
+    shared = create_model("coatnet_32px", **options).eval()
+    share(shared, init_device_mesh("cpu", (2,)), mixed=True)
+    norms = [part for part in shared.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms and not any(isinstance(weight, DTensor) for norm in norms for weight in norm.parameters())
+    kinds = []
+    shared.head.register_forward_hook(lambda head, given, logits: kinds.append(next(head.parameters()).dtype))
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(4, (8,), generator=generator)
+    part = slice(dist.get_rank(), None, 2)
+    losses = []
+    for model, rows in ((whole, slice(None)), (shared, part)):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(nn.functional.cross_entropy(model(images[rows]).float(), labels[rows]))
+        losses[-1].backward()
+    loss = losses[1].detach().clone()
+    dist.all_reduce(loss)
+    assert abs(loss / 2 - losses[0].detach()) < 2**-8 * losses[0]
+    assert kinds == [torch.bfloat16]
+    weights = dict(shared.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for weight in weights.values():
+        if not isinstance(weight, DTensor):
+            dist.all_reduce(weight.grad)
+            weight.grad /= 2
+    found = {name: getattr(w.grad, "full_tensor", lambda w=w: w.grad)() for name, w in weights.items()}
+    far = difference(found, {name: weight.grad for name, weight in whole.named_parameters()})
+    assert far < 2**-6
+
+
+@pytest.mark.full
+def test_shares_travel_in_half_of_the_bits(tmp_path):
+    pair(tmp_path, f"{__name__}:halves_of_two")
 
 
 @pytest.mark.full
