@@ -14,6 +14,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from conf.stops import ended_by
+
 POLL = 1.0  # seconds between looks at the processes
 
 
@@ -74,9 +76,7 @@ class Readers(_MultiProcessingDataLoaderIter):
                 process.join(POLL)  # its files are closed a moment before it is gone
             if process.exitcode is not None:
                 mine = [index for index, task in self._task_info.items() if task[0] == number and len(task) == 1]
-                code = process.exitcode
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-                return Gone(min(mine, default=self._rcvd_idx), how, late=False)
+                return Gone(min(mine, default=self._rcvd_idx), ended_by(process.exitcode), late=False)
         return None
 
 

@@ -7,7 +7,6 @@ Source: PyTorch Distributed, Li et al., VLDB 2020 (arXiv 2006.15704); PowerSGD, 
 (arXiv 1905.13727).
 """
 
-import os
 import socket
 import sys
 import time
@@ -19,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from conf.stops import leave
 from models.engines.launcher import Launcher
 from models.engines.meeting import meet, watch_store
 from models.engines.watch import TICK, Failure, Watch
@@ -76,10 +76,13 @@ class Distributed(DDPStrategy):
         failure = Failure(rank, host, how, step, max(status, 1))
         if self.watch is not None:
             return self.watch.fail(failure)
-        print(f"{failure.told(self.world_size)}, before all had met", file=sys.__stderr__, flush=True)
-        for process in self.launcher.procs:
-            process.kill()
-        os._exit(failure.status)
+        self.launcher.end(patience=0)
+        leave(f"{failure.told(self.world_size)}, before all had met", failure.status, sys.__stderr__)
+
+    def end_alone(self) -> None:
+        """This process ends before it has met the others; those that it has started would wait for it."""
+        if self.watch is None and isinstance(self.launcher, Launcher):
+            self.launcher.end(patience=0)
 
     def _register_ddp_hooks(self) -> None:
         """Lightning registers its hooks on CUDA alone."""

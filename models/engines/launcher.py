@@ -13,8 +13,7 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from conf.stops import INTERRUPTED, PREEMPTED
-from models.engines.watch import ended_by
+from conf.stops import INTERRUPTED, PREEMPTED, ended_by
 
 MEANT = (0, PREEMPTED, INTERRUPTED)  # the job as a whole has ended so: done, or stopped on request
 PATIENCE = 15.0  # seconds in which processes end by themselves once one has failed
@@ -40,9 +39,9 @@ class Launcher(_SubprocessScriptLauncher):
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
-    def end(self) -> None:
+    def end(self, patience: float = PATIENCE) -> None:
         """After a failure: waits for the processes, and ends those that do not end by themselves."""
-        limit = time.monotonic() + PATIENCE
+        limit = time.monotonic() + patience
         for process in self.procs:
             try:
                 process.wait(max(limit - time.monotonic(), 0.1))

@@ -53,6 +53,7 @@ def together(trainer: pl.Trainer, folder: Path | None) -> Iterator[None]:
         failed = True
         _end(strategy.watch, error, strategy._timeout.total_seconds())
     finally:
+        strategy.end_alone()
         if strategy.watch is not None:
             if failed and strategy.watch.rank == 0:
                 strategy.wait_for_the_others()

@@ -8,7 +8,6 @@ after that: a collective of NCCL may wait for ever.
 
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import Store
+
+from conf.stops import leave
 
 TICK = 1.0  # seconds between looks
 SIGNS = 5  # looks between signs
@@ -58,7 +59,7 @@ class Watch(threading.Thread):
         self._store, self.rank, self.world, self.step = store, rank, world, step
         self.failure: Failure | None = None
         self.folder = folder
-        self._zero = _UNKNOWN
+        self._places: dict[int, tuple[str, int]] = {}  # by rank: host and step, as it said last
         self._ended = threading.Event()
         self._signs: dict[int, tuple[dict[str, Any], float]] = {}  # by rank: the last, and when it was new
         self._gone: set[int] = set()
@@ -76,24 +77,28 @@ class Watch(threading.Thread):
     def run(self) -> None:
         number = 0
         while not self._ended.wait(TICK):
-            try:
-                if number % SIGNS == 0:
-                    self._store.set(f"{_SIGN}{self.rank}", json.dumps(self._sign(number)))
-                if number % SIGNS == 0 or self._zero == _UNKNOWN:
-                    self._zero = self.place(0)
-                self.failure = self._failed() or (self._look() if self.rank == 0 else None)
-            except RuntimeError:  # what a store raises whose process has ended
-                host, step = self._zero
-                self.failure = Failure(0, host, "does not answer any more", step)
             number += 1
+            if number % SIGNS == 0:
+                self._try(lambda number=number: self._say(number))
+                self.place(0)
+            self.failure = self.failure or self._asked(look=self.rank == 0)
             if self.failure is not None:
                 return self._end()
+
+    def start(self) -> None:
+        """All processes have met: each says where it is, and knows where process 0 is before anything can happen."""
+        self._try(lambda: self._say(0))
+        self._try(lambda: self._store.get(f"{_SIGN}0"))  # which waits for it
+        self.place(0)
+        super().start()
 
     def found(self, seconds: float) -> Failure | None:
         """What is known of a failure, after so many seconds at most."""
         end = time.monotonic() + seconds
-        while self.failure is None and time.monotonic() < end:
-            self._try(lambda: setattr(self, "failure", self._failed()))
+        while self.failure is None:
+            self.failure = self._asked()
+            if self.failure is None and time.monotonic() > end:
+                break
             time.sleep(0.1)
         return self.failure
 
@@ -113,12 +118,25 @@ class Watch(threading.Thread):
             return [0]
 
     def place(self, rank: int) -> tuple[str, int]:
-        """Host and step of a process, as it said last."""
+        """Host and step of a process, as it said last, also once the store is gone."""
         try:
             sign = json.loads(self._store.get(f"{_SIGN}{rank}")) if self._store.check([f"{_SIGN}{rank}"]) else {}
         except RuntimeError:
             sign = {}
-        return (sign["host"], sign["step"]) if "host" in sign else _UNKNOWN
+        if "host" in sign:
+            self._places[rank] = sign["host"], sign["step"]
+        return self._places.get(rank, _UNKNOWN)
+
+    def _say(self, number: int) -> None:
+        self._store.set(f"{_SIGN}{self.rank}", json.dumps(self._sign(number)))
+
+    def _asked(self, look: bool = False) -> Failure | None:
+        """What the store says of a failure; where it does not answer, the process that keeps it has failed."""
+        try:
+            return self._failed() or (self._look() if look else None)
+        except RuntimeError:
+            host, step = self._places.get(0, _UNKNOWN)
+            return Failure(0, host, "does not answer any more", step)
 
     def _sign(self, number: int) -> dict[str, Any]:
         return {"number": number, "host": socket.gethostname(), "pid": os.getpid(), "in": _space(), "step": self.step()}
@@ -155,9 +173,9 @@ class Watch(threading.Thread):
         frame = sys._current_frames().get(self._main)
         stood = "".join(traceback.format_stack(frame)) if frame is not None else ""
         write_error(self.folder, self, self.failure.told(self.world), stood)
-        if self.speaks:
-            print(self.failure.told(self.world), file=sys.__stderr__, flush=True)
-        os._exit(self.failure.status)
+        if not self.speaks:
+            os._exit(self.failure.status)
+        leave(self.failure.told(self.world), self.failure.status, sys.__stderr__)
 
     @property
     def speaks(self) -> bool:
@@ -215,13 +233,3 @@ def _space() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
-
-
-def ended_by(status: int) -> str:
-    """How a child process has ended, in words: "was killed by SIGKILL", "ended with status 3"."""
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"

@@ -90,6 +90,16 @@ def test_an_error_of_process_0_ends_the_others(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.case(12)
+def test_an_error_of_process_0_before_the_meeting_leaves_nobody_waiting(tmp_path):
+    """The other one would wait for `trainer.timeout`."""
+    fault = "import models.engines.distributed as module\ndef meet(*_): raise KeyError('of zero')\nmodule.meet = meet"
+    program = start(tmp_path, *TWO, "run.name=a", before=fault)
+    assert program.wait(60) == 1 and "KeyError: 'of zero'" in program.text
+    assert not members_of(program.pid)
+
+
+@pytest.mark.full
 @pytest.mark.case(10)
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_process_ends_the_job_and_is_named(tmp_path, dead):
