@@ -11,11 +11,11 @@ class Boundary:
     """What changes between two optimizer steps: counters of Lightning and of the data, buffers of the model.
 
     Args:
-        module: whose running statistics a forward pass changes.
+        module: whose running statistics a forward pass changes; `models.callbacks.guard` may have copies of them.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._buffers = Kept(module)
+        self._buffers: Kept = getattr(module, "kept", None) or Kept(module)
         self._epoch, self._loops, self._data = 0, {}, {}
 
     def note(self, trainer: pl.Trainer) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from conf.errors import StorageFailed, UserError
+from conf.errors import NumericsFailed, StorageFailed, UserError
 from models.callbacks.boundary import Boundary
 from models.callbacks.directory_io import CONFIG_KEY, METRICS_KEY
 from models.callbacks.loops import (
@@ -293,7 +293,7 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         wanted = isinstance(exception, Exception | KeyboardInterrupt) and not isinstance(exception, StorageFailed)
         if wanted and self._between_steps(trainer):
-            self._save_on_the_way_out(trainer)
+            self._save_on_the_way_out(trainer, exception)
         self.saver.leave()
 
     def _between_steps(self, trainer: pl.Trainer) -> bool:
@@ -301,7 +301,7 @@ class Checkpoints(Callback):
         finished = self._boundary is not None and not self._stepping and trainer.global_step == self._seen_step
         return finished and trainer.world_size == 1
 
-    def _save_on_the_way_out(self, trainer: pl.Trainer) -> None:
+    def _save_on_the_way_out(self, trainer: pl.Trainer, reason: BaseException) -> None:
         """What was trained since the last checkpoint; the step that is broken off has left no trace in it."""
         try:
             self.saver.settle(trainer)
@@ -312,7 +312,8 @@ class Checkpoints(Callback):
             if self.save(trainer):
                 log.warning("Checkpoints: step %d was saved on the way out, in %s", self.saved_step, self.last)
         except Exception as error:  # of the storage, of a device that no longer answers, of what must not be saved
-            log.warning("Checkpoints: step %d could not be saved on the way out: %s", trainer.global_step, error)
+            if not (isinstance(reason, NumericsFailed) and isinstance(error, NumericsFailed)):  # is said by the reason
+                log.warning("Checkpoints: step %d could not be saved on the way out: %s", trainer.global_step, error)
 
     def save(self, trainer: pl.Trainer) -> bool:
         """Has this step on the disk, on all ranks together; False where the storage failed and training can go on.

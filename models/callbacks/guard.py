@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from conf import values
-from conf.errors import UserError
+from conf.errors import NumericsFailed, UserError
 from models.callbacks import bad_steps
 from models.callbacks.checkpoint import saver_of
 from models.callbacks.culprit import LastPass
@@ -29,7 +29,7 @@ _NEVER = 2**62
 BROKEN = "the weights hold NaN or infinity"
 
 
-class NonFinite(RuntimeError):
+class NonFinite(NumericsFailed):
     """Training cannot go on: the loss or the weights hold NaN or infinity."""
 
 
@@ -78,7 +78,7 @@ class NonFiniteGuard(Callback):
         self._seen_step, self._begun, self._reason = trainer.global_step, -1, ""
         pl_module.step_left_out = False
         if self.skip:
-            self._kept = Kept(pl_module)
+            self._kept = pl_module.kept = Kept(pl_module)
             self._last = None if getattr(pl_module, "compiled", False) else LastPass(pl_module.model)
 
     def on_train_batch_start(
@@ -162,14 +162,15 @@ class NonFiniteGuard(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_steps(trainer)
-        self._remove()
-        if self.in_a_row > 1:
-            raise NonFinite(f"NonFiniteGuard: the training loss is NaN or infinite, {self._stopped(trainer)}")
+        self._remove(pl_module)
+        if self._reason or (self.skip and self.in_a_row > self.skip):  # no other step begins, also in a further start
+            self._reason = self._reason or "the training loss or a gradient is NaN or infinite"
+            self._stop(trainer)
         if self.left_out and trainer.is_global_zero:
             print(f"{self.left_out} steps were left out, see {bad_steps.FOLDER}/ in the folder of the run", flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove()
+        self._remove(pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Runs on every rank before a checkpoint is written, and stops that by raising."""
@@ -202,7 +203,8 @@ class NonFiniteGuard(Callback):
         where = _situation(trainer, trainer.current_epoch, trainer.global_step)
         return f"{where}; the last {self.in_a_row} steps were left out, see {bad_steps.FOLDER}/, or try debug=anomaly"
 
-    def _remove(self) -> None:
+    def _remove(self, task: pl.LightningModule) -> None:
+        task.kept = None
         if self._last is not None:
             self._last.remove()
         self._last = None

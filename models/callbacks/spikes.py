@@ -51,11 +51,12 @@ class Spikes(Callback):
         self._images: list[Tensor] = []
         self._seen_step = self._last_said = -1
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"losses": list(self._losses)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "last_said": self._last_said}
 
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._losses.extend(state_dict["losses"])
+        self._last_said = state_dict.get("last_said", -1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
@@ -81,9 +82,13 @@ class Spikes(Callback):
         if alone or trainer.global_step % trainer.log_every_n_steps == 0:
             self._look(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._look(trainer)  # all that a checkpoint then is to know
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """On all processes: a run that goes on from there knows every loss before it."""
+        self._look(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
 
     def _look(self, trainer: pl.Trainer) -> None:
         """All processes come here with the same steps."""

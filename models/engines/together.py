@@ -14,16 +14,13 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
 
-from conf.errors import NumericsFailed, RunFailed, UserError
+from conf.errors import RunFailed, UserError
 from conf.names import short
-from models.callbacks.guard import NonFinite
 from models.engines.distributed import Distributed
 from models.engines.watch import TICK, Failure, Watch, write_error
 
 # what operations that wait for other processes raise when these do not come
 _WAITING = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|connect\(\)", re.IGNORECASE)
-
-STATUSES = {NonFinite: NumericsFailed.status}  # of errors that become others at the end of a run
 
 
 @contextmanager
@@ -69,7 +66,7 @@ def _end(watch: Watch, error: Exception, timeout: float) -> None:
     watch.leave()
     trace = "".join(traceback.format_exception(error))
     if failure is None or failure.rank == watch.rank:
-        status = error.status if isinstance(error, UserError) else STATUSES.get(type(error), 1)
+        status = error.status if isinstance(error, UserError) else 1
         lines = str(error).splitlines() or [""]
         reason = f"failed with {type(error).__name__}: {lines[0]}"
         watch.fail(Failure(watch.rank, socket.gethostname(), reason, watch.step(), status))

@@ -9,8 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from conf.errors import NumericsFailed, UserError
-from models.callbacks.guard import NonFinite
+from conf.errors import UserError
 from models.loggers.weights_and_biases import SafeWandb, log_picture
 from models.runs.curves import draw_curves
 from models.runs.headline import title
@@ -20,12 +19,10 @@ from models.side_outputs import attempt
 
 @contextmanager
 def ending(trainer: pl.Trainer, run_dir: Path, config: dict[str, Any]) -> Iterator[None]:
-    """A loss that is not finite, or no memory, ends the process with a status and what to do next."""
+    """No memory, or a setting that Lightning refuses, ends the process with a status and what to do next."""
     try:
         with explained(config, trainer):
             yield
-    except NonFinite as error:
-        raise NumericsFailed(str(error)) from None
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     finally:

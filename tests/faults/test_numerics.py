@@ -68,13 +68,26 @@ def test_too_many_bad_steps_end_with_a_status_of_their_own(tmp_path):
     assert not (tmp_path / "outputs/a/metrics.json").exists()
 
 
+@pytest.mark.full
+def test_bad_last_steps_end_a_run_badly_where_they_are_too_many(tmp_path):
+    """Also in a start that has nothing left to train; with more of them allowed it ends well, and says how many."""
+    hook = BAD_LOSS.format(factor="float('inf')", calls="range(21, 100)")
+    for before in (hook, ""):
+        status, text = run(tmp_path, "run.name=a", *TINY, "callbacks.non_finite.skip=3", before=before)
+        assert status == 76 and "got it at step 24" in text and "the last 4 steps were left out" in text, text
+        assert not (tmp_path / "outputs/a/metrics.json").exists()
+    status, text = run(tmp_path, "run.name=a", *TINY, "callbacks.non_finite.skip=4")
+    assert status == 0 and "4 steps were left out, see non_finite/" in text, text
+    assert json.loads((tmp_path / "outputs/a/metrics.json").read_text())["steps"] == 24
+
+
 def test_an_average_that_is_bad_is_never_saved(tmp_path):
     hook = "from models.callbacks.ema import EMA\nupdate, n = EMA.update, [0]\ndef bad(self, model):\n"
     hook += "    update(self, model); n[0] += 1\n"
     hook += "    if n[0] == 5: next(iter(self.model.parameters())).data.fill_(float('nan'))\nEMA.update = bad"
     status, text = run(tmp_path, "run.name=a", *TINY, "checkpoint.every_n_steps=2", before=hook)
     assert status == 76 and "Traceback" not in text, text
-    assert "the averaged weights hold NaN or infinity, got it at step 6" in text and "first in " in text
+    assert text.count("the averaged weights hold NaN or infinity, got it at step 6") == 1 and "first in " in text
     assert verify(tmp_path / "outputs/a/checkpoints/last")["step"] == 4
 
 

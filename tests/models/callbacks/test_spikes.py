@@ -78,6 +78,23 @@ def test_several_processes_look_when_they_log(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("step 35, epoch 0")
 
 
+def test_a_checkpoint_between_two_looks_knows_every_loss(tmp_path, capsys):
+    spikes, steps = Spikes(window=32), Steps(tmp_path, every=10, world=1)
+    steps.task.device = torch.device("meta")  # stands for a GPU
+    spikes.on_train_start(steps.trainer, steps.task)
+    steps.take(spikes, [*noise(34), 9.0])
+    checkpoint = {"callbacks": {spikes.state_key: spikes.state_dict()}}
+    spikes.on_save_checkpoint(steps.trainer, steps.task, checkpoint)
+    assert "step 35" in capsys.readouterr().out and checkpoint["callbacks"][spikes.state_key]["losses"][-1] == 9
+    again = Spikes(window=32)
+    again.load_state_dict(checkpoint["callbacks"][spikes.state_key])
+    again.on_train_start(steps.trainer, steps.task)
+    steps.take(again, [9.5] * 5)
+    assert "the training loss" not in capsys.readouterr().out  # of several in a row the first is said
+    rows = (tmp_path / FILE).read_text().splitlines()[1:]
+    assert [int(row.partition(",")[0]) for row in rows] == list(range(35, 41))
+
+
 def test_a_resumed_run_knows_the_losses_before_and_says_again_what_it_makes_again(tmp_path, capsys):
     spikes, steps = Spikes(window=32), Steps(tmp_path)
     spikes.on_train_start(steps.trainer, steps.task)
