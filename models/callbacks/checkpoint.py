@@ -315,18 +315,22 @@ class Checkpoints(Callback):
             if not (isinstance(reason, NumericsFailed) and isinstance(error, NumericsFailed)):  # is said by the reason
                 log.warning("Checkpoints: step %d could not be saved on the way out: %s", trainer.global_step, error)
 
-    def save(self, trainer: pl.Trainer) -> bool:
+    def save(self, trainer: pl.Trainer, final: bool = False) -> bool:
         """Has this step on the disk, on all ranks together; False where the storage failed and training can go on.
 
+        Args:
+            trainer: of the run.
+            final: it does not go on.
+
         Raises:
-            StorageFailed: this was the third failure in a row.
+            StorageFailed: it is not there, and there is no other save, or this was the third failure in a row.
         """
         if trainer.fast_dev_run:
             return True
         self.saver.settle(trainer)
         if self.saved_step != trainer.global_step:
             self._begin(trainer)
-            self.saver.settle(trainer)
+            self.saver.settle(trainer, final)
         return self.saved_step == trainer.global_step
 
     def _begin(self, trainer: pl.Trainer) -> bool:

@@ -1,7 +1,6 @@
 """Stopping on a signal, after a checkpoint of the last full step."""
 
 import contextlib
-import logging
 import math
 import signal
 import sys
@@ -13,13 +12,11 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
-from conf.errors import UserError
+from conf.errors import StorageFailed, UserError
 from conf.stops import INTERRUPTED, PREEMPTED
 from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.loops import call_last, leave_signals_alone, log_step
 from models.callbacks.signals import GRACE, SIGNALS, Requests, Stopped, requests
-
-log = logging.getLogger(__name__)
 
 
 class Preemption(Callback):
@@ -28,7 +25,7 @@ class Preemption(Callback):
     A handler only notes the signal (`models.callbacks.signals`); the ranks agree at the end of an optimizer step, save,
     and raise `Stopped`. During a validation they stop after the batch that they are at, since the step is already
     saved. A second Ctrl-C quits at once; a second other signal, two seconds or more after the first, ends a step that
-    hangs.
+    hangs. Where the step cannot be saved the status is that of the storage, 74: 75 says that nothing is lost.
 
     Args:
         grace: seconds without a finished batch after which one signal ends a process that hangs.
@@ -149,21 +146,32 @@ class Preemption(Callback):
         number = self._agreed(self._requests.number, dist.ReduceOp.MAX)
         if not number:
             return
-        checkpoints = self._checkpoints
         self._requests.saving = True
         if save and trainer.training:
             log_step(trainer)
-        checkpoints.saver.settle(trainer)
-        if save and not checkpoints.save(trainer):
-            log.warning("Preemption: stopping without a checkpoint of step %d", trainer.global_step)
+        lost = self._lost(trainer, save)
         self._requests.saving, self._requests.stopped = False, True
         message = f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"
-        if checkpoints.saved_step >= 0:
-            message += f"; to go on: resume={checkpoints.directory / 'last'}"
+        if lost:
+            message += f", which is lost: {lost}"
+        elif self._checkpoints.saved_step >= 0:
+            message += f"; to go on: resume={self._checkpoints.directory / 'last'}"
         if trainer.is_global_zero:
             with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
                 print(message, file=sys.stderr, flush=True)
         others = getattr(trainer.strategy.launcher, "procs", None)
         if others:
             others.clear()  # they stop too: Lightning's observer would kill this process for it
-        raise Stopped(INTERRUPTED if number == signal.SIGINT else PREEMPTED, message)
+        asked = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        raise Stopped(StorageFailed.status if lost else asked, message)
+
+    def _lost(self, trainer: pl.Trainer, save: bool) -> str:
+        """Saves the step; why it is not on the disk, "" where it is."""
+        with contextlib.suppress(StorageFailed):  # of a save that was begun before: there may be room now
+            self._checkpoints.saver.settle(trainer)
+        try:
+            if save:
+                self._checkpoints.save(trainer, final=True)
+        except StorageFailed as error:
+            return str(error)
+        return ""

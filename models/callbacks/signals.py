@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from conf.errors import UserError
-from conf.stops import ASKING, INTERRUPTED, PREEMPTED
+from conf.stops import ASKING, INTERRUPTED, PREEMPTED, leave
 
 SIGNALS = (*ASKING, signal.SIGINT)
 ONCE = 2.0  # seconds in which further signals are the same request: a group gets one from each process above it
@@ -45,13 +45,14 @@ class Requests:
         looked_at: a loop asks for `number` where it can stop, so the handler raises nothing.
         saving: a checkpoint is being written, which a second request waits for.
         stopped: the run is ending because of them, its step saved.
+        unsaved: a run trains, and nothing saves it at a request (`callbacks.preemption=null`).
         alive: when the last batch was finished, on the monotonic clock.
         grace: seconds without a finished batch after which a request is insisted on.
         others: processes that end with this one.
     """
 
     def __init__(self) -> None:
-        self.looked_at = self.saving = self.stopped = False
+        self.looked_at = self.saving = self.stopped = self.unsaved = False
         self.alive, self.grace = 0.0, GRACE
         self.others: Iterable[Any] = ()
         self._received: dict[int, float] = {}  # when they came first
@@ -110,9 +111,10 @@ class Requests:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and not self.looked_at and not self._raised:
+        if (alone or self.unsaved) and not self.looked_at and not self._raised:
             self._raised = self.stopped = True
-            raise Stopped(self.status, f"stopped by {signal.Signals(number).name}", said=False)
+            lost = "; what came behind the last checkpoint is lost (callbacks.preemption=null)" if self.unsaved else ""
+            raise Stopped(self.status, f"stopped by {signal.Signals(number).name}{lost}", said=False)
 
     def _watch(self) -> None:
         """The thread: reads every signal as it comes, and looks at the clock from the first one on."""
@@ -149,12 +151,11 @@ class Requests:
         where = "" if frame is None else f" in {frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
         lost = "what comes behind it is left out" if self.stopped else "the step is lost, the last checkpoint stays"
         text = f"stopped by {signal.Signals(number).name} while the process hung{where}; {lost}"
-        with contextlib.suppress(Exception):
-            print(f"{text}: start the same command again", file=sys.stderr, flush=True)
         for process in self.others:
             with contextlib.suppress(OSError):
                 process.kill()
-        os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+        status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        leave(f"{text}: start the same command again", status, sys.stderr)
 
 
 _LISTENING: list[Requests] = []

@@ -18,6 +18,7 @@ from models.attention.backend import describe_backend
 from models.callbacks.checkpoint import Checkpoints, saver_of
 from models.callbacks.directory_io import DirectoryCheckpointIO, restoring
 from models.callbacks.freezing import freezing
+from models.callbacks.preemption import Preemption
 from models.callbacks.progress import RunProgress, duration
 from models.callbacks.signals import listening
 from models.callbacks.throughput import Throughput, peak_memory
@@ -76,7 +77,7 @@ def train(cfg: DictConfig) -> float | None:
     config = resolved(cfg)
     check_settings(config)
     check_accelerator(config["trainer"])
-    with recorded() as log, listening(), lock_folder(run_dir), apart(run_dir):
+    with recorded() as log, listening() as asked, lock_folder(run_dir), apart(run_dir):
         with explained(config):
             run = _prepared(cfg, config, run_dir, log, left_open)
         run.notes.extend(precision if run.checkpoint is None else [])
@@ -86,8 +87,10 @@ def train(cfg: DictConfig) -> float | None:
         told = reported_step(run_dir) == run.step
         if (saver := saver_of(trainer)) is not None:
             saver.unfinished = not told
+        asked.unsaved = not any(isinstance(callback, Preemption) for callback in trainer.callbacks)
         with ending(trainer, run_dir, config), restoring(run.checkpoint), together(trainer, run_dir):
             trainer.fit(run.task, run.data, ckpt_path=run.checkpoint)
+        asked.unsaved = False
         if not trainer.is_global_zero:
             return None
         limit = limit_of(trainer)

@@ -178,6 +178,17 @@ def test_a_signal_behind_training_leaves_the_rest_to_the_next_start(tmp_path, wh
 
 
 @pytest.mark.full
+@pytest.mark.case(3)
+def test_where_nothing_saves_a_stop_says_what_is_lost(tmp_path):
+    before = STEP.format(at=(0, 5), action="send(15)")
+    status, text = run(tmp_path, *WORKERS, "callbacks.preemption=null", "checkpoint.every_n_steps=4", before=before)
+    assert status == 75 and "Traceback" not in text, text
+    lost = "what came behind the last checkpoint is lost (callbacks.preemption=null)"
+    assert f"stopped by SIGTERM; {lost}; to go on, give the same command again" in text, text
+    assert saved(tmp_path) == 4
+
+
+@pytest.mark.full
 @pytest.mark.case(8)
 def test_a_signal_among_accumulated_batches_waits_for_the_step(tmp_path):
     status, _ = run(

@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from conf.errors import StorageFailed
 from models.callbacks.checkpoint import Checkpoints
 from models.callbacks.directory_io import DirectoryCheckpointIO
+from models.callbacks.preemption import Stopped
 from models.callbacks.retention import Retention
 from models.callbacks.saving import free_bytes
 from models.checkpoints import load_weights, read_config, read_manifest
@@ -275,6 +276,19 @@ def test_a_run_never_ends_well_without_its_last_step(tmp_path, monkeypatch):
     assert end.value.status == 74 and target(tmp_path, "last") == "step-00000016"  # from before the validation
     task, _ = fit(tmp_path, resume="auto")
     assert task.seen == [] and task.validations == [16]
+
+
+@pytest.mark.case(17)
+@pytest.mark.parametrize(("failing", "step"), [((1,), 1), ((1, 2, 3, 4), 3)])
+def test_a_stop_whose_step_cannot_be_saved_says_that_it_is_lost(tmp_path, monkeypatch, failing, step):
+    """75 would say that nothing is; whether it is the first failure or the third, which is tried once more."""
+    FullDisk(monkeypatch, *failing)
+    with pytest.raises(
+        Stopped, match=rf"stopped by SIGTERM at step {step}, which is lost: .*step {step} could not be"
+    ) as end:
+        fit(tmp_path, signals={f"0.{step - 1}": "SIGTERM"}, every=1 if step > 1 else 0)
+    assert end.value.status == 74 and "the run ends without it: free space" in str(end.value)
+    assert steps(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from conf.errors import UserError
 from models.callbacks.preemption import Preemption
 from models.callbacks.signals import ECHO, GRACE, ONCE, PATIENCE, Requests, Stopped, listening, requests
 
+ROOT = Path(__file__).parents[3]
 TERM, USR1, INT, XCPU = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGXCPU
 
 
@@ -63,6 +67,19 @@ def test_where_nobody_looks_a_signal_ends_the_run_at_once(capsys, number, status
         assert [signal.getsignal(known) for known in Preemption.SIGNALS] == handlers and requests() is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_ends_itself_waits_for_no_terminal():
+    """Its standard error is a pipe that is full and that nobody reads."""
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writes, b" " * 65536)
+    os.set_blocking(writes, True)
+    code = "import sys; from conf.stops import leave; leave('stopped', 75, sys.stderr)"
+    assert subprocess.run([sys.executable, "-c", code], stderr=writes, cwd=ROOT, timeout=30).returncode == 75
+    os.close(reads), os.close(writes)
 
 
 def test_where_somebody_looks_it_is_noted():
