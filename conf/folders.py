@@ -5,7 +5,7 @@ The number of classes is needed while a configuration is composed, before torch 
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ TREE = "<root>/train/<class>/<image> and <root>/val/<class>/<image>, or <root>/<
 TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test", "testing")  # the first that is there
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "System Volume Information")  # folders that no person made
+SETTINGS = ("root", "classes", "split", "source.train", "source.file", "source.label", "source.separator")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # directions of text too
 SHOWN = 8  # entries named when a folder is not what it should be
 
@@ -77,10 +78,14 @@ def count_class_folders(
         columns: of images by a list: the list, its columns of files and labels, what separates several labels.
 
     Raises:
-        ValueError: as `layout` and `conf.lists` do.
+        ValueError: a list in the place of one of them, and as `layout` and `conf.lists` do.
     """
     from conf.lists import count_listed
 
+    for name, value in zip(SETTINGS, (root, classes, split, *columns), strict=False):
+        if isinstance(value, Collection) and not isinstance(value, str):
+            what = "a file of class names, one a line, or imagenet" if name == "classes" else "one text"
+            raise UserError(f"data.{name}: must be {what}, got {value}; set data.{name}")
     if classes is not None or split is not None or (columns and (columns[0] is not None or not root)):
         return count_listed(classes, split, *columns)
     places = layout(root)

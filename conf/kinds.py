@@ -32,6 +32,7 @@ UNSAID = {
     "freeze_epochs": "int | float | None",
     "trainer.max_time": "str | Mapping | None",
     "checkpoint.every_minutes": "float | None",
+    "checkpoint.monitor": "str | None",
     "optimizer.betas": "Sequence[float] | None",  # null: the optimizer's own
     "optimizer.eps": "float | None",
     "logger.entity": "str | None",
@@ -52,8 +53,9 @@ RANGES = {
     "trainer.devices": (-1, 1e6),
     "trainer.num_sanity_val_steps": (-1, 1e12),
 }
-# what may be below zero besides parts of a model, where only counts may not
+# what may be below zero besides parts of a model, where only counts may not, and besides what files give below zero
 SIGNED = ("data.mean", "data.std")
+OF_SOURCES = ("seed", "train_images", "val_images", "val_fraction", "digits", "cells")  # others are of one's own source
 TIMMS = {"schedule": "timm.scheduler.scheduler_factory.create_scheduler_v2"}  # what takes a group's settings too
 OF_A_MODEL = ("model", "attention", "gate", "pool", "head", "reducer", "reparam", "initializer", "adapter")
 
@@ -136,6 +138,8 @@ def _together(key: str, code: Kind, files: Kind | None) -> Kind:
     """What the code takes, and what files give; of what is null in all files nothing is known."""
     if key in UNSAID:
         return kind_of(ast.parse(UNSAID[key], mode="eval").body)
+    if key in _choosable():
+        return ANY  # what an option is; one of one's own may be a list
     known = not code.anything and bool(code.words or code.choices)
     if files is None or files.anything or files.words == {"none"}:
         return code if known else ANY
@@ -146,6 +150,9 @@ def _together(key: str, code: Kind, files: Kind | None) -> Kind:
     return files | each if key.partition(".")[0] in OF_A_MODEL else files
 
 
+_choosable = cache(lambda: frozenset(choosable()))
+
+
 def _written(path: str) -> dict[str, Kind]:
     """The kinds of values that the files of conf/ give the keys below a place, together."""
     return _files().get(path, {})
@@ -154,15 +161,46 @@ def _written(path: str) -> dict[str, Kind]:
 @cache
 def _files() -> dict[str, dict[str, Kind]]:
     """By place, and by key there."""
-    loader, found = getattr(yaml, "CSafeLoader", yaml.SafeLoader), {}
+    found: dict[str, dict[str, Kind]] = {}
+    for path, node in _documents():
+        _collect(node, path, found)
+    return found
+
+
+@cache
+def _below_zero() -> frozenset[str]:
+    """The keys that a file of conf/ gives a number below zero."""
+    found: set[str] = set()
+
+    def look(node: dict[str, Any], path: str) -> None:
+        for name, value in node.items():
+            key = f"{path}.{name}" if path else str(name)
+            if isinstance(value, dict):
+                look(value, key)
+            elif any(number < 0 for number in _numbers(value)):
+                found.add(key)
+
+    for path, node in _documents():
+        look(node, path)
+    return frozenset(found)
+
+
+@cache
+def _documents() -> list[tuple[str, dict[str, Any]]]:
+    """The files of conf/, each with the place that it is read to."""
+    loader, found = getattr(yaml, "CSafeLoader", yaml.SafeLoader), []
     for file in CONF.rglob("*.yaml"):
         folder = file.parent.relative_to(CONF).parts
         if folder[:1] in (("model",), ("local",), ("probe",), ("hydra",)):
             continue
-        text = file.read_text(encoding="utf-8")
-        node = yaml.load(text, loader) or {}
-        node.pop("defaults", None)
-        _collect(node, "" if text.startswith("# @package _global_") else ".".join(folder), found)
+        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            node = yaml.load(text, loader)
+        except yaml.YAMLError:  # Hydra says it where the file is chosen
+            continue
+        if isinstance(node, dict):
+            node.pop("defaults", None)
+            found.append(("" if re.match(r"(#.*\n|\s)*# @package _global_", text) else ".".join(folder), node))
     return found
 
 
@@ -180,8 +218,10 @@ def _kind(value: Any) -> Kind:
         return ANY
     if isinstance(value, dict) and "_target_" in value:
         return Kind(frozenset({"dict", "none"}))  # a part can be left out
-    words = {type(None): "none", bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
-    return Kind(frozenset({words[type(value)]}))
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+        return Kind(frozenset({"float", "str"}))  # 1e-3, which is text to YAML and a number to Hydra
+    words = {type(None): "none", bool: "bool", int: "int", float: "float", list: "list", dict: "dict"}
+    return Kind(frozenset({words.get(type(value), "str")}))  # a date is text to Hydra
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
@@ -202,8 +242,10 @@ def _check_number(key: str, number: int | float, value: Any) -> None:
 
 
 def _signed(key: str) -> bool:
-    """What may be below zero: nobody knows it of a callback that is not in conf/."""
-    return key in SIGNED or (key.startswith("callbacks.") and key.rpartition(".")[0] not in _files())
+    """What may be below zero: nobody knows it of a callback that is not in conf/, and of a source of one's own."""
+    place, _, name = key.rpartition(".")
+    unknown = place not in _files() if key.startswith("callbacks.") else name not in OF_SOURCES
+    return key in SIGNED or key in _below_zero() or (unknown and key.startswith(("callbacks.", "data.source.")))
 
 
 def _refuse(key: str, what: str, value: Any) -> None:

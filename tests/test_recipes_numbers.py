@@ -15,7 +15,7 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 from torchvision.transforms import InterpolationMode, v2
 
-from conf import recipes
+from conf import kinds, recipes
 from conf.source import GIVEN
 from data.augment import Augment
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
@@ -197,7 +197,9 @@ def everything(name: str) -> dict:
     cfg.run = {key: choices[key] for key in ("model", "attention", "data")}
     judged = ("label_smoothing", "token_weight", "auxiliary", "diffusion_steps", "sampling")
     cfg.task = {key: cfg.task[key] for key in judged if key in cfg.task}
-    found = leaves(OmegaConf.to_container(cfg, resolve=True))
+    config = OmegaConf.to_container(cfg, resolve=True)
+    kinds.check_kinds(config)
+    found = leaves(config)
     untouched = {f"{room}{place}" for place in GIVEN if place not in FIXED for room in ("", "model.")}
     return {key: value for key, value in found.items() if key not in untouched or value not in (None, "mixer")}
 

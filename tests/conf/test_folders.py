@@ -39,6 +39,18 @@ def test_no_root(root):
         count_class_folders(root)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"root": ["a", "b"]}, r"data\.root: must be one text, got \['a', 'b'\]; set data\.root"),
+        ({"root": "a", "classes": ["b", "c"]}, r"data\.classes: must be a file of class names, .*, got \['b', 'c'\]"),
+    ],
+)
+def test_a_list_in_the_place_of_a_file(given, said):
+    with pytest.raises(ValueError, match=said):
+        count_class_folders(**given)
+
+
 def test_missing_root_names_what_lies_next_to_it(tmp_path):
     (tmp_path / "imagenet").mkdir()
     with pytest.raises(ValueError, match=r"no folder .*/imagnet, got data.root=.* holds imagenet/\)") as error:

@@ -1,6 +1,7 @@
 """A value of another kind than its place takes is refused for every key, before anything is imported for it."""
 
 import copy
+import datetime
 import functools
 import itertools
 import re
@@ -159,6 +160,7 @@ def test_what_something_reads_is_added():
         ["schedule.sched=step", "+schedule.decay_epochs=30", "+schedule.decay_rate=0.1"],
         ["+trainer.num_sanity_val_steps=-1"],
         ["+callbacks.mine={_target_:pytorch_lightning.callbacks.ModelCheckpoint,save_top_k:-1}"],
+        ["checkpoint.monitor=null"],
         ["logger.job_type=null", "trainer.max_time=00:12:00:00", "trainer.devices=[0,1]"],
     ],
 )
@@ -174,33 +176,90 @@ def test_no_default_and_no_plan_is_refused():
         kinds.check_kinds({"attention": plan})
 
 
+def literal(node):
+    """What of a file needs nothing else to be computed."""
+    values = {name: literal(value) if isinstance(value, dict) else value for name, value in node.items()}
+    return {
+        name: value
+        for name, value in values.items()
+        if not (isinstance(value, str) and re.search(r"\$\{|\?{3}", value))
+    }
+
+
+def test_no_value_of_a_file_is_refused():
+    """Each file of conf/ and each row of a table by itself, so without composing it."""
+    judged = 0
+    for path, node in kinds._documents():
+        for part in reversed(path.split(".") if path else ()):
+            node = {part: node}
+        kinds.check_kinds(literal(node))
+        judged += 1
+    for row in families.models().values():
+        kinds.check_kinds(literal({"model": row["model"], "image_size": row["image_size"]}))
+        judged += 1
+    assert judged > 250
+
+
+def test_files_of_ones_own_narrow_nothing_and_widen_what_they_give(monkeypatch):
+    """A mechanism that is a list, numbers below zero, and numbers as Hydra reads them."""
+    own = {"offset": -0.5, "source": {"angle": -3, "scale": "1e-3", "since": datetime.date(2026, 1, 1)}}
+    documents = [*kinds._documents(), ("", {"attention": [{"window": 7}]}), ("data", own)]
+    monkeypatch.setattr(kinds, "_documents", lambda: documents)
+    readers = [kinds._files, kinds._below_zero]
+    try:
+        for reader in readers:
+            reader.cache_clear()
+        kinds.check_kinds({"attention": None, "data": own | {"source": {"angle": -90, "scale": 0.001, "shear": -0.5}}})
+        kinds.check_kinds({"attention": [{"window": 7}], "data": {"offset": 2.5}})
+        for key, config in {"data.offse": {"offse": -1}, "data.source.cells": {"source": {"cells": -1}}}.items():
+            with pytest.raises(UserError, match=f"must be at least 0, got -1; set {key}"):
+                kinds.check_kinds({"data": config})
+    finally:
+        for reader in readers:
+            reader.cache_clear()
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("group", ["optimizer", "schedule", "trainer", "logger", "callbacks", "augment", "debug"])
-def test_no_option_of_a_group_is_refused(group):
+@pytest.mark.parametrize("group", ["trainer", "logger", "augment", "debug", "data"])
+def test_no_option_of_a_group_is_refused(group, tmp_path):
+    """As it is composed, with what it needs."""
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
     for option in names.options(group):
-        kinds.check_kinds(settings.resolved(composed(f"{group}={option}")))
+        needed = {"imagefolder": [f"data.root={tmp_path}"], "imagelist": ["data.num_classes=2"]}
+        needed["huggingface"] = ["data.num_classes=2", "data.source.path=x"]
+        needed["webdataset"] = ["data.num_classes=2", "data.source.train=a.tar", "data.source.val=b.tar"]
+        kinds.check_kinds(settings.resolved(composed(f"{group}={option}", *needed.get(option, ()))))
 
 
-def together(*groups):
+def together(**groups):
     """Arguments in which every option of these groups is chosen once, one of each group at a time."""
-    for chosen in itertools.zip_longest(*map(names.options, groups)):
+    for chosen in itertools.zip_longest(*groups.values()):
         yield [f"{group}={option}" for group, option in zip(groups, chosen, strict=True) if option is not None]
 
 
 @pytest.mark.full
 def test_no_model_no_mechanism_and_no_part_is_refused():
-    for arguments in together("model", "attention", *names.PLACES):
+    """Together, as far as they are computed from each other: sizes of a family share one table."""
+    parts = {f"attention/{part}": names.options(f"attention/{part}") for part in names.PARTS}
+    others = {group: names.options(group) for group in ("optimizer", "schedule", "callbacks", *names.PLACES)}
+    models = [*families.small(), *families.files()]
+    written = [name for name in names.options("attention") if name not in map("plan/{}".format, families.plans())]
+    for arguments in together(model=models, attention=written, **others):
         given = [*arguments, *["model.name=resnet18"] * ("model=timm" in arguments)]
         kinds.check_kinds(settings.resolved(composed(*given)))
-    for arguments in together(*(f"attention/{part}" for part in names.PARTS)):
+    for arguments in together(**parts):
         kinds.check_kinds(settings.resolved(composed("model=vit_32px", *arguments)))
 
 
 @pytest.mark.full
-def test_no_recipe_is_refused(tmp_path):
+def test_no_recipe_of_ours_is_refused(tmp_path):
+    """Those of papers are judged with their numbers."""
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
     for name in recipes.names():
+        if name.endswith("_in1k"):
+            continue
         cfg = composed(f"recipe={name}")
         if "root" in cfg.data:
             cfg.data.root = str(tmp_path)
