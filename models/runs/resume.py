@@ -8,14 +8,30 @@ from typing import Any
 from conf.errors import UserError
 from conf.leftovers import BEGUN
 from conf.names import nearest, short
-from models.checkpoints.format.directory import POINTERS, TRAINER, latest, nearby, read_json, resolve, verify
+from models.checkpoints.format.directory import (
+    POINTERS,
+    TRAINER,
+    latest,
+    nearby,
+    read_config,
+    read_json,
+    read_manifest,
+    resolve,
+    verify,
+)
 from models.checkpoints.format.write import recover
 
 log = logging.getLogger(__name__)
 
+# how often whoever started this process has done so before
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
 
 def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
     """The checkpoint directory to resume from, verified.
+
+    A command that says where to begin (None, or a path) goes on with its own run where it is given once more: by a
+    scheduler that starts its job again, or with a path that its run has left behind.
 
     Args:
         resume: None or "" for a new run; "auto" for the newest valid checkpoint of the run folder, if there is one;
@@ -27,8 +43,9 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
         ValueError: the path is no valid checkpoint; the message names those that exist near it. Or there has to be one,
             and there is none; the message names a run with nearly the same name.
     """
+    restarted = any(os.environ.get(name, "0") != "0" for name in RESTARTS)
     if not resume:
-        return None
+        return _own(Path(run_dir), None) if restarted else None
     if resume in ("auto", "must"):
         directory = Path(run_dir) / "checkpoints"
         recover(directory)
@@ -43,10 +60,24 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
     path = Path(resume)
     if path.is_file() and path.name not in POINTERS:
         raise UserError(f"resume: a single file holds weights and nothing of the optimizer, got {path}; {nearby(path)}")
+    own = _own(Path(run_dir), resume)
+    if own is not None and restarted:
+        return own
     newest = path / "checkpoints" / "last"  # of the folder of a run
     path = resolve(newest if newest.exists() else path)
     verify(path)
-    return path
+    if own is None or read_manifest(own)["step"] <= read_manifest(path)["step"]:
+        return path
+    log.info("resume: goes on with what this command has begun, from %s", short(own))
+    return own
+
+
+def _own(run_dir: Path, resume: str | None) -> Path | None:
+    """The newest checkpoint of the run's folder, if a command with the same `resume` has written it."""
+    directory = run_dir / "checkpoints"
+    recover(directory)
+    found = latest(directory, log.warning)
+    return found if found is not None and (read_config(found).get("resume") or None) == resume else None
 
 
 def position_of(checkpoint: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,26 @@ def test_a_run_can_be_made_longer_and_not_shorter(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.case(13)
+@pytest.mark.case(23)
+def test_a_command_that_says_where_to_begin_goes_on_when_it_is_given_again(tmp_path):
+    """Stopped behind the other run's checkpoint; and one that begins anew, which a scheduler starts again."""
+    assert run(tmp_path, "run.name=other", *TINY, "trainer.max_epochs=1")[0] == 0
+    begun = (*TINY, "resume=outputs/other")
+    assert run(tmp_path, "run.name=whole", *begun)[0] == 0
+    status, text = run(tmp_path, "run.name=a", *begun, before=AT_STEP.format(step=12, signal="SIGTERM"))
+    assert status == 75, text
+    status, text = run(tmp_path, "run.name=a", *begun)
+    assert status == 0 and "continues from outputs/a/checkpoints/step-00000013" in text, text
+    assert digests(tmp_path / "outputs/a") == digests(tmp_path / "outputs/whole")
+    anew = ("run.name=b", *TINY, "resume=null", "trainer.max_epochs=1")
+    assert run(tmp_path, *anew, before=AT_STEP.format(step=3, signal="SIGTERM"))[0] == 75
+    assert run(tmp_path, *anew)[0] == 2
+    status, text = run(tmp_path, *anew, env={"SLURM_RESTART_COUNT": "1"})
+    assert status == 0 and digests(tmp_path / "outputs/b") == digests(tmp_path / "outputs/other"), text
+
+
+@pytest.mark.full
 @pytest.mark.case(23)
 def test_the_time_of_a_run_is_that_of_each_start(tmp_path):
     endless = [argument for argument in TINY if "max_epochs" not in argument]

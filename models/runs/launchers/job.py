@@ -25,8 +25,7 @@ def run(program: str, arguments: list[str]) -> None:
         signal.signal(number, _leave)
     steps = _steps(arguments)
     if steps and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # its own: else this start would be refused
-        arguments = [word for word in arguments if word.lstrip("+").partition("=")[0] != "resume"]
-        arguments.append("resume=auto")
+        arguments = going_on(arguments)
     sys.argv = [program, *arguments]
     sys.path.insert(0, str(Path(program).parent))
     try:
@@ -39,6 +38,11 @@ def run(program: str, arguments: list[str]) -> None:
     if status:
         sys.stdout.flush()
         raise SystemExit(status)
+
+
+def going_on(arguments: list[str]) -> list[str]:
+    """With `resume=auto`, whatever they said."""
+    return [*(word for word in arguments if word.lstrip("+").partition("=")[0] != "resume"), "resume=auto"]
 
 
 def _again(job: str, advanced: bool) -> None:

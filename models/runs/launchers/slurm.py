@@ -35,18 +35,25 @@ def send(cfg: DictConfig) -> Failure | None:
     """
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
+    arguments = as_one_run(hydra.overrides.task, run_dir)
+    if not any(argument.lstrip("+").startswith("run.name=") for argument in arguments):
+        arguments.append(f"run.name='{cfg.run.name}'")
     if finished(run_dir, cfg.trainer):
         print(f"{short(run_dir)} has finished; raise trainer.max_epochs to go on, or give another run.name")
         return None
     options = asked_for(OmegaConf.to_container(hydra.launcher, resolve=True), OmegaConf.to_container(cfg.trainer))
     check_here()
-    if (known := submitted(run_dir)) and (state := queue.state(known)):
+    known, before = submitted(run_dir)
+    if known and (state := queue.state(known)):
         print(f"{short(run_dir)} is job {known}, {state.lower()}: nothing is submitted")
         return Failure(f"job {known}, {state.lower()}")
-    arguments = as_one_run(hydra.overrides.task, run_dir)
-    if not any(argument.lstrip("+").startswith("run.name=") for argument in arguments):
-        arguments.append(f"run.name='{cfg.run.name}'")
-    number = submit(run_dir, cfg.run.name, options, arguments)
+    again = before == arguments
+    if cfg.resume is None and not again and any(run_dir.glob("checkpoints/step-*")):
+        raise UserError(  # as the job would, hours later
+            f"{WHO}: {short(run_dir)} holds checkpoints of an earlier start, got resume=null; "
+            "give resume=auto to continue it, or another run.name"
+        )
+    number = submit(run_dir, cfg.run.name, options, arguments, again)
     print(_how_to_watch(number, run_dir), flush=True)
     return Failure(f"job {number}, submitted")
 
@@ -139,16 +146,24 @@ def finished(run_dir: Path, trainer: DictConfig) -> bool:
     )
 
 
-def submitted(run_dir: Path) -> str | None:
-    """The job that this run was given before."""
+def submitted(run_dir: Path) -> tuple[str | None, list[str] | None]:
+    """The job that this run was given before, and its arguments."""
     try:
-        return str(json.loads((run_dir / FOLDER / "job.json").read_text())["job"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        known = json.loads((run_dir / FOLDER / "job.json").read_text())
+        return str(known["job"]), known.get("arguments")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None
 
 
-def submit(run_dir: Path, name: str, options: dict[str, Any], arguments: list[str]) -> str:
+def submit(run_dir: Path, name: str, options: dict[str, Any], arguments: list[str], again: bool = False) -> str:
     """The number of the new job; its script and logs are in the folder of the run.
+
+    Args:
+        run_dir: the folder of the run.
+        name: of the job.
+        options: of submitit's executor.
+        arguments: of the program.
+        again: this command was submitted before: the run goes on, wherever it began.
 
     Raises:
         UserError: SLURM refuses it.
@@ -160,7 +175,8 @@ def submit(run_dir: Path, name: str, options: dict[str, Any], arguments: list[st
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(job_name=str(name), **options)
     try:
-        sent = executor.submit(job.run, str(Path(sys.argv[0]).absolute()), arguments)
+        given = job.going_on(arguments) if again else arguments
+        sent = executor.submit(job.run, str(Path(sys.argv[0]).absolute()), given)
     except submitit.core.utils.FailedJobError as error:
         if new:
             shutil.rmtree(folder, ignore_errors=True)

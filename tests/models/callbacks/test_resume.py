@@ -21,7 +21,7 @@ from models.callbacks.randomness import StepRandomness
 from models.callbacks.signals import ECHO, Requests
 from models.checkpoints import latest, read_manifest
 from models.runs.identity import compare_configs
-from models.runs.resume import find_resume
+from models.runs.resume import RESTARTS, find_resume
 from tests.models.callbacks.tiny_run import TinyBatch, fingerprint, fit
 
 ROOT = Path(__file__).parents[3]
@@ -219,6 +219,26 @@ def test_step_randomness_refuses_what_it_cannot_count():
 @pytest.mark.case(16)
 @pytest.mark.case(20)
 @pytest.mark.case(30)
+@pytest.mark.case(13)
+def test_a_job_that_is_started_again_goes_on_with_its_own_run(tmp_path, monkeypatch):
+    fit(tmp_path / "own", epochs=2)
+    fit(tmp_path / "elsewhere", epochs=1)
+    monkeypatch.chdir(tmp_path)
+    for given, begun, restarts, found in (
+        (None, None, "0", None),
+        (None, None, "1", 16),
+        (None, "auto", "1", None),  # of another command
+        ("elsewhere", "elsewhere", "0", 16),  # it has come further than where it began
+        ("elsewhere", "other", "0", 8),
+        ("elsewhere", "other", "1", 8),
+    ):
+        for name in RESTARTS:
+            monkeypatch.setenv(name, restarts)
+        monkeypatch.setattr("models.runs.resume.read_config", lambda path, begun=begun: {"resume": begun})
+        path = find_resume(given, tmp_path / "own")
+        assert (None if path is None else read_manifest(path)["step"]) == found
+
+
 def test_find_resume(tmp_path, caplog):
     assert find_resume(None, tmp_path) is None
     with caplog.at_level(logging.DEBUG):

@@ -112,7 +112,14 @@ def test_a_job_that_somebody_cancels_stays_cancelled(train, queue, tmp_path):
     _until(lambda: (tmp_path / "outputs/a/started-0").exists())
     subprocess.run(["scancel", "4711"], check=True)
     wait_for(queue, "4711", "CANCELLED")
-    assert not (queue / "4711/requeued").exists() and not (tmp_path / "outputs/a/started-1").exists()
+    run_dir = tmp_path / "outputs/a"
+    assert not (queue / "4711/requeued").exists() and not (run_dir / "started-1").exists()
+    (run_dir / "checkpoints/step-00000003").mkdir(parents=True)
+    status, _, errors = train("run.name=a", "seed=9", "resume=null")
+    assert status == 2 and "outputs/a holds checkpoints of an earlier start, got resume=null" in errors
+    assert train("run.name=a", "seed=9", "trainer=gpu")[0] == 0  # the same command goes on
+    wait_for(queue, "4712", "COMPLETED")
+    assert json.loads((run_dir / "started-1").read_text())[0][-1] == "resume=auto"
 
 
 @pytest.mark.full
