@@ -64,7 +64,7 @@ def _of_numpy(content: bytes) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, kind = read(stream)
-    if not kind.hasobject and math.prod(shape) * kind.itemsize != len(content) - stream.tell():
+    if not kind.hasobject and math.prod(shape) * max(kind.itemsize, 1) != len(content) - stream.tell():
         raise UserError(f"an array of {shape} {kind} in {len(content)} bytes; save it again")
     return np.load(io.BytesIO(content), allow_pickle=False)
 

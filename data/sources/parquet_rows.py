@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from conf.errors import UserError
+from conf.folders import printable
 
+MAX_ROWS = 2**30  # of a file; one of a few bytes may claim as many labels as it likes
 KEPT = 5  # groups that a process keeps in memory: those that are mixed, and the next
 
 
@@ -33,7 +35,7 @@ class ParquetRows:
         places, counts, labels, sizes = [], [], [], []
         for number in range(len(files)):
             file = self._file(number)
-            labels.append(np.asarray(file.read([label], use_threads=False).column(label)).astype(np.int64))
+            labels.append(_labels(file, files[number], label))
             places += [(number, group) for group in range(file.num_row_groups)]
             sizes += [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
             counts += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -84,6 +86,35 @@ class ParquetRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "_groups": OrderedDict()}
+
+
+def _labels(file: Any, name: str, label: str) -> np.ndarray:
+    """The column of labels, one whole number for every row that the footer counts.
+
+    Raises:
+        ValueError: there is no such column, it has other things or none in a row, or more rows than memory is for.
+    """
+    import pyarrow
+
+    rows = file.metadata.num_rows
+    kind = file.schema_arrow.field(label).type if label in file.schema_arrow.names else None
+    if kind is None or not pyarrow.types.is_integer(kind):
+        raise UserError(
+            f"HuggingFace: labels must be whole numbers, got column {label} of {kind or 'no type'} in "
+            f"{printable(name)}; set data.source.label to another column"
+        )
+    if rows > MAX_ROWS:
+        raise UserError(
+            f"HuggingFace: a Parquet file must have at most {MAX_ROWS} rows, got {rows} in {printable(name)}; "
+            "cut it into parts"
+        )
+    column = file.read([label], use_threads=False).column(label)
+    if column.null_count or len(column) != rows:
+        what = f"{column.null_count} rows without one" if column.null_count else f"{len(column)} of {rows}"
+        raise UserError(
+            f"HuggingFace: every row must have a label, got {what} in {printable(name)}; leave these rows out"
+        )
+    return np.asarray(column).astype(np.int64)
 
 
 def features_of(file: str) -> Any:

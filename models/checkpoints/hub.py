@@ -1,6 +1,7 @@
 """Weights by name from Hugging Face's hub: `timm/<model>.<tag>` and `hf-hub:<owner>/<repository>[@revision][:file]`.
 
-Only safetensors are taken, unless the file is named: `hf-hub:owner/name:pytorch_model.bin`.
+Only safetensors are taken, of a folder downloaded from there too, unless the file is named:
+`hf-hub:owner/name:pytorch_model.bin`.
 
 Torch-free, but for a model of timm without a tag, whose usual one only timm knows. What lies in the hub's cache is
 taken from there, and the network is not asked. Nothing but the weights and the `config.json` beside them is downloaded.
@@ -12,11 +13,11 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.files import inside
+from conf.folders import printable
 
 HUB, TIMM = ("hf-hub:", "hf_hub:"), "timm/"
 CONFIG = "config.json"
 SAFE = "model.safetensors"
-_USUAL = (SAFE, "pytorch_model.bin")
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _SECONDS = 20
 
@@ -33,19 +34,28 @@ def fetch(path: str | os.PathLike) -> Path:
     A folder as the hub has them, downloaded by other means, stands for the weights in it.
 
     Raises:
-        ValueError: the hub has nothing under that name, or cannot be reached.
+        ValueError: the hub has nothing under that name, or cannot be reached; there are pickles only.
     """
     return _of_hub(str(path)) if is_name(path) else downloaded(path) or Path(path)
 
 
 def downloaded(path: str | os.PathLike) -> Path | None:
-    """The weights in a folder as the hub has them; None for anything else."""
+    """The weights in a folder as the hub has them; None for anything else.
+
+    Raises:
+        ValueError: it has pickles only.
+    """
     folder = Path(path)
     if not (folder / CONFIG).is_file() or (folder / "manifest.json").exists():
         return None
-    for name in _USUAL:
-        with suppress(OSError):
-            return inside(folder, name)
+    with suppress(OSError):
+        return inside(folder, SAFE)
+    pickles = sorted(file.name for file in folder.iterdir() if file.name.startswith("pytorch_model."))
+    if pickles:
+        raise UserError(
+            f"load_weights: this folder has no {SAFE}, only a pickle, got {printable(folder)}; if you trust its "
+            f"authors name the file: {printable(folder / pickles[0])}"
+        )
     return None
 
 

@@ -17,6 +17,7 @@ from conf.names import CONF, PLACES
 
 MAX_DEPTH = 64
 MAX_NUMBER, MAX_SIZE, MAX_BATCH = 2**20, 4096, 2**16  # of what makes a model; pixels of an image; images of a batch
+MAX_PARTS, MAX_FILES = 4096, 2**20  # entries of a list or a mapping of what makes a model, and of other things
 SIZES = {"image_size": MAX_SIZE, "size": MAX_SIZE, "resize": MAX_SIZE, "batch_size": MAX_BATCH}  # below `data`
 # the parts of a configuration that are built; all others are looked at
 BUILT = ("attention", "model", "augment", "data", *PLACES)
@@ -56,7 +57,7 @@ def _check_kinds(config: dict[str, Any]) -> None:
         if isinstance(value, dict | list):
             raise UserError(f"config.run.{key}: must be one word, got {value!r}; give a checkpoint of a run")
     classes = config.get("classes") or []
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or len(classes) > MAX_FILES or not all(isinstance(name, str) for name in classes):
         raise UserError("config.classes: must be a list of names, got another thing; give a checkpoint of a run")
 
 
@@ -105,7 +106,8 @@ def legible(node: Any) -> Any:
 
 
 def _check_numbers(node: Any, path: str) -> None:
-    """A depth or a width that no model has would be computed for ever, or fill the memory."""
+    """A depth, a width or a list of stages that no model has would be computed for ever, or fill the memory."""
+    _check_length(node, path, MAX_PARTS)
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             _check_numbers(value, f"{path}.{key}")
@@ -113,8 +115,14 @@ def _check_numbers(node: Any, path: str) -> None:
         raise UserError(f"{path}: must be at most {MAX_NUMBER} in a stored configuration, got {node}")
 
 
+def _check_length(node: Any, path: str, most: int) -> None:
+    if isinstance(node, dict | list) and len(node) > most:
+        raise UserError(f"{path}: must have at most {most} entries in a stored configuration, got {len(node)}")
+
+
 def _check_sizes(node: Any, path: str, most: int | None) -> None:
     """Images and batches that no model has would fill the memory; numbers in lists are as what holds them."""
+    _check_length(node, path, MAX_FILES)
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             _check_sizes(value, f"{path}.{key}", most if isinstance(node, list) else SIZES.get(key))

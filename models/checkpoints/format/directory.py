@@ -35,6 +35,7 @@ MODEL, EMA, ADAPTER = "model.safetensors", "ema.safetensors", "adapter.safetenso
 TENSORS, TRAINER = "trainer.safetensors", "trainer.json"
 CONFIG, MANIFEST = "config.json", "manifest.json"
 POINTERS = ("last", "best")
+MAX_FILES, MAX_STEP = 2**18, 10**12  # of a manifest: three files of so many processes as there will be
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -123,13 +124,23 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         kind = OtherFormat if type(found) is int and found > FORMAT else CorruptCheckpoint
         raise kind(f"checkpoint: {path} must have format {FORMAT}, got {found!r}; use another version")
     files = manifest.get("files")
-    well_formed = isinstance(files, dict) and all(
-        Path(name).name == name and isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys()
-        for name, entry in files.items()
-    )
-    if not well_formed or type(manifest.get("step")) is not int:
-        raise CorruptCheckpoint(f"checkpoint: the manifest in {path} must list files and a step, got {files!r}")
+    step = manifest.get("step")
+    if not _well_formed(files) or type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise CorruptCheckpoint(
+            f"checkpoint: the manifest in {path} must list files and a step, got {str(files)[:200]} and step {step!r}; "
+            f"{nearby(path)}"
+        )
     return manifest
+
+
+def _well_formed(files: Any) -> bool:
+    """Whether a manifest lists files of its own folder, each with its size and its SHA-256."""
+    return (
+        isinstance(files, dict)
+        and len(files) <= MAX_FILES
+        and all(Path(name).name == name and isinstance(entry, dict) for name, entry in files.items())
+        and all(type(e.get("bytes")) is int and isinstance(e.get("sha256"), str) for e in files.values())
+    )
 
 
 def verify(path: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a command line that only prints its help does not wait for 
 # A trainer.json of a thousand-layer model has about 1 MB; the limit keeps a hostile file from filling the memory.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_DEPTH = 64
+MAX_DIGITS = 100  # of a whole number; the largest of ours are states of generators
 
 
 class CorruptCheckpoint(UserError):
@@ -57,10 +58,10 @@ def read_json(path: Path) -> Any:
     """
     checked(path)
     try:
-        found = json.loads(contents(path, MAX_JSON_BYTES))
+        found = json.loads(contents(path, MAX_JSON_BYTES), parse_int=_whole)
     except UserError as error:
         raise CorruptCheckpoint(f"checkpoint: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, numbers of 5000 digits
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, numbers of 200 digits
         raise _unreadable(path, error) from error
     if _deeper(found, MAX_DEPTH):
         raise CorruptCheckpoint(f"checkpoint: {printable(path)} is nested deeper than {MAX_DEPTH} levels; {_AGAIN}")
@@ -108,6 +109,13 @@ def _head(found: dict[str, Any]) -> Head:
     if not all(type(side) is int and side >= 0 for shape in shapes.values() for side in shape):
         raise ValueError("shapes must be whole numbers")
     return Head(shapes, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _whole(text: str) -> int:
+    """A number of more bits than any of ours has would be computed with for ever, or be too large for a float."""
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -267,6 +267,24 @@ def test_streamed_batches_are_those_of_any_number_of_workers(parquet, tmp_path):
     assert indices(0) == indices(2)
 
 
+def test_labels_that_a_streamed_file_may_not_have(parquet, tmp_path, monkeypatch):
+    """None in a row, text in another file than the first, more rows than memory is for."""
+    import pyarrow
+
+    from data.sources import parquet_rows
+
+    settings, second = parquet(), tmp_path / "b.parquet"
+    settings["data_files"] = {"train": [str(tmp_path / "a.parquet"), str(second)], "validation": str(second)}
+    images = pyarrow.array([{"bytes": b"x", "path": None}] * 2)
+    for labels, said in (([1, None], "every row must have a label, got 1 rows"), (["a", "b"], "must be whole numbers")):
+        pyarrow.parquet.write_table(pyarrow.table({"picture": images, "label": labels}), second)
+        with pytest.raises(ValueError, match=rf"^HuggingFace: .*{said}.* in .*b\.parquet; "):
+            len(HuggingFace(**settings, streaming=True).train)
+    monkeypatch.setattr(parquet_rows, "MAX_ROWS", 11)
+    with pytest.raises(ValueError, match=r"must have at most 11 rows, got 12 in .*a\.parquet; cut it into parts"):
+        len(HuggingFace(**settings, streaming=True).train)
+
+
 @pytest.mark.case(23)
 @pytest.mark.case(24)
 def test_a_streamed_run_goes_on_at_its_place_and_in_the_same_rows(parquet, tmp_path, monkeypatch):

@@ -70,6 +70,12 @@ def test_a_pickle_must_be_asked_for_by_its_name(cache, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"only pickles, got hf-hub:someone/vit; .*: hf-hub:someone/vit:vit\.pth$"):
         load_weights("hf-hub:someone/vit")
     assert load_weights("hf-hub:someone/vit:vit.pth").keys() == WEIGHTS.keys()
+    folder = downloaded(cache, "other/vit", "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=rf"only a pickle, got {folder}; .* name the file: {folder}/pytorch_model\.bin$"
+    ):
+        load_weights(folder)
+    assert load_weights(folder / "pytorch_model.bin").keys() == WEIGHTS.keys()
     with pytest.raises(ValueError, match=r"this repository has no other\.bin, got"):
         load_weights("hf-hub:someone/vit@main:other.bin")
 

@@ -116,6 +116,10 @@ def test_a_missing_path_lists_what_exists(tmp_path):
         ({"format": 2}, r"must have format 1, got 2"),
         ({"files": {"../../x": {"sha256": "", "bytes": 0}}}, r"must list files and a step"),
         ({"step": "7"}, r"must list files and a step"),
+        ({"step": -1}, r"must list files and a step"),
+        ({"step": 10**13}, r"must list files and a step"),
+        ({"step": 10**200}, r"cannot be read, got ValueError: a number of 201 digits"),
+        ({"files": {"a": {"sha256": 5, "bytes": "1"}}}, r"must list files and a step"),
     ],
 )
 def test_a_foreign_manifest_is_refused(tmp_path, change, match):
