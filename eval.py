@@ -13,8 +13,7 @@ from models.runs import evaluated
 
 def job():
     """What is run, imported when it is: `--help` does not wait for torch."""
-    with apart.without("wandb"):
-        import timm.utils  # noqa: F401
+    apart.load_timm()
     from models.runs.evaluation import evaluate
 
     return evaluate

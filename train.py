@@ -16,8 +16,7 @@ def job():
         from models.runs.launchers.slurm import send
 
         return send
-    with apart.without("wandb"):
-        import timm.utils  # noqa: F401
+    apart.load_timm()
     from models.runs.training import train
 
     return train

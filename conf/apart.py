@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def load_timm() -> None:
+    """Imports what a program uses of timm, which then does not import W&B."""
+    with without("wandb"):
+        import timm.utils  # noqa: F401
+
+
 @contextmanager
 def without(unwanted: str) -> Iterator[None]:
     """Within it `unwanted` cannot be found, unless it is imported already.

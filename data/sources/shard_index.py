@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.errors import UserError
-from conf.files import opened
+from conf.files import opened, put
 from conf.folders import EXTENSIONS, printable
 from conf.lists import CLASS
 
@@ -43,9 +43,7 @@ def index_of(shard: str) -> Index:
         index = _read(shard)
     try:  # the index is a convenience: a place that cannot be written is no error
         cache.parent.mkdir(parents=True, exist_ok=True)
-        waiting = cache.with_suffix(f".{os.getpid()}")
-        waiting.write_text(json.dumps(index._replace(places=index.places.tolist())._asdict()))
-        waiting.replace(cache)
+        put(cache, json.dumps(index._replace(places=index.places.tolist())._asdict()))
     except OSError:
         pass
     return index

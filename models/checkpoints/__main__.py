@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check(chosen)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            with apart.without("wandb"):
-                import timm.utils  # noqa: F401
+            apart.load_timm()
             lines = _run(chosen)
     except (ValueError, TypeError, OSError, LookupError, AttributeError) as error:
         print(escaped(f"models.checkpoints: {' '.join(str(error).split())}"), file=sys.stderr)

@@ -44,8 +44,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         asked = wanted(given)
         cfg = configured(asked)
-        with apart.without("wandb"):
-            import timm.utils  # noqa: F401
+        apart.load_timm()
         from models.export.job import export
 
         for line in export(cfg, asked):

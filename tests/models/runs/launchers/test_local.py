@@ -3,15 +3,12 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 
 import pytest
 
-from conf import cli
 from conf.errors import UserError
-from models.runs import launchers
 from models.runs.launchers import local
 
 PROGRAM = """
@@ -42,29 +39,10 @@ if came:
 
 
 @pytest.fixture
-def sweep(tmp_path, monkeypatch, capsys):
+def sweep(launch):
     """`sweep("seed=1,2", ...) -> (exit status, output, errors)` of train.py -m, in `tmp_path`."""
-    (tmp_path / "train.py").write_text(PROGRAM)
-    for name in ("draw_comparison", "draw_pareto"):
-        monkeypatch.setattr(f"models.runs.sweep_pictures.{name}", lambda *given: None)
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda hydra, config_name, overrides: None)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        command = ["train.py", "-m", "hydra/launcher=local", "run.name=s", *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        launchers.register()
-        try:
-            cli.run("train", lambda: pytest.fail("a run began in this process"))
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    given = ("-m", "hydra/launcher=local", "run.name=s")
+    return lambda *arguments: launch(PROGRAM, lambda: pytest.fail("a run began in this process"), *given, *arguments)
 
 
 def seen(tmp_path, name):

@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from conf import cli
 from conf.errors import UserError
 from models.runs import launchers
 from models.runs.launchers import job, slurm
@@ -48,31 +47,14 @@ def queue(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys):
+def train(launch):
     """`train("seed=1", ...) -> (exit status, output, errors)` of train.py with hydra/launcher=slurm, in `tmp_path`."""
-    (tmp_path / "train.py").write_text(PROGRAM)
-    for name in ("draw_comparison", "draw_pareto"):
-        monkeypatch.setattr(f"models.runs.sweep_pictures.{name}", lambda *given: None)
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda hydra, config_name, overrides: None)
-    monkeypatch.delenv("VISION_ZOO_RUN_NAME", raising=False)
 
     def job():
         assert launchers.sends_away()
         return slurm.send
 
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", "hydra/launcher=slurm", *arguments])
-        launchers.register()
-        try:
-            cli.run("train", job)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return lambda *arguments: launch(PROGRAM, job, "hydra/launcher=slurm", *arguments)
 
 
 @pytest.mark.case(13)
