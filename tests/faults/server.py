@@ -53,6 +53,9 @@ def _reap(children: dict[int, str]) -> None:
 
 def _become(request: dict) -> None:
     """The program, as `python train.py …` would be in a session of its own."""
+    import torch
+
+    torch.set_num_threads(1)  # makes the pool of threads anew that a fork leaves behind, before two threads do at once
     os.setsid()
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
