@@ -99,14 +99,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         Raises:
             ValueError: the path is no checkpoint, or one of its files is damaged; the message names it.
         """
-        path = resolve(path)
-        files = verify(path)["files"]
-        state = _state_in(path, files)
-        model = read_parts(path, files, MODEL)
-        state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
-        if parts_of(files, EMA):
-            state[EMA_KEY] = read_parts(path, files, EMA)
-        return state
+        return state_of(resolve(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint directory."""
@@ -147,13 +140,32 @@ def contents_of(checkpoint: dict[str, Any]) -> Contents:
     return Contents(tensors, plain, manifest)
 
 
-def _state_in(path: Path, files: Iterable[str]) -> dict[str, Any]:
+def state_of(path: Path, read: Callable[..., dict[str, Tensor]] = read_parts) -> dict[str, Any]:
+    """Lightning's mapping, of a checkpoint directory whose checksums are verified first.
+
+    Args:
+        path: of the directory.
+        read: how tensors are read, as `read_parts` does it.
+
+    Raises:
+        CorruptCheckpoint: a file is damaged, or holds another thing than what a run writes.
+    """
+    files = verify(path)["files"]
+    state = _state_in(path, files, read)
+    model = read(path, files, MODEL)
+    state["state_dict"] = {f"{_PREFIX}{name}": value for name, value in model.items()} | state["state_dict"]
+    if parts_of(files, EMA):
+        state[EMA_KEY] = read(path, files, EMA)
+    return state
+
+
+def _state_in(path: Path, files: Iterable[str], read: Callable[..., dict[str, Tensor]]) -> dict[str, Any]:
     """What a checkpoint holds besides weights.
 
     Raises:
         CorruptCheckpoint: it is another thing than what a run writes.
     """
-    content, tensors = read_json(path / TRAINER), read_parts(path, files, TENSORS)
+    content, tensors = read_json(path / TRAINER), read(path, files, TENSORS)
     try:
         state = decode(content, tensors)
         wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state[name], kind)]

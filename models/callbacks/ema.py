@@ -110,4 +110,5 @@ class EMA(AfterStep):
                 "EMA: a run can be resumed with an average only if it had one, got a checkpoint without averaged "
                 "weights; switch EMA off, or start a new run from these weights"
             )
-        self.model.load_state_dict(checkpoint[EMA_KEY])
+        if checkpoint[EMA_KEY]:  # of shares it is empty: the engine reads them into their place
+            self.model.load_state_dict(checkpoint[EMA_KEY])

@@ -132,7 +132,9 @@ class Saver:
         return error
 
     def _arrange(self) -> None:
-        """In the thread, after a checkpoint was written."""
+        """In the thread, after a checkpoint was written; of processes that each write a share, on the first."""
+        if not self.writes:
+            return
         path = self.directory / step_name(self._step)
         self.kept.arrange(self.directory, path)
         self.kept.delete(self.directory, path)
@@ -146,8 +148,7 @@ class Saver:
 
     def _report(self) -> None:
         size, seconds = self._writer.bytes / 2**20, self._writer.seconds
-        beside = f", written beside it in {seconds:.2f} s" if seconds else ""  # shares are written in the pause
-        cost = f"training pauses {self._pause:.2f} s for each{beside}"
+        cost = f"training pauses {self._pause:.2f} s for each, written beside it in {seconds:.2f} s"
         self._say_once(logging.INFO, f"checkpoints: {size:.1f} MiB, {cost}")
 
     def _say_once(self, level: int, text: str) -> None:

@@ -22,15 +22,17 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from conf.errors import UserError
+from models.callbacks.directory_io import EMA_KEY
 from models.callbacks.gradients import total_norm
+from models.checkpoints.format.directory import EMA, MODEL
 from models.engines.blocks import blocks_of
 from models.engines.distributed import Distributed
-from models.engines.shares import save
+from models.engines.shares import Shares, Stored, check_outlines
 
 # what tasks call besides the model itself
 CALLED = ("forward_tokens", "classify_with_losses")
@@ -38,6 +40,9 @@ CALLED = ("forward_tokens", "classify_with_losses")
 
 class FullySharded(Distributed):
     """FSDP2 by Lightning's hooks of DDP, whose wrapper is not put around the model."""
+
+    _stored: Stored | None = None  # what a run goes on from
+    _averaged = False
 
     def model_to_device(self) -> None:
         """In training the shares travel, one block after the other."""
@@ -47,7 +52,7 @@ class FullySharded(Distributed):
     def configure_ddp(self) -> None:
         """Shares the model, and its average where there is one."""
         module = self.lightning_module
-        mesh = init_device_mesh(self.root_device.type, (self.world_size,))
+        mesh, self._shares = init_device_mesh(self.root_device.type, (self.world_size,)), Shares()
         mixed = self.precision_plugin.precision == "bf16-mixed"
         for model in filter(None, (module.model, getattr(module, "ema_model", None))):
             share(model, mesh, mixed)
@@ -55,6 +60,8 @@ class FullySharded(Distributed):
         self._whole = [weight for weight in module.parameters() if not isinstance(weight, DTensor)]
         if self._whole:  # Lightning's clipping, and torch's below it, takes one kind only
             self.precision_plugin.clip_grad_by_norm = clip
+        if self._stored is not None:
+            self._load_shares(self._stored)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages what is whole, once in a step."""
@@ -91,12 +98,37 @@ class FullySharded(Distributed):
         return super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        save(checkpoint, Path(filepath), storage_options)
+        self._shares.save(checkpoint, Path(filepath), storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """All but what there are shares of, which is read when they are made."""
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        self._stored = Stored.at(checkpoint_path)
+        return self._stored.state()
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """What is whole; outlines of the rest are compared, so that another model is refused here."""
+        if self._stored is None:
+            return super().load_model_state_dict(checkpoint, strict)
+        self._averaged = EMA_KEY in checkpoint
+        check_outlines(checkpoint["state_dict"], self.lightning_module.state_dict())
+        whole = {name: value for name, value in checkpoint["state_dict"].items() if not value.is_meta}
+        self.lightning_module.load_state_dict(whole, strict=False)
+        if self._averaged:
+            checkpoint[EMA_KEY] = {}
+
+    def _load_shares(self, stored: Stored) -> None:
+        module = self.lightning_module
+        self._shares.load_model(module.model, stored, MODEL)
+        average = getattr(module, "ema_model", None)
+        if average is not None and self._averaged:
+            self._shares.load_model(average, stored, EMA)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """From whole tensors, of whatever engine they are."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shared_state(optimizer, state))
+        """From tensors of whatever engine they are."""
+        for place, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+            self._shares.load_optimizer(optimizer, state, f"optimizer_states.{place}", self._stored)
 
     def _parts(self) -> list[tuple[nn.Module, FSDPModule]]:
         """Every module that is gathered as a whole, and the model that it is a part of."""
@@ -135,25 +167,6 @@ def share(model: nn.Module, mesh: DeviceMesh, mixed: bool = False) -> None:
     for name in CALLED:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
-
-
-def shared_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer as its weights are shared: every process takes its part of whole tensors."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    places = dict(zip(numbers, weights, strict=True))
-
-    def part(value: Any, weight: Tensor) -> Any:
-        whole = isinstance(value, Tensor) and isinstance(weight, DTensor) and value.shape == weight.shape
-        if not whole:
-            return value
-        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-
-    shared = {
-        number: {name: part(value, places[number]) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    return {**state, "state": shared}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoints.format.directory import verify
 from tests.faults.programs import ROOT, TINY, Program, digests, run, start
 
 TWO = (*TINY, "trainer=ddp_cpu", "trainer.accelerator=cpu", "data.batch_size=8", "data.workers=0")
@@ -168,24 +169,35 @@ def test_torchrun_starts_all_again_and_the_bits_are_the_same(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.case(17)
-def test_a_process_that_cannot_write_its_share_fails_the_save_on_all(tmp_path):
-    """Process 1 has a full disk at every save after the first: the checkpoint of before stays, status 74."""
-    fault = f"""{AT_STEP.format(rank="{rank}", step=-1, fault="pass")}
-import models.engines.shares as shares
-write, saves = shares.write_tensors, []
-def full(folder, tensors):
-    saves.append(folder)
+@pytest.mark.parametrize(
+    ("fault", "statuses", "message"),
+    [
+        ("raise OSError(28, 'No space left on device')", (74, 74), "step 6 could not be saved"),
+        ("os.kill(os.getpid(), 9)", (1, -9), "process 1 of 2 on"),
+    ],
+)
+def test_a_process_that_cannot_write_its_share_leaves_the_checkpoint_of_before(tmp_path, fault, statuses, message):
+    """Process 1 has a full disk at every save after the first, or is killed in it."""
+    source = f"""{AT_STEP.format(rank="{rank}", step=-1, fault="pass")}
+import models.engines.pieces as pieces
+new, saves = pieces.NewFile, set()
+def full(path):
+    saves.add(path.parent)
     if {{rank}} and len(saves) > 1:
-        raise OSError(28, "No space left on device")
-    return write(folder, tensors)
-shares.write_tensors = full
+        {fault}
+    return new(path)
+pieces.NewFile = full
 """
     settings = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
-    zero, one = both(tmp_path, [fault.format(rank=rank) for rank in range(2)], *settings, "checkpoint.every_n_steps=3")
-    assert zero.wait(120) == 74 and one.wait(60) == 74
-    assert "step 6 could not be saved" in zero.text and "No space left on device" in zero.text
+    faults = [source.format(rank=rank) for rank in range(2)]
+    zero, one = both(tmp_path, faults, *settings, "checkpoint.every_n_steps=3")
+    assert (zero.wait(120), one.wait(60)) == statuses, zero.text
+    assert message in zero.text and ("No space left on device" in zero.text) is (statuses[0] == 74)
     folder = tmp_path / "outputs/a/checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["last", "step-00000003"]
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["last", "step-00000003"]
+    assert verify(folder / "last")["step"] == 3
+    if statuses[0] == 74:
+        assert not list(folder.glob(".*"))
 
 
 @pytest.mark.full

@@ -6,7 +6,7 @@ tensors a head that is looked at before anything is made of them. Whatever is wr
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,10 +28,11 @@ class CorruptCheckpoint(UserError):
 
 
 class Head(NamedTuple):
-    """What the head of a safetensors file says: the shapes of its tensors, and the text beside them."""
+    """What the head of a safetensors file says: shapes and types of its tensors, and the text beside them."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    kinds: dict[str, str]  # F32 and so on
 
     @property
     def numbers(self) -> int:
@@ -68,17 +69,25 @@ def read_json(path: Path) -> Any:
     return found
 
 
-def read_tensors(path: Path) -> "dict[str, Tensor]":
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> "dict[str, Tensor]":
     """The tensors of a safetensors file of a checkpoint.
+
+    Args:
+        path: of the file.
+        wanted: whether a tensor is read; default all.
 
     Raises:
         CorruptCheckpoint: it cannot be read, or is no such file.
     """
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    read_head(checked(path))
+    head = read_head(checked(path))
     try:
-        return load_file(path)
+        if wanted is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in head.shapes if wanted(name)}
     except MemoryError:
         raise
     except Exception as error:  # SafetensorError, and what a type that this PyTorch has not ends in
@@ -108,7 +117,8 @@ def _head(found: dict[str, Any]) -> Head:
     shapes = {name: tuple(entry["shape"]) for name, entry in found.items()}
     if not all(type(side) is int and side >= 0 for shape in shapes.values() for side in shape):
         raise ValueError("shapes must be whole numbers")
-    return Head(shapes, {str(key): str(value) for key, value in metadata.items()})
+    kinds = {name: str(entry["dtype"]) for name, entry in found.items()}
+    return Head(shapes, {str(key): str(value) for key, value in metadata.items()}, kinds)
 
 
 def _whole(text: str) -> int:

@@ -5,7 +5,7 @@ order of the files; every other tensor stands in one of them.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +36,21 @@ def has(folder: Path, name: str) -> bool:
     return bool(parts_of((path.name for path in folder.iterdir()), name))
 
 
-def read_parts(folder: Path, files: Iterable[str], name: str) -> "dict[str, Tensor]":
+def read_parts(
+    folder: Path, files: Iterable[str], name: str, wanted: Callable[[str], bool] | None = None
+) -> "dict[str, Tensor]":
     """The tensors that belong to `name` in a checkpoint directory, which lists these files.
+
+    Args:
+        folder: of the checkpoint.
+        files: in it.
+        name: as one process alone would call the file.
+        wanted: whether a tensor is read; default all.
 
     Raises:
         CorruptCheckpoint: there is no such file, one cannot be read, or parts do not fit each other.
     """
-    parts = [read_tensors(folder / part) for part in parts_of(files, name) or [name]]
+    parts = [read_tensors(folder / part, wanted) for part in parts_of(files, name) or [name]]
     if len(parts) == 1:
         return parts[0]
     import torch
@@ -57,13 +65,18 @@ def read_parts(folder: Path, files: Iterable[str], name: str) -> "dict[str, Tens
     return joined
 
 
+def heads_of(folder: Path, files: Iterable[str]) -> list[Head]:
+    """The head of each of these files."""
+    return [read_head(folder / file) for file in files]
+
+
 def read_heads(folder: Path, name: str) -> Head:
     """The head that one file with all the tensors of `name` would have."""
-    parts = parts_of((path.name for path in folder.iterdir()), name) or [name]
-    heads = [read_head(folder / part) for part in parts]
+    heads = heads_of(folder, parts_of((path.name for path in folder.iterdir()), name) or [name])
     shapes: dict[str, tuple[int, ...]] = {}
     for head in heads:
         for key, shape in head.shapes.items():
             first = shapes[key][0] if key in shapes else 0
             shapes[key] = (first + shape[0], *shape[1:]) if key in shapes else shape
-    return heads[0]._replace(shapes=shapes)
+    kinds = {key: kind for head in heads for key, kind in head.kinds.items()}
+    return heads[0]._replace(shapes=shapes, kinds=kinds)

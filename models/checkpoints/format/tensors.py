@@ -33,6 +33,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
+TYPES = {name: kind for kind, name in _NAMES.items()}
 _RANK = {kind: rank for rank, kind in enumerate(_NAMES)}
 
 

@@ -2,11 +2,13 @@
 
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,10 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from conf.errors import UserError
 from models import create_model
+from models.callbacks.writer import Writer
 from models.checkpoints import load_weights
-from models.checkpoints.format.directory import read_manifest
+from models.checkpoints.format.directory import MODEL, read_manifest
+from models.checkpoints.format.door import CorruptCheckpoint
+from models.checkpoints.format.parts import part_name
+from models.checkpoints.format.tensors import save_tensors
+from models.engines import pieces
 from models.engines.blocks import blocks_of
 from models.engines.sharded import clip, share
+from models.engines.shares import Shares, Stored
 from tests.faults.programs import TINY, Program, run, start
 from tests.models.engines.pairs import pair
 
@@ -27,8 +35,12 @@ SGD = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.gradient_clip_val=0.5", "m
 ENGINES = {
     "one": ("trainer=cpu", "data.batch_size=16"),
     "ddp": ("trainer=ddp_cpu", "data.batch_size=8"),
-    "fsdp": ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=8"),
+    **{
+        name: ("trainer=fsdp", "trainer.accelerator=cpu", f"trainer.devices={count}", f"data.batch_size={16 // count}")
+        for name, count in (("fsdp", 2), ("fsdp on 4", 4), ("fsdp on 1", 1))
+    },
 }
+PROCESSES = {"one": 1, "ddp": 2, "fsdp": 2, "fsdp on 4": 4, "fsdp on 1": 1}
 STOP = """
 import os, signal
 from pytorch_lightning.utilities import rank_zero_only
@@ -46,15 +58,15 @@ Task.on_train_batch_start = hook
 def programs(folder: Path, engine: str, *arguments: str, stop: int = -1) -> list[Program]:
     """The processes of a run, as srun starts them; stopped before that step is taken."""
     arguments = (*COMMON, *ENGINES[engine], "trainer.precision=32-true", *arguments)
-    if engine == "one":
+    if (count := PROCESSES[engine]) == 1:
         return [start(folder, *arguments, before=STOP.format(rank=0, stop=stop))]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         start(folder, *arguments, before=STOP.format(rank=rank, stop=stop), env=places | {"LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        for rank in range(count)
     ]
 
 
@@ -147,6 +159,74 @@ def test_shares_travel_in_half_of_the_bits(tmp_path):
     pair(tmp_path, f"{__name__}:halves_of_two")
 
 
+def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What Lightning has of a run."""
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return {
+        **{"epoch": 0, "global_step": 1, "loops": {}, "callbacks": {}, "lr_schedulers": []},
+        **{"state_dict": weights, "optimizer_states": [optimizer.state_dict()]},
+    }
+
+
+def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model of shares, with a weight that is one number, after a step."""
+    torch.manual_seed(seed)
+    model = create_model("vit_32px", **SMALL, image_size=32, head="tversky")
+    share(model, init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def saves_of_two(folder: Path) -> None:
+    """A save is written beside training, of what was there when it began; shares are read as shares."""
+    (model, optimizer), shares, writer, go = made(0), Shares(), Writer(), threading.Event()
+    before = {name: getattr(w, "full_tensor", w.clone)() for name, w in model.state_dict().items()}
+    moments = [s["exp_avg"].to_local().clone() for s in optimizer.state.values() if isinstance(s["exp_avg"], DTensor)]
+    new = pieces.NewFile
+    pieces.NewFile = lambda path: new(path) if go.wait(60) else None
+    shares.save(checkpoint_of(model, optimizer), folder / "step-00000001", writer)
+    assert writer.busy
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    go.set()
+    writer.wait()
+    assert writer.error is None and not list(folder.glob(".writing-*"))
+    whole = load_weights(folder / "step-00000001")
+    assert whole.keys() == before.keys() and all(torch.equal(whole[name], before[name]) for name in whole)
+    stored = Stored.at(folder / "step-00000001")
+    state = stored.state()
+    assert all(value.is_meta for value in state["state_dict"].values())
+    other, empty = made(1)
+    shares.load_model(other, stored, MODEL)
+    for name, value in other.state_dict().items():
+        assert torch.equal(getattr(value, "full_tensor", value.clone)(), before[name]), name
+    shares.load_optimizer(empty, state["optimizer_states"][0], "optimizer_states.0", stored)
+    found = [s["exp_avg"].to_local() for s in empty.state.values() if isinstance(s["exp_avg"], DTensor)]
+    assert moments and all(map(torch.equal, found, moments))
+    with pytest.raises(CorruptCheckpoint, match=r"the shares in .* cannot be read"):
+        shares.load({"nobody": torch.ones(2)}, stored, MODEL)
+
+
+@pytest.mark.full
+def test_shares_are_written_beside_training_and_read_as_shares(tmp_path):
+    pair(tmp_path, f"{__name__}:saves_of_two")
+
+
+def test_parts_without_offsets_are_read_in_slices(tmp_path):
+    """As checkpoints had them before they were written by PyTorch's distributed checkpoint."""
+    for rank, rows in enumerate((3, 0, 2)):
+        part = {"weight": torch.full((rows, 2), float(rank)), **({"bias": torch.ones(1)} if rank == 0 else {})}
+        save_tensors(part, tmp_path / part_name(MODEL, rank, 3))
+    values = {"weight": torch.zeros(5, 2), "bias": torch.zeros(1)}
+    names = [part_name(MODEL, rank, 3) for rank in range(3)]
+    with pytest.warns(UserWarning, match="in a single process"):
+        dcp.load(values, storage_reader=pieces.PartReader(tmp_path, names))
+    assert values["weight"][:, 0].tolist() == [0, 0, 0, 2, 2] and values["bias"].tolist() == [1]
+
+
 @pytest.mark.full
 def test_shares_learn_what_a_whole_model_learns(tmp_path):
     pair(tmp_path, f"{__name__}:shares_of_two")
@@ -182,7 +262,7 @@ def test_blocks_that_have_a_weight_in_common_are_left_out():
 @pytest.mark.parametrize("optimizer", [SGD, ("optimizer=sgd", "optimizer.lr=0.05", "model.drop_path=0")])
 def test_three_engines_learn_the_same(tmp_path, optimizer):
     """Sums in another order are all that differs."""
-    weights = {engine: done(tmp_path / engine, engine, *optimizer) for engine in ENGINES}
+    weights = {engine: done(tmp_path / engine, engine, *optimizer) for engine in ("one", "ddp", "fsdp")}
     found = {engine: difference(weights[engine], weights["one"]) for engine in ("ddp", "fsdp")}
     print(found)
     assert max(found.values()) < 1e-6
@@ -192,13 +272,14 @@ def test_three_engines_learn_the_same(tmp_path, optimizer):
 
 @pytest.mark.full
 def test_a_run_goes_from_engine_to_engine(tmp_path):
-    """FSDP, one process, DDP, FSDP: no step is lost, and the end is that of a run that one process has made."""
+    """And from some processes to more and fewer: no step is lost, and the end is that of one process alone."""
     expected = done(tmp_path / "whole", "one", *SGD)
-    for engine, stop in (("fsdp", 2), ("one", 5), ("ddp", 9), ("fsdp", 12)):
+    for engine, stop in (("fsdp", 2), ("one", 5), ("ddp", 8), ("fsdp on 4", 10), ("fsdp on 1", 12)):
         done(tmp_path / "parts", engine, *SGD, stop=stop)
         folder = tmp_path / "parts/outputs/a/checkpoints/last"
         assert read_manifest(folder)["step"] == stop + 1
-        assert (folder / "model-00001-of-00002.safetensors").exists() is (engine == "fsdp")
+        files = len(list(folder.glob("model*.safetensors")))
+        assert files == (PROCESSES[engine] if engine.startswith("fsdp") else 1)
     assert difference(done(tmp_path / "parts", "fsdp", *SGD), expected) < 1e-6
     status, text = run(tmp_path / "parts", "ckpt=outputs/a/checkpoints/last", program="eval.py")
     assert status == 0, text
