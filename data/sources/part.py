@@ -12,7 +12,7 @@ from data.sources import Source, Split
 
 
 class PartSplit:
-    """Some images of a split that is in memory or drawn; everything else is that of the split."""
+    """Some images of a split that is in memory or drawn, so that none has a path."""
 
     def __init__(self, split: Split, chosen: np.ndarray) -> None:
         self._split, self._chosen = split, chosen
@@ -35,10 +35,6 @@ class PartSplit:
 
     def __getitem__(self, index: int) -> Any:
         return self._split[int(self._chosen[index])]
-
-    def path(self, index: int) -> str:
-        """Of a split whose images are files."""
-        return self._split.path(int(self._chosen[index]))
 
 
 class Part:

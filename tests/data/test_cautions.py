@@ -7,6 +7,7 @@ from PIL import Image
 from data.module import ImageData
 from data.sources.fake import Fake
 from data.sources.imagefolder import ImageFolder
+from data.sources.part import Part
 
 
 def images(source=None, **changes):
@@ -21,6 +22,9 @@ def test_photos_much_larger_than_the_input_are_named(image_tree):
     (warning,) = data.warnings()
     assert "images are about 500 x 375 pixels, the model sees 32; choose a model for photos, such as model=" in warning
     assert images(ImageFolder(root), num_classes=2, image_size=224, batch_size=3).warnings() == []
+    part = Part(ImageFolder(root), 2, 0)
+    assert images(part, num_classes=2, image_size=32, batch_size=4).warnings() == [warning]
+    assert images(Part(Fake(10), 2, 0), batch_size=20).warnings() == []  # images of no files have no headers
     assert images(ImageFolder(image_tree(size=(60, 80))), num_classes=2, image_size=32, batch_size=3).warnings() == []
 
 

@@ -22,6 +22,16 @@ import time
 from models.callbacks.progress import RunProgress
 RunProgress.on_train_batch_end = lambda *_: time.sleep(0.2)
 """
+# waits at a step, as long as W&B takes to send the rows so far, until the file `go` is there
+HELD = """
+import os, time
+from models.callbacks.progress import RunProgress
+def hook(self, trainer, *_):
+    end = time.monotonic() + 120
+    while trainer.global_step == 30 and not os.path.exists("go") and time.monotonic() < end:
+        time.sleep(0.02)
+RunProgress.on_train_batch_end = hook
+"""
 
 
 def env(folder: Path, **more: str) -> dict[str, str | None]:
@@ -95,9 +105,10 @@ def test_a_server_that_goes_away_holds_no_stop(tmp_path, how):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_what_wandb_starts_is_killed_or_frozen(tmp_path, number):
     with serving("good") as server:
-        program = start(tmp_path, *CHOSEN, "trainer.max_epochs=6", env=env(tmp_path, **server.env), before=SLOWLY)
+        program = start(tmp_path, *CHOSEN, "trainer.max_epochs=6", env=env(tmp_path, **server.env), before=HELD)
         core = begun(program, server)
         os.kill(core, number)
+        (tmp_path / "go").touch()
         assert program.wait() == 0, program.text
     assert complete(tmp_path, 48)
     assert program.text.count("Weights & Biases failed") == 1
