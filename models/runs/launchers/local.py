@@ -28,6 +28,7 @@ from data.cores import usable_cores
 # by which a task of SLURM is known: a run of the sweep is none, even if the sweep is
 OF_A_TASK = tuple(f"SLURM_{name}" for name in ("PROCID", "LOCALID", "NODEID", "NTASKS", "NPROCS", "NTASKS_PER_NODE"))
 LOOK = 0.1  # seconds between looks at the runs
+PATIENCE = 60.0  # seconds in which runs save and end when this process cannot go on
 
 
 @dataclass
@@ -126,7 +127,11 @@ class SideBySide(Launcher):
         at_once = self.jobs or max(1, len(groups))
         threads = max(1, usable_cores() // at_once) if not groups and at_once > 1 else None
         with _stopping(runs) as stopped:
-            self._compute(runs, groups or [None], at_once, threads, stopped)
+            try:
+                self._compute(runs, groups or [None], at_once, threads, stopped)
+            except BaseException:
+                _end(runs)
+                raise
         if stopped:
             print("the runs that had begun have saved; the same command goes on with them", flush=True)
             raise SystemExit(INTERRUPTED if stopped[0] == signal.SIGINT else PREEMPTED)
@@ -204,6 +209,20 @@ def _ended(run: Child) -> str:
     status, seconds = run.process.returncode, time.monotonic() - run.began
     how = {0: "done", PREEMPTED: "stopped", INTERRUPTED: "stopped"}.get(status, f"failed with status {status}")
     return f"run {run.number + 1} {how} after {seconds:.0f} s: {short(run.folder)}"
+
+
+def _end(runs: Sequence[Child]) -> None:
+    """Has those that go on save and end, and kills those that do not."""
+    running = [run.process for run in runs if run.process is not None and run.process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    limit = time.monotonic() + PATIENCE
+    for process in running:
+        try:
+            process.wait(max(limit - time.monotonic(), LOOK))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextmanager

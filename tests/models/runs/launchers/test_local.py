@@ -76,6 +76,22 @@ def test_gpus_are_shared_out_and_a_run_that_fails_does_not_end_the_others(sweep,
 
 
 @pytest.mark.case(13)
+def test_no_run_goes_on_without_the_process_that_began_it(sweep, tmp_path, monkeypatch):
+    """It fails when the first run has ended; the other one would go on for a minute."""
+    ready = tmp_path / "outputs/s/softmax/seed-9/ready"
+
+    def fails(run):
+        while not ready.exists():
+            time.sleep(0.02)
+        raise RuntimeError("of the launcher")
+
+    monkeypatch.setattr(local, "_ended", fails)
+    with pytest.raises(RuntimeError, match="of the launcher"):
+        sweep("hydra.launcher.jobs=2", "attention=moh,softmax", "seed=9")
+    assert ready.with_name("saved").read_text() == f"[{signal.SIGTERM:d}]"
+
+
+@pytest.mark.case(13)
 @pytest.mark.parametrize(
     ("number", "wanted"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.full)]
 )
