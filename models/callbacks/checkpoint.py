@@ -30,7 +30,7 @@ from models.callbacks.loops import (
 from models.callbacks.pace import Pace
 from models.callbacks.retention import Ranked, Retention
 from models.callbacks.saving import Saver, free_bytes
-from models.checkpoints.format.directory import CorruptCheckpoint, latest, read_manifest, step_directories, step_name
+from models.checkpoints.format.directory import CorruptCheckpoint, latest, read_manifest, step_name
 from models.checkpoints.format.write import probe, sweep
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,9 @@ class Checkpoints(Callback):
 
     def _forget_best_of_elsewhere(self, trainer: pl.Trainer) -> None:
         """A run that goes on in another folder, or without its best checkpoints, ranks those that are there."""
-        there = trainer.strategy.broadcast(set(step_directories(self.directory)) if self.saver.writes else None, src=0)
+        source = self.directory if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve().parent
+        there = self.kept.found(self.directory, source) if self.saver.writes else None
+        there = trainer.strategy.broadcast(there, src=0)
         best = self.kept.best
         if self.saver.writes and best is not None and best.step not in there:
             log.warning(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import UserError
-from models.checkpoints.format.directory import step_directories, verify
+from models.checkpoints.format.directory import read_manifest, step_directories, verify
 from models.checkpoints.format.write import point, remove_checkpoint
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,19 @@ class Retention:
         if best is not None:
             point(directory / "best", best)
 
+    def found(self, directory: Path, source: Path) -> set[int]:
+        """The ranked steps that are in a folder.
+
+        Args:
+            directory: the folder; another run may have left checkpoints of the same steps in it.
+            source: where the ranking comes from; if that is another folder, the files must be the same.
+        """
+        here, there = step_directories(directory), step_directories(source)
+        steps = {entry.step for entry in self.ranked} & here.keys()
+        if directory.resolve() == source.resolve():
+            return steps
+        return {step for step in steps & there.keys() if _files(here[step]) == _files(there[step])}
+
     def delete(self, directory: Path, last: Path) -> None:
         """Deletes what is no longer kept, now that `last` was written; what cannot be deleted is only said."""
         self._sound.add(last)
@@ -91,3 +104,11 @@ class Retention:
                 log.warning("Checkpoints: a damaged one stays until you delete it: %s", error)
                 self._damaged.add(path)
         return path in self._sound
+
+
+def _files(path: Path) -> object:
+    """What is in a checkpoint, by its checksums; equal to nothing else where that cannot be read."""
+    try:
+        return read_manifest(path)["files"]
+    except (UserError, OSError):
+        return object()

@@ -1,6 +1,7 @@
 """Checkpoints hold what Lightning gives, are written when they should be, and survive trouble with the storage."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -265,6 +266,20 @@ def test_the_third_failure_in_a_row_ends_the_run(tmp_path, monkeypatch):
     ):
         fit(tmp_path)
     assert steps(tmp_path) == [3] and target(tmp_path, "last") == "step-00000003"
+
+
+def test_the_best_of_a_folder_is_no_other_runs(tmp_path):
+    """Of the same step, and of other files."""
+    saver = Checkpoints(every_n_steps=3)
+    fit(tmp_path / "a", checkpoints=saver)
+    one, other, step = tmp_path / "a/checkpoints", tmp_path / "b/checkpoints", saver.kept.best.step
+    shutil.copytree(one, other, symlinks=True)
+    assert saver.kept.found(one, one) == saver.kept.found(other, one) == {step}
+    path = other / f"step-{step:08d}/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["trainer.json"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert saver.kept.found(other, one) == set() and saver.kept.found(other, other) == {step}
 
 
 @pytest.mark.case(17)
