@@ -47,16 +47,7 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
     if not resume:
         return _own(Path(run_dir), None) if restarted else None
     if resume in ("auto", "must"):
-        directory = Path(run_dir) / "checkpoints"
-        recover(directory)
-        found = latest(directory, log.warning)
-        if found is None and resume == "must":
-            raise UserError(
-                f"resume: must goes on with a run, got no checkpoint in {short(directory)}; give the run.name of a run"
-                f"{_alike(Path(run_dir))}, or resume=auto to begin this one"
-            )
-        log.debug("resume=auto: %s", f"continuing {found}" if found else f"no checkpoint in {directory}, starting at 0")
-        return found
+        return _newest(Path(run_dir), required=resume == "must")
     path = Path(resume)
     if path.is_file() and path.name not in POINTERS:
         raise UserError(f"resume: a single file holds weights and nothing of the optimizer, got {path}; {nearby(path)}")
@@ -72,11 +63,23 @@ def find_resume(resume: str | None, run_dir: str | os.PathLike) -> Path | None:
     return own
 
 
-def _own(run_dir: Path, resume: str | None) -> Path | None:
-    """The newest checkpoint of the run's folder, if a command with the same `resume` has written it."""
+def _newest(run_dir: Path, required: bool) -> Path | None:
+    """The newest checkpoint of the run's folder."""
     directory = run_dir / "checkpoints"
     recover(directory)
     found = latest(directory, log.warning)
+    if found is None and required:
+        raise UserError(
+            f"resume: must goes on with a run, got no checkpoint in {short(directory)}; give the run.name of a run"
+            f"{_alike(run_dir)}, or resume=auto to begin this one"
+        )
+    log.debug("resume: %s", f"continuing {found}" if found else f"no checkpoint in {directory}, starting at 0")
+    return found
+
+
+def _own(run_dir: Path, resume: str | None) -> Path | None:
+    """The newest checkpoint of the run's folder, if a command with the same `resume` has written it."""
+    found = _newest(run_dir, required=False)
     return found if found is not None and (read_config(found).get("resume") or None) == resume else None
 
 

@@ -50,6 +50,12 @@ from models.side_outputs import attempt
 from models.tasks.base import Task
 from models.tasks.effective_batch import accumulate, go_on
 
+# of the table at the end
+SHOWN = (
+    *("val/top1", "val/top1_ema", "val/top5", "val/map", "val/map_ema", "val/f1"),
+    *("val/recognised", "val/recognised_ema", "val/recogniser_top1", "val/loss", "train/loss"),
+)
+
 
 class Run(NamedTuple):
     """A run before its first step; `step` is that of the checkpoint that it goes on from, `notes` end its headline."""
@@ -208,20 +214,7 @@ def _report(config: dict[str, Any], run: Run, run_dir: Path) -> float | None:
     if best is not None:
         figures[f"best/{checkpoints.monitor}"] = best
     attempt("metrics.json", write_json, run_dir / "metrics.json", figures)
-    names = (
-        "val/top1",
-        "val/top1_ema",
-        "val/top5",
-        "val/map",
-        "val/map_ema",
-        "val/f1",
-        "val/recognised",
-        "val/recognised_ema",
-        "val/recogniser_top1",
-        "val/loss",
-        "train/loss",
-        f"best/{config['checkpoint']['monitor']}",
-    )
+    names = (*SHOWN, f"best/{config['checkpoint']['monitor']}")
     rows = {name: figures[name] for name in names if name in figures}
     rows |= {
         "parameters": figures["parameters"],

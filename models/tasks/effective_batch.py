@@ -16,6 +16,8 @@ from conf.values import is_whole
 from data.order.layout import Layout
 from data.place import readers
 
+Settings = dict[str, Any]
+
 
 def images_per_step(trainer: pl.Trainer, data: pl.LightningDataModule) -> int:
     """Images per optimizer step over all processes, accumulated ones included."""
@@ -67,11 +69,7 @@ def accumulate(config: dict[str, Any], trainer: pl.Trainer, data: pl.LightningDa
 
 
 def go_on(
-    config: dict[str, Any],
-    saved: dict[str, Any],
-    position: dict[str, Any],
-    trainer: pl.Trainer,
-    data: pl.LightningDataModule,
+    config: Settings, saved: Settings, position: Settings, trainer: pl.Trainer, data: pl.LightningDataModule
 ) -> list[str]:
     """Lets a run go on with the steps that it began with, on any number of processes: accumulation makes them up.
 
@@ -96,26 +94,37 @@ def go_on(
         check_resumed(saved, trainer)
         return []
     batch, accumulated = _parts(begun, config, saved, readers(trainer), data.batch_size)
-    if (batch, readers(trainer), accumulated) == begun[:3]:
-        trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
-        data.batch_size = config["data"]["batch_size"] = batch
+    now = _shared(begun, batch, readers(trainer), accumulated)
+    trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
+    config["data"]["batch_size"] = batch
+    if now == begun:
+        data.batch_size = batch
         if accumulated > 1:
             trainer.limit_train_batches = begun.batches  # whole steps where the run had a global_batch
         return []
-    now = begun.shared_anew(batch, readers(trainer), accumulated)
-    if now is None:
-        raise UserError(
-            f"resume: an epoch of this run ends with a shorter step of {begun.batches % begun.accumulated} batches on "
-            f"{begun.processes} processes, which {batch} x {readers(trainer)} x {accumulated} cannot make; go on with "
-            f"{begun} (data.batch_size x processes x accumulated), as it began"
-        )
-    trainer.accumulate_grad_batches = config["trainer"]["accumulate_grad_batches"] = accumulated
     trainer.limit_train_batches = now.batches
     if isinstance(limit := trainer.limit_val_batches, int):  # as many images as before
         trainer.limit_val_batches = -(-limit * begun.batch * begun.processes // (batch * now.processes))
-    config["data"]["batch_size"] = batch
     data.go_on_with(begun, batch, accumulated)
     return [f"began as {begun} (batch x processes x accumulated), goes on as {now}: the same images in every step"]
+
+
+def _shared(begun: Layout, batch: int, processes: int, accumulated: int) -> Layout:
+    """How these processes make the steps of a run, which is as it began where they are the same.
+
+    Raises:
+        UserError: they cannot make the shorter step at the end of an epoch.
+    """
+    if (batch, processes, accumulated) == begun[:3]:
+        return begun
+    now = begun.shared_anew(batch, processes, accumulated)
+    if now is None:
+        raise UserError(
+            f"resume: an epoch of this run ends with a shorter step of {begun.batches % begun.accumulated} batches on "
+            f"{begun.processes} processes, which {batch} x {processes} x {accumulated} cannot make; go on with "
+            f"{begun} (data.batch_size x processes x accumulated), as it began"
+        )
+    return now
 
 
 def _begun(saved: dict[str, Any], position: dict[str, Any], data: pl.LightningDataModule) -> Layout | None:
