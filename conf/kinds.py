@@ -136,8 +136,6 @@ def _settings(node: dict[str, Any], path: str, target: str | None) -> Iterator[t
 
 def _together(key: str, code: Kind, files: Kind | None) -> Kind:
     """What the code takes, and what files give; of what is null in all files nothing is known."""
-    if key in choosable():
-        return ANY  # a whole group, or null, or a part of it for every stage: looked at where it is built
     if key in UNSAID:
         return kind_of(ast.parse(UNSAID[key], mode="eval").body)
     if key in _choosable():
