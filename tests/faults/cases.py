@@ -81,7 +81,8 @@ CASES = {
     17: Case(
         "the disk is full, a quota is reached, a write fails or takes minutes",
         "older checkpoints stay and training goes on; status 74 after three failures in a row, or where the last step "
-        "cannot be saved, with what was needed and what is free; a save is left out where the one before takes long",
+        "or that of a stop cannot be saved, with what was needed and what is free; a save is left out where the one "
+        "before takes long",
         STEPS,
     ),
     18: Case("the folder for temporary files is full or gone", "it is not used", NOTHING),
