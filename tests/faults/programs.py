@@ -87,6 +87,7 @@ def start(
     program: str = "train.py",
     env: dict[str, str | None] | None = None,
     before: str = "",
+    pictures: bool = False,
 ) -> Program:
     """Starts a program with `folder` as its working directory.
 
@@ -96,6 +97,7 @@ def start(
         program: train.py or eval.py.
         env: variables that are set, or with None removed.
         before: Python source that the process runs first: what makes the fault.
+        pictures: draw curves and charts too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = len(list(folder.glob("*.output")))
@@ -103,7 +105,7 @@ def start(
     output.touch()
     request = {
         **{"program": program, "arguments": list(arguments), "folder": str(folder), "before": before},
-        **{"env": ENVIRONMENT | (env or {}), "output": str(output), "status": str(status)},
+        **{"pictures": pictures, "env": ENVIRONMENT | (env or {}), "output": str(output), "status": str(status)},
     }
     server = _server()
     server.stdin.write(json.dumps(request) + "\n")

@@ -1,7 +1,7 @@
 """Forks a child for every program that is asked for, so that torch is imported once: see `programs.py`.
 
 It has never run a backward pass, so it has no threads that a fork would leave behind. A request is a line of JSON:
-arguments, folder, environment, what to run before, the file for the output and that for the status.
+arguments, folder, environment, what to run before, whether to draw, the file for the output and that for the status.
 """
 
 import json
@@ -22,7 +22,9 @@ def main() -> None:
     torch.set_num_threads(1)
     import models.runs.evaluation
     import models.runs.training  # noqa: F401
+    from models.runs import environment
 
+    environment.packages()  # read once for all
     print("ready", flush=True)
     children: dict[int, str] = {}
     signal.signal(signal.SIGCHLD, lambda *_: _reap(children))
@@ -73,6 +75,10 @@ def _become(request: dict) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     status = 0
+    if not request["pictures"]:
+        _draw_nothing()
+    if not any(argument.startswith("recipe=") for argument in request["arguments"]):
+        _compose_once()
     try:
         if request["before"]:
             exec(compile(request["before"], "before", "exec"), {"__name__": "before"})
@@ -85,6 +91,22 @@ def _become(request: dict) -> None:
         traceback.print_exc()
         status = 1
     _leave(status)
+
+
+def _draw_nothing() -> None:
+    """Curves and charts take longer than the run that they are of."""
+    from models.probes import accuracy
+    from models.runs import ending
+
+    ending.draw_curves = lambda *_: None
+    accuracy.charts_of = lambda *_: {}
+
+
+def _compose_once() -> None:
+    """Hydra composes everything a second time for `hydra.mode`, which recipes alone set."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda hydra, config_name, overrides: None
 
 
 def _leave(status: int) -> None:

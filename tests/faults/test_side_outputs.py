@@ -57,7 +57,7 @@ def complete(folder: Path) -> bool:
 )
 def test_nobody_reads_the_output(tmp_path, fault):
     """A pipe whose reader has died, /dev/full, streams that are closed, a reader that stands still."""
-    status, text = run(tmp_path, *SHORT, before=fault)
+    status, text = run(tmp_path, *SHORT, before=fault, pictures=True)
     assert status == 0, text
     assert complete(tmp_path / "outputs/a")
     assert "Exception ignored" not in text and "BrokenPipe" not in text
@@ -107,7 +107,7 @@ pathlib.Path.open, torch.optim.AdamW.step = _full, _stepped
 @pytest.mark.case(17)
 def test_the_disk_is_full_for_all_but_checkpoints(tmp_path):
     """The run goes on, says each file once, and what was logged is there when there is room again."""
-    status, text = run(tmp_path, *SHORT, "attention=moh", before=NO_ROOM)
+    status, text = run(tmp_path, *SHORT, "attention=moh", before=NO_ROOM, pictures=True)
     assert status == 0, text
     folder = tmp_path / "outputs/a"
     rows = [row["step"] for row in read_metrics(folder / "metrics.csv") if "train/loss" in row]
