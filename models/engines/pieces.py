@@ -4,6 +4,7 @@ Source: `torch.distributed.checkpoint`, whose files of HuggingFace's kind these 
 """
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from models.checkpoints.format.disk import NewFile
 from models.checkpoints.format.parts import heads_of
+from models.checkpoints.format.tensors import encoded
 
 
 class Piece(NamedTuple):
@@ -88,6 +90,7 @@ class PartWriter(HuggingFaceStorageWriter):
         super().__init__(str(folder), save_distributed=True)
         self.fs = Hashed(name)
         self.sync_files = False  # a new file of ours is flushed when it is closed
+        self.per_thread_copy_ahead = 0  # pieces are on the host: no stream of a GPU is asked for
 
 
 class _At(NamedTuple):
@@ -117,15 +120,20 @@ class PartReader(HuggingFaceStorageReader):
 
 
 class _Stream(io.RawIOBase):
-    """A new file as what the writer writes to; closing is left to who opened it."""
+    """A new file as what the writer writes to, all of it at once; closing is left to who opened it."""
 
     def __init__(self, file: NewFile) -> None:
         self._file, self._at = file, 0
 
     def write(self, content: Any) -> int:
-        self._file.write(content)
-        self._at += len(memoryview(content))
-        return len(memoryview(content))
+        """The text beside the tensors comes in any order: it is sorted, so that equal tensors make equal files."""
+        view = memoryview(content)
+        end = 8 + int.from_bytes(view[:8], "little")
+        head = json.loads(bytes(view[8:end]))
+        self._file.write(encoded(head | {"__metadata__": dict(sorted(head["__metadata__"].items()))}))
+        self._file.write(view[end:])
+        self._at += len(view)
+        return len(view)
 
     def tell(self) -> int:
         return self._at

@@ -87,6 +87,7 @@ class FullySharded(Distributed):
         if self.lightning_module is not None:
             for _, part in self._parts():
                 part.reshard()
+        self._stored = None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

@@ -28,7 +28,7 @@ from models.checkpoints.format.directory import TENSORS, resolve, verify
 from models.checkpoints.format.door import CorruptCheckpoint
 from models.checkpoints.format.parts import part_name, parts_of, read_heads, read_parts
 from models.checkpoints.format.tensors import TYPES
-from models.checkpoints.format.write import begin, commit, discard, write_tensors
+from models.checkpoints.format.write import begin, commit, discard, link, write_tensors
 from models.engines.pieces import PartReader, PartWriter, Piece, PiecePlanner
 
 PATIENCE = timedelta(hours=1)  # of writers, on slow storage; who is dead closes its connection at once
@@ -58,6 +58,7 @@ class Shares:
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._snapshot = Snapshot()
+        self._written: tuple[Path, dict[str, dict[str, Any]]] | None = None  # what stands on the disk of the snapshots
 
     def save(self, checkpoint: dict[str, Any], path: Path, writer: Writer | None) -> None:
         """Writes the directory `path`.
@@ -73,40 +74,55 @@ class Shares:
         """
         contents = contents_of(checkpoint)
         mine = {file: dict(_mine(tensors)) for file, tensors in contents.tensors.items()}
-        self._snapshot.take({file: {n: _local(value) for n, value in values.items()} for file, values in mine.items()})
+        local = {file: {name: _local(value) for name, value in values.items()} for file, values in mine.items()}
+        standing = self._written[1] if self._written is not None and self._written[0] == path else {}
+        changed = self._snapshot.take(local, compare=bool(standing))
         pieces = {
             file: {name: Piece.of(value, self._snapshot.content[file][name]) for name, value in values.items()}
             for file, values in mine.items()
         }
-        if writer is None:
-            self._write(path, pieces, contents, None)
-        else:
-            writer.start(lambda: self._write(path, pieces, contents, writer), self._snapshot.bytes)
 
-    def _write(
-        self, path: Path, pieces: Mapping[str, Mapping[str, Piece]], contents: Contents, writer: Writer | None
-    ) -> None:
-        """In the thread, on all processes: nothing here may use another group."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        temporary = None
-        try:
-            temporary = self._first(lambda: begin(path))
-            size = self._gathered(self._snapshot.bytes)
+        def write() -> None:
+            size, others = zip(*self._gathered((self._snapshot.bytes, changed)), strict=True)
             if writer is not None:
                 writer.bytes = sum(size)
-            empty = {part_name(file, 0, world): {} for file, found in pieces.items() if not found}
-            mine = dict(self._first(lambda: write_tensors(temporary, empty)))  # which PyTorch leaves out
-            for file, found in pieces.items():
-                target = PartWriter(temporary, part_name(file, rank, world))
-                with _plain_errors():
-                    dcp.save(found, storage_writer=target, planner=PiecePlanner(), process_group=self.group)
-                mine |= target.fs.entries
-            files = {name: entry for part in self._gathered(mine) for name, entry in part.items()}
+            self._write(path, pieces, contents, {} if any(others) else standing)
+
+        if writer is None:
+            write()
+        else:
+            writer.start(write, self._snapshot.bytes)
+
+    def _write(
+        self,
+        path: Path,
+        pieces: Mapping[str, Mapping[str, Piece]],
+        contents: Contents,
+        standing: Mapping[str, dict[str, Any]],
+    ) -> None:
+        """In the thread, on all processes: nothing here may use another group."""
+        self._written, temporary = None, None
+        try:
+            temporary = self._first(lambda: begin(path))
+            files = self._first(lambda: link(path, temporary, standing)) or self._parts(temporary, pieces)
             self._first(lambda: commit(temporary, path, files, contents.plain, contents.manifest))
         except BaseException:
-            if temporary is not None and rank == 0:
+            if temporary is not None and dist.get_rank() == 0:
                 discard(temporary)
             raise
+        self._written = path, files
+
+    def _parts(self, temporary: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> dict[str, dict[str, Any]]:
+        """Sizes and digests of the files that all processes write."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        empty = {part_name(file, 0, world): {} for file, found in pieces.items() if not found}
+        mine = dict(self._first(lambda: write_tensors(temporary, empty)))  # which PyTorch leaves out
+        for file, found in pieces.items():
+            target = PartWriter(temporary, part_name(file, rank, world))
+            with _plain_errors():
+                dcp.save(found, storage_writer=target, planner=PiecePlanner(), process_group=self.group)
+            mine |= target.fs.entries
+        return {name: entry for part in self._gathered(mine) for name, entry in part.items()}
 
     def load_model(self, model: nn.Module, stored: Stored, name: str) -> None:
         """Weights and buffers of a model whose weights are shares, from the files of this name."""

@@ -45,6 +45,7 @@ SETTINGS = {
     "LoRA": (*TINY, "adapter=lora"),
     "balanced": (*TINY, "data.balanced=true"),
     "two processes": (*TINY, "trainer=ddp_cpu", "trainer.max_epochs=3", "trainer.devices=2", "data.batch_size=8"),
+    "shares": (*TINY, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=8"),
 }
 
 

@@ -72,6 +72,11 @@ def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> 
         start, end = end, end + tensor.numel() * tensor.element_size()
         kind = _NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return encoded(header)
+
+
+def encoded(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file begins with."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

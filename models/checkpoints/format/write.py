@@ -48,7 +48,7 @@ def write_checkpoint(
     """
     temporary = begin(path)
     try:
-        files = _link(path, temporary, standing or {}) or write_tensors(temporary, tensors)
+        files = link(path, temporary, standing or {}) or write_tensors(temporary, tensors)
         commit(temporary, path, files, plain, manifest)
     except BaseException:
         discard(temporary)
@@ -98,7 +98,7 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _link(path: Path, temporary: Path, standing: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def link(path: Path, temporary: Path, standing: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Takes files over from the directory that is replaced; none of them where one cannot be linked."""
     try:
         for name, entry in standing.items():

@@ -18,7 +18,7 @@ from conf.errors import UserError
 from models import create_model
 from models.callbacks.writer import Writer
 from models.checkpoints import load_weights
-from models.checkpoints.format.directory import MODEL, read_manifest
+from models.checkpoints.format.directory import MODEL, read_manifest, verify
 from models.checkpoints.format.door import CorruptCheckpoint
 from models.checkpoints.format.parts import part_name
 from models.checkpoints.format.tensors import save_tensors
@@ -206,6 +206,14 @@ def saves_of_two(folder: Path) -> None:
     shares.load_optimizer(empty, state["optimizer_states"][0], "optimizer_states.0", stored)
     found = [s["exp_avg"].to_local() for s in empty.state.values() if isinstance(s["exp_avg"], DTensor)]
     assert moments and all(map(torch.equal, found, moments))
+    for _ in range(2):  # what stands there is not written again
+        places = [file.stat().st_ino for file in sorted(stored.folder.glob("*.safetensors"))]
+        shares.save(checkpoint_of(model, optimizer), stored.folder, None)
+    assert [file.stat().st_ino for file in sorted(stored.folder.glob("*.safetensors"))] == places
+    files = verify(stored.folder)["files"]
+    again = folder / "again" / stored.folder.name
+    shares.save(checkpoint_of(model, optimizer), again, None)
+    assert read_manifest(again)["files"] == files
     with pytest.raises(CorruptCheckpoint, match=r"the shares in .* cannot be read"):
         shares.load({"nobody": torch.ones(2)}, stored, MODEL)
 
