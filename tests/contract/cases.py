@@ -22,6 +22,7 @@ SITES = {
     "map": Site(dim=32, num_heads=4, grid=Grid(8, 8), stage=1, block=1, depth=2, kind="hierarchical"),
     "class token": Site(dim=32, num_heads=4, grid=Grid(6, 6, 1), stage=1, block=1, depth=2, kind="vit"),
 }
+PLACES = ("class token", "shifted windows", "neighborhood")  # of parts
 SMALL = {"model": "vit_32px", "attention": "softmax", "depth": 1, "dim": 32, "num_heads": 4}
 Given = tuple[nn.Module, tuple[Tensor, ...]]
 
@@ -87,7 +88,7 @@ CASES |= {f"{core} in layouts": partial(layouts, core) for core in test_layouts.
 CASES |= {
     f"attention/{group}, {place}": partial(parts, group, place)
     for group in names.PARTS
-    for place in ("class token", "shifted windows", "neighborhood")
+    for place in PLACES
     if group != "layout"
 }
 CASES["attention/pre=ssm2d, complex"] = complex_states
