@@ -2,6 +2,7 @@
 
 Every process writes its shares beside training, from copies in the memory of the host; the manifest with the digests of
 all files is written last, by process 0. Every process reads the slices that it has a share of, whoever wrote them.
+PyTorch makes a file in memory before it writes it, one after the other of weights, averages and optimizer.
 
 Source: `torch.distributed.checkpoint`, whose files of HuggingFace's kind these are (`HuggingFaceStorageWriter`).
 """

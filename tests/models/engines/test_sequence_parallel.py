@@ -121,6 +121,7 @@ def rows_of_two(folder):
             assert max(far) < rounding, (attention, dtype, far)
 
 
+@pytest.mark.full
 def test_two_processes_differ_by_rounding_alone(tmp_path):
     pair(tmp_path, f"{__name__}:rows_of_two")
 
