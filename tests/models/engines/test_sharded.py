@@ -282,17 +282,17 @@ def test_three_engines_learn_the_same(tmp_path, optimizer):
 def test_a_run_goes_from_engine_to_engine(tmp_path):
     """And from some processes to more and fewer: no step is lost, and the end is that of one process alone."""
     expected = done(tmp_path / "whole", "one", *SGD)
-    for engine, stop in (("fsdp", 2), ("one", 5), ("ddp", 8), ("fsdp on 4", 10), ("fsdp on 1", 12)):
+    for engine, stop in (("fsdp", 2), ("one", 5), ("ddp", 8), ("fsdp on 4", 11)):
         done(tmp_path / "parts", engine, *SGD, stop=stop)
         folder = tmp_path / "parts/outputs/a/checkpoints/last"
         assert read_manifest(folder)["step"] == stop + 1
         files = len(list(folder.glob("model*.safetensors")))
         assert files == (PROCESSES[engine] if engine.startswith("fsdp") else 1)
-    assert difference(done(tmp_path / "parts", "fsdp", *SGD), expected) < 1e-6
+    assert len(load_file(folder / "ema-00004-of-00004.safetensors")) > 1
+    assert difference(done(tmp_path / "parts", "fsdp on 1", *SGD), expected) < 1e-6
     status, text = run(tmp_path / "parts", "ckpt=outputs/a/checkpoints/last", program="eval.py")
     assert status == 0, text
     assert not list((tmp_path / "parts/outputs/a/checkpoints").glob(".*"))
-    assert len(load_file(folder / "ema-00002-of-00002.safetensors")) > 1
 
 
 @pytest.mark.full
