@@ -11,8 +11,10 @@ from PIL import Image
 from conf import recipes, sweeps
 from conf.compose import compose_run
 from conf.names import PLACES
+from models.runs import verdict
 from models.runs.initial import check_given
 from models.runs.verdict import deviations, judge
+from tests.compositions import compose_once
 
 NAMES = recipes.names()
 TINY = ("model.dims=[16,32,32,64]", "model.depths=[1,1,1,1]", "image_size=64", "data.batch_size=4", "global_batch=8")
@@ -287,7 +289,7 @@ def test_a_verdict_where_nothing_is_published():
 def evaluation(*overrides: str, name: str = "biformer/tiny_in1k") -> dict:
     """What eval.py would work with, `data.root` and batch size set as a user does."""
     root = [] if "data=fake" in overrides else ["data.root=/somewhere"]
-    cfg, choices = compose_run([f"recipe={name}", "data.batch_size=32", *root, *overrides])
+    cfg, choices = compose_once([f"recipe={name}", "data.batch_size=32", *root, *overrides])
     cfg.run = {"data": choices["data"]}
     kept = ["image_size", "attention", "model", "data", "run", "augment", "seed", *PLACES]
     kept += ["task"] if "dit" in name else []
@@ -295,7 +297,8 @@ def evaluation(*overrides: str, name: str = "biformer/tiny_in1k") -> dict:
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
 
 
-def test_nothing_is_reproduced_by_another_protocol():
+def test_nothing_is_reproduced_by_another_protocol(monkeypatch):
+    monkeypatch.setattr(verdict, "compose_run", compose_once)
     name, whole = "biformer/tiny_in1k", (50_000, 50_000)
     assert deviations(name, evaluation("attention.backend=torch", "model.drop_path=0"), *whole) == []
     mixed = "agent/swin_tiny_in1k"  # agents in three stages, windows in one

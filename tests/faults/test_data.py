@@ -72,7 +72,7 @@ def test_a_class_that_cannot_be_read_ends_the_run(image_tree, tmp_path):
     root = image_tree(train=8)
     for path in (root / "train/ant").iterdir():
         path.write_bytes(b"")
-    given = ("data=imagefolder", f"data.root={root}", "data.batch_size=8", "data.workers=1", "data.on_error=skip")
+    given = ("data=imagefolder", f"data.root={root}", "data.batch_size=8", "data.workers=0", "data.on_error=skip")
     status, text = run(tmp_path, *TINY[:4], *given, *TINY[-4:], "run.name=a")
     assert status == 65 and "data: no image of class ant can be read, the last read_image: " in text, text
     assert "Traceback" not in text
