@@ -48,9 +48,10 @@ def placed(factory: Callable[[Site], Mixer], site: Site) -> Mixer | Refused:
     return mixer
 
 
-def mechanisms(name: str) -> Given:
-    """On a map, and with a class token where it takes one."""
-    return together(placed(mechanism(name), site) for site in SITES.values())
+def mechanisms(name: str, most: int = len(SITES)) -> Given:
+    """On a map, and with a class token where it takes one; in the last so many of the places that it takes."""
+    mixers = [placed(mechanism(name), site) for site in SITES.values()]
+    return together([mixer for mixer in mixers if not isinstance(mixer, Refused)][-most:])
 
 
 def layouts(core: str) -> Given:

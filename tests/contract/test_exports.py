@@ -1,5 +1,7 @@
 """What conf/ lists exports to ONNX with any batch, and ONNX Runtime computes what the model does."""
 
+from functools import partial
+
 import onnxruntime
 import pytest
 import torch
@@ -35,12 +37,14 @@ def computed(runs: onnxruntime.InferenceSession, given: tuple[Tensor, ...]) -> l
     return [torch.from_numpy(array) for array in runs.run(None, feeds)]
 
 
+# tracing takes as long as there are operations: with a class token there are those of a map, and some more
+EXPORTED = CASES | {case: partial(CASES[case], most=1) for case in CASES if case.startswith("attention=")}
 CHOSEN = [pytest.param(c, marks=[] if c in FEW else pytest.mark.full) for c in CASES if c not in AGAIN]
 
 
 @pytest.mark.parametrize("case", CHOSEN)
 def test_onnx_runtime_computes_what_the_model_does(case):
-    module, given = CASES[case]()
+    module, given = EXPORTED[case]()
     runs = session(moved(module), given)
     for batch in (1, 3):
         images = tuple(another(batch, tensor) for tensor in given)
