@@ -268,6 +268,7 @@ def test_processes_of_torchrun_need_a_name(command, monkeypatch):
 
 def test_a_broken_run_does_not_end_a_sweep(command):
     hopeless = ("optimizer.lr=1e4,1e-5", "optimizer.weight_decay=1e4", "schedule.warmup_epochs=0")
+    hopeless += ("callbacks.non_finite.skip=2",)
     status, out, err = command("train", "-m", *SMALL, "trainer.max_epochs=1", *hopeless)
     assert status == 76 and "learning rate" in err
     assert "1 of 2 runs" in out and "no result: optimizer.lr=1" in out

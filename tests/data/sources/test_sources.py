@@ -280,6 +280,7 @@ def test_labels_that_a_streamed_file_may_not_have(parquet, tmp_path, monkeypatch
         pyarrow.parquet.write_table(pyarrow.table({"picture": images, "label": labels}), second)
         with pytest.raises(ValueError, match=rf"^HuggingFace: .*{said}.* in .*b\.parquet; "):
             len(HuggingFace(**settings, streaming=True).train)
+    pyarrow.parquet.write_table(pyarrow.table({"picture": images, "label": [1, 0]}), second)
     monkeypatch.setattr(parquet_rows, "MAX_ROWS", 11)
     with pytest.raises(ValueError, match=r"must have at most 11 rows, got 12 in .*a\.parquet; cut it into parts"):
         len(HuggingFace(**settings, streaming=True).train)
