@@ -103,7 +103,7 @@ def test_from_two_processes_to_one_and_back(tmp_path):
     print("bit for bit:", same(tmp_path, "whole", "parts"))
 
 
-@pytest.mark.full
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.case(25)
 def test_from_one_process_to_two(tmp_path):

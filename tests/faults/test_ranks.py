@@ -152,7 +152,7 @@ def test_a_process_that_never_comes_is_one_sentence(tmp_path):
     assert "trainer: process 0 of 2 has not met all others within 3 s" in text and "or raise trainer.timeout" in text
 
 
-@pytest.mark.full
+@pytest.mark.faults
 @pytest.mark.case(10)
 def test_torchrun_starts_all_again_and_the_bits_are_the_same(tmp_path):
     """Process 1 kills itself in the first attempt."""

@@ -46,7 +46,7 @@ def is_saved(folder):
     return step
 
 
-@pytest.mark.parametrize("to", ["the first", "the second", "both"])
+@pytest.mark.parametrize("to", [pytest.param("the first", marks=pytest.mark.faults), "the second", "both"])
 def test_two_processes_of_lightnings_launcher(tmp_path, to):
     program = start(tmp_path, *LONG)
     steps_begin(tmp_path)
@@ -70,7 +70,7 @@ os.execv(sys.executable, [*torchrun, {script!r}, *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("to", ["torchrun", "one", "all"])
+@pytest.mark.parametrize("to", [*(pytest.param(to, marks=pytest.mark.faults) for to in ("torchrun", "one")), "all"])
 def test_two_processes_of_torchrun(tmp_path, to):
     """It makes every status 1."""
     program = start(tmp_path, *LONG, before=TORCHRUN.format(script=str(ROOT / "train.py")))

@@ -86,7 +86,7 @@ def test_a_server_that_is_bad_from_the_start(tmp_path, how):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ["silent", 429, 500])
+@pytest.mark.parametrize("how", ["silent", *(pytest.param(how, marks=pytest.mark.faults) for how in (429, 500))])
 def test_a_server_that_goes_away_holds_no_stop(tmp_path, how):
     with serving("good") as server:
         program = start(tmp_path, *CHOSEN, "trainer.max_epochs=50", env=env(tmp_path, **server.env), before=SLOWLY)
