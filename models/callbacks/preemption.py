@@ -127,6 +127,11 @@ class Preemption(Callback):
         if self._own:
             self._requests.close()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Of a run that was over before it began, which has no other end."""
+        if self._own:
+            self._requests.close()
+
     def _validates(self, trainer: pl.Trainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 

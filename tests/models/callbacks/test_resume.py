@@ -109,10 +109,13 @@ def test_one_ctrl_c_saves_and_reports_130(tmp_path):
 
 
 def test_a_run_that_is_over_ends_at_once_and_can_be_extended(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
     whole = fingerprint(*fit(tmp_path / "whole", epochs=3))
     fit(tmp_path / "parts", epochs=2)
     task, trainer = fit(tmp_path / "parts", epochs=2, resume="auto")
     assert task.seen == [] and trainer.global_step == 16
+    # nobody is left who would end this process for a signal that is meant for something else
+    assert signal.getsignal(signal.SIGTERM) == before and "signals" not in {t.name for t in threading.enumerate()}
     assert_equal(fingerprint(*fit(tmp_path / "parts", epochs=3, resume="auto")), whole)
 
 
