@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -50,5 +51,6 @@ def test_ten_thousand_steps_leave_nothing_behind(workers, tmp_path, record_prope
     print(said)
     record_property("soak", said)
     assert growth < 0.03 * early[0], said
-    assert max(files[-len(files) // 3 :]) <= max(files[: len(files) // 3]), said
-    assert max(threads[-len(threads) // 3 :]) <= max(threads[: len(threads) // 3]), said
+    for counts in (files, threads):  # at most moments no checkpoint is being written, which takes one of each
+        third = len(counts) // 3
+        assert median(counts[-third:]) <= median(counts[:third]), said
