@@ -12,6 +12,7 @@ Imports torch and triton only: this folder and its tests run alone.
     with kernels.reference(): ...                       the definition in plain PyTorch, on any device
     TRITON_INTERPRET=1 python ...                       the fused kernels on a CPU, exact and slow
     python -m kernels.compile --target sm_90            registers, spills and shared memory of every kernel
+    python -m kernels.sanitize window_attention         races, and accesses outside of tensors, found by interpreting
     python -m kernels.bench                             checks, then times
 """
 
