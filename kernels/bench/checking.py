@@ -85,15 +85,15 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """float32 is computed in float32 inside, not in TF32."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [b.allow_tf32 for b in backends]
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [b.fp32_precision for b in backends]
     for b in backends:
-        b.allow_tf32 = False
+        b.fp32_precision = "ieee"
     try:
         yield
     finally:
         for b, value in zip(backends, before, strict=True):
-            b.allow_tf32 = value
+            b.fp32_precision = value
 
 
 @contextmanager

@@ -24,8 +24,13 @@ def power_of_2(n: int, least: int = 16) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of `tl.dot`: exact products for float32 unless PyTorch's matrix products may use TF32 as well."""
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Of `tl.dot`: exact products for float32 unless PyTorch's matrix products may use TF32 as well.
+
+    `fp32_precision` has what was set last, by itself, for all backends, or by the older `allow_tf32` and
+    `set_float32_matmul_precision`, which cannot be read any more once it was set.
+    """
+    may_round = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype != torch.float32 or may_round else "ieee"
 
 
 def turns(work: int, most: int) -> int:
