@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import depthwise_conv as conv
 from kernels import windows
-from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused, is_transformed
 from kernels.heads import merge_heads, split_heads, to_map, to_tokens
 from kernels.order import sorted_stably
 from kernels.precision import full_precision, wide
@@ -48,7 +48,8 @@ def routed_attention(
     Args:
         qkv_BNC: queries, keys and values as one projection gives them, (B, N, 2 qk_dim + C); heads are slices of each.
         routes_BRK: integers (B, R, K): the different regions that each region attends to, in any order, all of them
-            between 0 and R - 1 (not checked, as that would wait for the device).
+            between 0 and R - 1. On a GPU this is not checked, as that would wait for it; what comes out of other
+            routes there is undefined.
         grid: (height, width) of the map.
         region: (height, width) of a region, in cells.
         num_heads: heads.
@@ -59,8 +60,9 @@ def routed_attention(
         backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; on the fused path heads wider than 128 channels,
-            more than 65535 regions, or a convolution wider than 7.
+        ValueError: shapes, dtypes or devices that do not fit together; a region that is listed twice, outside of a
+            GPU and of tracing; on the fused path heads wider than 128 channels, more than 65535 regions, or a
+            convolution wider than 7.
     """
     qk_dim = qkv_BNC.shape[-1] // 3 if qk_dim is None else qk_dim
     _check(qkv_BNC, routes_BRK, grid, region, num_heads, qk_dim, lepe_weight, lepe_bias)
@@ -216,10 +218,25 @@ def _check(
             f"{WHO}: routes must be at most {rows * columns} different integers per region, got {routes.shape[2]} of "
             f"{str(routes.dtype).removeprefix('torch.')}; use select_regions"
         )
+    _check_different(routes)
     if weight is not None:
         conv.check(qkv[..., 2 * qk_dim :], grid[:2], 0, weight, bias, None)
     elif bias is not None:
         raise ValueError(f"{WHO}: lepe_bias must come with lepe_weight, got no weight; give both, or none")
+
+
+def _check_different(routes: Tensor) -> None:
+    """Refuses a region that another is routed to twice, where the numbers are at hand."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(routes) is not Tensor
+    if routes.device.type != "cpu" or routes.shape[2] == 1 or traced or is_transformed(routes):
+        return
+    ordered = routes.detach().sort(-1).values
+    same = ordered[..., 1:] == ordered[..., :-1]
+    if same.any():
+        raise ValueError(
+            f"{WHO}: routes must be different regions, got {ordered[..., 1:][same][0].item()} twice for one region; "
+            "use select_regions"
+        )
 
 
 def _check_fused(qkv: Tensor, routes: Tensor, heads: int, qk_dim: int, weight: Tensor | None) -> None:

@@ -161,6 +161,15 @@ def test_refuses_routes_that_are_no_regions():
         routed_attention(**{**inputs, "routes_BRK": routes.repeat(1, 1, 3)})
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="what is on a GPU is not looked at")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refuses_a_region_that_is_listed_twice(backend):
+    inputs = shaped(topk=3)
+    inputs["routes_BRK"][0, 2] = torch.tensor([3, 0, 3])
+    with pytest.raises(ValueError, match="routes must be different regions, got 3 twice for one region; use select"):
+        routed_attention(**inputs, backend=backend)
+
+
 def test_refuses_more_than_the_kernels_hold():
     wide = shaped(dim=144)
     with pytest.raises(ValueError, match="the kernels take at most 128 channels per head, got 144; use more heads"):
