@@ -31,6 +31,7 @@ class Launch:
     aligned: tuple[int, ...]  # arguments that are multiples of 16
     warps: int
     stages: int
+    registers: int | None = None  # at most, of a thread; as many as there are without
 
 
 class Resources(NamedTuple):
@@ -79,22 +80,34 @@ def fused_on_cpu() -> Iterator[None]:
 
 
 def _launch(kernel: Any, arguments: tuple, options: dict) -> Launch:
-    """Types and constants as the launcher specialises them: sizes of 1 are constants, multiples of 16 are known."""
+    """Types and constants as the launcher specialises them: sizes of 1 are constants, multiples of 16 are known.
+
+    But for parameters of which the kernel says that they change: each variant of it would be compiled in mid-run.
+    """
     named = dict(zip(kernel.arg_names, arguments, strict=False))
     named |= {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, constants, aligned = [], [], []
     for i, parameter in enumerate(kernel.params):
-        value = named[parameter.name]
-        if parameter.is_constexpr or value is None or (value is not True and isinstance(value, int) and value == 1):
+        value, changes = named[parameter.name], parameter.do_not_specialize
+        one = value is not True and isinstance(value, int) and value == 1 and not changes
+        if parameter.is_constexpr or value is None or one:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue
         signature.append((parameter.name, _type(value)))
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if not changes and not parameter.do_not_specialize_on_alignment and _is_aligned(value):
             aligned.append(i)
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options["num_stages"]
-    )
+        kernel, tuple(signature), tuple(constants), tuple(aligned), options["num_warps"], options["num_stages"],
+        options.get("maxnreg"),
+    )  # fmt: skip
+
+
+def _is_aligned(value: Any) -> bool:
+    """Whether it is a multiple of 16, or an address of that many bytes; memory as a whole starts at one."""
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.itemsize % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _type(value: Any) -> str:
@@ -121,7 +134,8 @@ def resources(launch: Launch, target: str) -> Resources:
         constexprs=dict(launch.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+    options |= {"enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")

@@ -143,7 +143,7 @@ def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constex
     tl.store(pooled + (pair * (DOWN * ACROSS) + a) * D + d, mean.to(pooled.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _gather(
     qkv, tables, taps, count, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POOL: tl.constexpr, ANSWER: tl.constexpr,
@@ -203,7 +203,7 @@ def _gather(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "splits"])
 def _combine(parts, part_lse, gathered, lse, pairs, splits, D: tl.constexpr, A: tl.constexpr, AP: tl.constexpr,
              DP: tl.constexpr):  # fmt: skip
     """V_A from the results over shares of the tokens, each weighted by what its softmax would have had in the whole."""

@@ -28,7 +28,7 @@ from kernels.device.memory import load_tile
 from kernels.device.softmax import LOG2E, row_products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _fold(parts, db1, db2, groups, M, N, A: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, BT: tl.constexpr,
           AP: tl.constexpr):  # fmt: skip
     """The gradients (M, A, N) and (M, N, A) of the tables: sums over groups of images, in their order."""
@@ -52,7 +52,7 @@ def _fold(parts, db1, db2, groups, M, N, A: tl.constexpr, BIAS1: tl.constexpr, B
         tl.store(db2 + place, total.to(db2.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _agent_gradients(
     grad, qkv, tables, pooled, gathered, lse, dgathered, dpooled, delta, pairs, M, H, W, N, scale, share,
     grad_batch, grad_row, batch, row,
@@ -115,7 +115,7 @@ def _agent_gradients(
     tl.store(dpooled + part * A * D + place, dagents.to(dpooled.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "images"])
 def _token_gradients(
     grad, qkv, tables, taps, count, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,

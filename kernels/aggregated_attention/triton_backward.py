@@ -203,7 +203,7 @@ def _backward_keys(
     store_rows(to + 2 * C, token, 3 * C, inside, dv, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
 def _backward_pool(
     grad, qkv, kv_pool, scale, embedding, pool_bias, gates, lse, delta, shares,
     turns, B, M, H, W, P, grad_batch, grad_row, batch, row, pool_batch, pool_row,
@@ -256,7 +256,7 @@ def _backward_pool(
     store_rows(to + C, p, 2 * C, p < P, dv, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
 def _backward_bias(
     grad, qkv, kv_pool, scale, embedding, pool_bias, gates, lse, delta, shares,
     turns, B, M, H, W, P, grad_batch, grad_row, batch, row, pool_batch, pool_row,

@@ -149,7 +149,7 @@ def _part(C, N, parts, part_tokens, D: tl.constexpr, HEADS: tl.constexpr):
     return image, (tl.program_id(0) // parts) % groups, part, first, tl.minimum(first + part_tokens, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _part_sums(
     qkv, grad, state, dqkv, partial, N, C, batch, row, grad_batch, grad_row, parts, part_tokens,
     D: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
@@ -171,7 +171,7 @@ def _part_sums(
     tl.store(partial + (c * parts + part)[:, None] * D + (tl.arange(0, BC) % D)[None, :], total, mask=pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _finish_sums(
     partial, state, out, scale, parts,
     D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BACKWARD: tl.constexpr,
@@ -195,7 +195,7 @@ def _finish_sums(
     tl.store(out + line * D + d, value, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _part_outputs(
     qkv, state, out, N, C, batch, row, parts, part_tokens,
     D: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,

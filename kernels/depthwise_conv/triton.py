@@ -60,7 +60,7 @@ def _convolve(
     _finish(acc3, inside & (y + 3 < H), place + 3 * W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def _correlate(
     grad, x, partial, B, H, W, C, splits, grad_batch, grad_row, x_batch, x_row,
     K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,

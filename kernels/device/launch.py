@@ -7,15 +7,37 @@ from torch import Tensor
 MULTIPROCESSORS = 132  # of the GPU that sizes are chosen for; others only get more or fewer rounds
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, stages: int = 2, **constants) -> None:
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *arguments,
+    warps: int = 4,
+    stages: int = 2,
+    maxnreg: int | None = None,
+    **constants,
+) -> None:
     """Runs `kernel` on `grid` programs with positional arguments and constexpr keywords; nothing on an empty grid.
 
     Multiply-adds are fused explicitly: Triton 3.10 no longer does it by default.
+
+    Args:
+        kernel: Triton compiles it once for every combination of types, constants, and of what it knows of numbers:
+            whether they are 1 or a multiple of 16. Numbers that change with the batch are `do_not_specialize` in it,
+            or the last batch of an epoch would be compiled.
+        grid: how many programs.
+        arguments: tensors and numbers; a tensor at least.
+        warps: of a program.
+        stages: of loads that are under way in a loop.
+        maxnreg: registers of a thread at most, where one less makes room for one more program.
+        constants: constexpr parameters.
     """
     if 0 in grid:
         return
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True, **constants)
+        kernel[grid](*arguments, **options, **constants)
 
 
 def power_of_2(n: int, least: int = 16) -> int:

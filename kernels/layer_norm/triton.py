@@ -57,7 +57,7 @@ def _conv_norm(
     _finish(acc3, inside & (first + 3 < H), real, place + 3 * W, x, x_row, y, n, w, b, C, live, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "programs"])
 def _norm_backward(
     x, dn, dy, norm_weight, dx, partial, eps, rows_total, tokens, C, programs,
     x_batch, x_row, dn_batch, dn_row, dy_batch, dy_row,

@@ -35,7 +35,7 @@ from kernels.linear_attention.features import (
 WITH_MEANS = 4  # rows of the state of "inline" besides D: means of k and v less their shifts, and the shifts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def _state(
     qkv, scale, position, stats, state, N, span, chunks, groups, per, batch, row, plane, inverse_N, inverse_BT,
     M: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
@@ -93,7 +93,7 @@ def _state(
             tl.store(out + D * D + 3 * D + d, tl.where(chunk == 0, v_shift, 0.0), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def _output(
     qkv, scale, stats, state, taps, out, N, W, H, prefix, span, chunks, groups, per, batch, row, plane, taps_batch, eps,
     factor,
@@ -141,7 +141,7 @@ def _output(
             tl.store(out + n[:, None] * C + c[None, :], o.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels"])
 def _tap_rows(weight, bias, more, more_bias, taps, channels, C, D,
               K: tl.constexpr, OWN: tl.constexpr, BIAS: tl.constexpr, MORE: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip

@@ -40,7 +40,7 @@ def _query_gradient(phi, grad, S, z, eps, factor, FOCUSED: tl.constexpr, PRECISI
     return through, grad, pull
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def _backward_q(
     qkv, grad, scale, stats, state, pulls, dqkv, dstate, dscale, N, span, chunks, groups, per, batch, row, grad_batch,
     grad_row, plane, eps, factor,
@@ -117,7 +117,7 @@ def _backward_q(
             tl.store(dscale + (image * chunks + chunk) * C + c, -scales * inverse, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane"])
 def _backward_k(
     qkv, grad, scale, position, stats, state, dstate, taps, dqkv, dscale, N, W, H, prefix, chunks, groups, per, batch,
     row, grad_batch, grad_row, plane, taps_batch, inverse_N,
@@ -196,7 +196,7 @@ def _backward_k(
         tl.store(dk + n[:, None] * 3 * C + C + c[None, :], dvalue.to(dqkv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["splits"])
 def _correlate(grad, v, partial, N, W, H, prefix, C, splits, grad_batch, grad_row, v_batch, v_row,
                BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """One row of the 3×3 weight gradient of one image over a share of its tokens: (B, splits, C, 9)."""

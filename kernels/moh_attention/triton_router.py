@@ -38,7 +38,7 @@ def _alphas(base, row, stride, keep):
     return (2 * tl.sigmoid(x))[:, None], (2 * tl.sigmoid(-x))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route(
     logits, gates, partial, T, stride,
     S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
@@ -76,7 +76,7 @@ def _route(
         tl.store(partial + PE, tl.sum(choice_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "T"])
 def _balance(partial, balance, load, programs, T, E: tl.constexpr, PE: tl.constexpr, BP: tl.constexpr):
     """E Σ P f, and f."""
     c = tl.arange(0, PE)
@@ -92,7 +92,7 @@ def _balance(partial, balance, load, programs, T, E: tl.constexpr, PE: tl.conste
     tl.store(load + c, mean, mask=c < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_backward(
     grad, balance, logits, load, dlogits, T, stride,
     S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,

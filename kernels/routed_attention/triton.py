@@ -252,7 +252,7 @@ class Plan:
             return [None, None]
         routed = torch.empty(B, self.groups, size if forward else 0, dtype=torch.int32, device=device)
         routing = torch.empty(B, self.groups, R if backward else 0, dtype=torch.int32, device=device)
-        counts = torch.empty(2, B, self.groups, dtype=torch.int32, device=device)
+        counts = [torch.empty(B, self.groups, dtype=torch.int32, device=device) for _ in range(2)]
         launch(
             _list_routes, (B * self.groups,), self.routes, routed, counts[0], routing, counts[1], R, K, self.groups,
             size, G=G, BR=min(1024, power_of_2(R)), FORWARD=forward, BACKWARD=backward,

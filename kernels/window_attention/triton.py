@@ -106,7 +106,7 @@ def may_attend(r, live, seam, T: tl.constexpr, G: tl.constexpr, SHIFTED: tl.cons
     return keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
 def _forward_whole(
     qkv, padding, bias, out, turns, B, M, H, W, batch, row, scale,
     D: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, G: tl.constexpr,

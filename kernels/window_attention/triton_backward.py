@@ -34,7 +34,7 @@ def _store_sum(to, x, outside, D: tl.constexpr, BD: tl.constexpr):
     tl.store(to + d, tl.sum(tl.where(outside[:, None], x, 0.0), 0), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
 def _backward_whole(
     grad, qkv, padding, bias, dqkv, dpadding, dbias, turns, B, M, H, W, grad_batch, grad_row, batch, row, scale,
     D: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, G: tl.constexpr,
@@ -175,7 +175,7 @@ def _backward_keys(
         _store_sum(share + C, dv, outside, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
 def _backward_bias(
     grad, qkv, padding, bias, lse, delta, dbias, turns, B, M, H, W, grad_batch, grad_row, batch, row, scale,
     D: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
