@@ -52,17 +52,26 @@ def define(schema: str, launch: Callable, fake: Callable, flops: Callable) -> to
 
 
 def differentiable(
-    forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload, keep: Callable[..., tuple], outputs: int = 1
+    forward_op: torch._ops.OpOverload,
+    backward_op: torch._ops.OpOverload,
+    keep: Callable[..., tuple],
+    outputs: int = 1,
+    *,
+    selective: bool = False,
 ) -> Callable:
     """`forward_op` with its derivative, to be called with the same arguments.
 
     Args:
         forward_op: an operator whose first arguments are those that have a gradient.
         backward_op: gives their gradients, in their order, from those of the outputs and what was kept; what it gives
-            for an argument that needs none is dropped.
+            for an argument that needs none is dropped. With several outputs it takes None for those of which nothing
+            was used.
         keep: `(arguments, results of forward_op) -> arguments of backward_op` after the gradients of the outputs.
         outputs: how many of the results are returned; the others are there to be kept.
+        selective: the last argument of backward_op says of every gradient whether it is needed, and it may give an
+            empty tensor for one that is not.
     """
+    gradients_of = len(backward_op._schema.returns)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -72,15 +81,19 @@ def differentiable(
             kept = keep(arguments, results)
             ctx.save_for_backward(*(k if isinstance(k, Tensor) else None for k in kept))
             ctx.others = tuple(None if isinstance(k, Tensor) else k for k in kept)
+            ctx.set_materialize_grads(False)
             return results[0] if outputs == 1 else results[:outputs]
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *gradients):
+            none = [None] * len(ctx.needs_input_grad)
+            if all(g is None for g in gradients):
+                return tuple(none)
             kept = (other if t is None else t for t, other in zip(ctx.saved_tensors, ctx.others, strict=True))
-            found = backward_op(*gradients, *kept)
+            needed = list(ctx.needs_input_grad[:gradients_of])
+            found = backward_op(*gradients, *kept, *([needed] if selective else []))
             found = found if isinstance(found, tuple) else (found,)
-            found = tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-            return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+            return *(g if wanted else None for g, wanted in zip(found, needed, strict=True)), *none[gradients_of:]
 
     return Differentiable.apply

@@ -13,13 +13,13 @@ def _forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, d
 
 
 def _backward(
-    grad, qkv, agents, gathered, lse, gather, scatter, weight, height, width, prefix, heads, down, across, scale
+    grad, qkv, agents, gathered, lse, gather, scatter, weight, height, width, prefix, heads, down, across, scale, needed
 ):
     from kernels.agent_attention import triton_backward as fused
 
     saved = agents, gathered, lse
     grid = (height, width, prefix)
-    return fused.backward(grad, qkv, saved, gather, scatter, weight, grid, heads, (down, across), scale)
+    return fused.backward(grad, qkv, saved, gather, scatter, weight, grid, heads, (down, across), scale, needed)
 
 
 def _fake_forward(qkv, gather, scatter, weight, bias, height, width, prefix, heads, down, across, scale):
@@ -33,7 +33,8 @@ def _fake_forward(qkv, gather, scatter, weight, bias, height, width, prefix, hea
     )
 
 
-def _fake_backward(grad, qkv, agents, gathered, lse, gather, scatter, weight, *_):
+def _fake_backward(grad, qkv, agents, gathered, lse, gather, scatter, weight, *others):
+    weight = weight if any(others[-1][3:]) else None
     dweight, dbias = _empty(qkv, weight), qkv.new_empty(0) if weight is None else weight.new_empty(weight.shape[0])
     return qkv.new_empty(qkv.shape), _empty(qkv, gather), _empty(qkv, scatter), dweight, dbias
 
@@ -62,7 +63,7 @@ forward_op = define(
 )
 backward_op = define(
     f"agent_attention_backward(Tensor grad, Tensor qkv, Tensor agents, Tensor gathered, Tensor lse, {_TABLES}, "
-    f"{_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_SIZES}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
@@ -74,4 +75,4 @@ def _kept(arguments: tuple, results: tuple) -> tuple:
     return qkv, *results[1:], gather, scatter, weight, *sizes
 
 
-attend = differentiable(forward_op, backward_op, _kept)
+attend = differentiable(forward_op, backward_op, _kept, selective=True)

@@ -211,8 +211,12 @@ def backward(
     heads: int,
     agents: tuple[int, int],
     scale: float,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, both tables, and weight and bias of the convolution; empty where there is none."""
+    """Gradients of qkv, both tables, and weight and bias of the convolution; empty where there is none.
+
+    Those of the convolution are empty too where neither is `needed`.
+    """
     grad, qkv, (down, across) = rows(grad), rows(qkv), agents
     (B, N, C), A = grad.shape, down * across
     tile = tiles(N, A, C // heads, qkv.element_size(), backward=True)
@@ -232,7 +236,7 @@ def backward(
         K=0 if weight is None else weight.shape[-1], stages=1, **constants,
     )  # fmt: skip
     dgather, dscatter = _folded(qkv, parts, gather, scatter, N, tile)
-    if weight is None:
+    if weight is None or not any(needed[3:]):
         return dqkv, dgather, dscatter, qkv.new_empty(0), qkv.new_empty(0)
     dweight, dbias = depthwise_conv.weight_gradient(grad, qkv[..., 2 * C :], weight, grid)
     return dqkv, dgather, dscatter, dweight.to(weight.dtype), dbias.to(weight.dtype)

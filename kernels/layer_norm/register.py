@@ -10,19 +10,20 @@ def _conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, wid
     return fused.conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, grid, eps, dtype)
 
 
-def _conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps):
+def _conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps, needed):
     from kernels.layer_norm import triton as fused
 
-    return fused.conv_backward(dy, dn, x, y, conv_weight, norm_weight, (height, width, prefix), eps)
+    return fused.conv_backward(dy, dn, x, y, conv_weight, norm_weight, (height, width, prefix), eps, needed)
 
 
 def _fake_conv_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, prefix, eps, dtype):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-def _fake_conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps):
-    vectors = (p.new_empty(p.shape[0]) for p in (conv_weight, norm_weight, norm_weight))
-    return x.new_empty(x.shape), conv_weight.new_empty(conv_weight.shape), *vectors
+def _fake_conv_backward(dy, dn, x, y, conv_weight, norm_weight, height, width, prefix, eps, needed):
+    weight = conv_weight.new_empty(conv_weight.shape if any(needed[1:3]) else 0)
+    vectors = (p.new_empty(p.shape[0]) for p in (weight, norm_weight, norm_weight))
+    return x.new_empty(x.shape if needed[0] else 0), weight, *vectors
 
 
 def _flops(x, conv_weight, conv_bias, norm_weight, norm_bias, height, width, *_, out_shape=None, **__):
@@ -42,8 +43,8 @@ conv_forward_op = define(
     _flops,
 )
 conv_backward_op = define(
-    "conv_norm_backward(Tensor dy, Tensor dn, Tensor x, Tensor y, Tensor conv_weight, Tensor norm_weight, "
-    f"{_SIZES}, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "conv_norm_backward(Tensor? dy, Tensor? dn, Tensor x, Tensor y, Tensor conv_weight, Tensor norm_weight, "
+    f"{_SIZES}, float eps, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv_backward,
     _fake_conv_backward,
     _flops_backward,
@@ -55,4 +56,4 @@ def _kept(arguments: tuple, results: tuple) -> tuple:
     return x, results[0], conv_weight, norm_weight, *sizes
 
 
-convolve_and_norm = differentiable(conv_forward_op, conv_backward_op, _kept, outputs=2)
+convolve_and_norm = differentiable(conv_forward_op, conv_backward_op, _kept, outputs=2, selective=True)

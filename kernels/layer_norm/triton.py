@@ -61,9 +61,9 @@ def _conv_norm(
 def _norm_backward(
     x, dn, dy, norm_weight, dx, partial, eps, rows_total, tokens, C, programs,
     x_batch, x_row, dn_batch, dn_row, dy_batch, dy_row,
-    BT: tl.constexpr, BC: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """dx on top of dy, and the sums for the weights over every `programs`-th tile of tokens of all images."""
+    """dx, with MORE on top of dy; sums for the weights over every `programs`-th tile of tokens of all images."""
     c = tl.arange(0, BC)
     live = c < C
     w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
@@ -77,13 +77,16 @@ def _norm_backward(
         keep = real[:, None] & live[None, :]
         value = tl.load(x + image * x_batch + token * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         slope = tl.load(dn + image * dn_batch + token * dn_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        more = tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        if MORE:
+            more = tl.load(dy + image * dy_batch + token * dy_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
         value, factor = _standardise(value, real, live, C, eps)
         for_weight += slope * value
         for_bias += slope
         slope *= w[None, :]
         slope -= (tl.sum(slope, 1) / C)[:, None] + value * (tl.sum(slope * value, 1) / C)[:, None]
-        slope = slope * factor[:, None] + more
+        slope *= factor[:, None]
+        if MORE:
+            slope += more
         tl.store(dx + (image * tokens + token) * C + c[None, :], slope.to(dx.dtype.element_ty), mask=keep)
     # (2, programs, C)
     tl.store(partial + tl.program_id(0) * C + c, tl.sum(for_weight, 0), mask=live)
@@ -132,27 +135,37 @@ def _conv_into(y, n, x, taps, bias, norm, sizes, K, eps) -> None:
 
 
 def conv_backward(
-    dy: Tensor,
-    dn: Tensor,
+    dy: Tensor | None,
+    dn: Tensor | None,
     x: Tensor,
     y: Tensor,
     conv_weight: Tensor,
     norm_weight: Tensor,
     grid: tuple[int, int, int],
     eps: float,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the weight and bias of the convolution, and the weight and bias of the norm."""
+    """Gradients of x, the weight and bias of the convolution, and the weight and bias of the norm.
+
+    Those of x and of the convolution are empty where they are not `needed`. None for dy or dn: it was not used.
+    """
+    dn = torch.zeros(y.shape, dtype=y.dtype, device=y.device) if dn is None else dn
     total, norm_weight_grad, norm_bias_grad = norm_backward(dy, dn, y, norm_weight, eps)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    depthwise_conv.forward(total, conv_weight.flip(2, 3), None, dx, grid, residual=total)
-    weight_grad, bias_grad = depthwise_conv.weight_gradient(total, x, conv_weight, grid)
-    dtype = conv_weight.dtype
-    return dx, weight_grad.to(dtype), bias_grad.to(dtype), norm_weight_grad, norm_bias_grad
+    dx = torch.empty(x.shape if needed[0] else 0, dtype=x.dtype, device=x.device)
+    if needed[0]:
+        depthwise_conv.forward(total, conv_weight.flip(2, 3), None, dx, grid, residual=total)
+    weight_grad, bias_grad = conv_weight.new_empty(0), conv_weight.new_empty(0)
+    if any(needed[1:3]):
+        both = depthwise_conv.weight_gradient(total, x, conv_weight, grid)
+        weight_grad, bias_grad = (g.to(conv_weight.dtype) for g in both)
+    return dx, weight_grad, bias_grad, norm_weight_grad, norm_bias_grad
 
 
-def norm_backward(dy: Tensor, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    dy: Tensor | None, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of x through the norm, added to dy, and those of the weight and bias of the norm."""
-    x, dn, dy = rows(x), rows(dn), rows(dy)
+    x, dn, dy = rows(x), rows(dn), None if dy is None else rows(dy)
     B, N, C = x.shape
     BT, BC, warps = tiles(B * N, C, 4096 // x.element_size())
     programs = min(FULL, triton.cdiv(B * N, BT))
@@ -161,7 +174,7 @@ def norm_backward(dy: Tensor, dn: Tensor, x: Tensor, norm_weight: Tensor, eps: f
     launch(
         _norm_backward, (programs,),
         x, dn, dy, norm_weight.contiguous(), dx, partial, eps, B * N, N, C, programs,
-        x.stride(0), x.stride(1), dn.stride(0), dn.stride(1), dy.stride(0), dy.stride(1),
-        warps=warps, BT=BT, BC=BC,
+        x.stride(0), x.stride(1), dn.stride(0), dn.stride(1), *((0, 0) if dy is None else dy.stride()[:2]),
+        warps=warps, BT=BT, BC=BC, MORE=dy is not None,
     )  # fmt: skip
     return dx, *(p.sum(0).to(norm_weight.dtype) for p in partial)

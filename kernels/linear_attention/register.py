@@ -16,11 +16,12 @@ def _forward(qkv, scale, position, weight, bias, lepe_weight, lepe_bias, height,
 
 
 def _backward(grad, qkv, state, stats, taps, scale, position, weight, bias, lepe_weight, lepe_bias, height, width,
-              prefix, *options):  # fmt: skip
+              prefix, heads, feature, constant, needed):  # fmt: skip
     from kernels.linear_attention import triton_backward as fused
 
     parameters = (scale, position, weight, bias, lepe_weight, lepe_bias)
-    return fused.backward(grad, qkv, state, stats, taps, *parameters, (height, width, prefix), *options)
+    options = (height, width, prefix), heads, feature, constant, needed
+    return fused.backward(grad, qkv, state, stats, taps, *parameters, *options)
 
 
 def _fake_forward(
@@ -39,7 +40,8 @@ def _fake_forward(
 
 
 def _fake_backward(grad, qkv, state, stats, taps, *others):
-    parameters = others[:6]
+    trains = any(others[-1][3:])
+    parameters = *others[:2], *(p if trains else None for p in others[2:6])
     return qkv.new_empty(qkv.shape), *(
         qkv.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters
     )
@@ -69,11 +71,14 @@ forward_op = define(
 )
 backward_op = define(
     "linear_attention_backward(Tensor grad, Tensor qkv, Tensor state, Tensor stats, Tensor taps, "
-    f"{_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_PARAMETERS}, {_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
 )
 attend = differentiable(
-    forward_op, backward_op, lambda arguments, results: (arguments[0], *results[1:], *arguments[1:])
+    forward_op,
+    backward_op,
+    lambda arguments, results: (arguments[0], *results[1:], *arguments[1:]),
+    selective=True,
 )

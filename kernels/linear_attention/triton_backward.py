@@ -229,9 +229,12 @@ def _correlate(grad, v, partial, N, W, H, prefix, C, splits, grad_batch, grad_ro
 def backward(
     grad: Tensor, qkv: Tensor, state: Tensor, stats: Tensor, taps: Tensor, scale: Tensor | None,
     position: Tensor | None, weight: Tensor | None, bias: Tensor | None, lepe_weight: Tensor | None,
-    lepe_bias: Tensor | None, grid: tuple[int, int, int], M: int, feature: str, constant: float,
+    lepe_bias: Tensor | None, grid: tuple[int, int, int], M: int, feature: str, constant: float, needed: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of the packed projection and of the six parameters; empty ones for parameters that are None."""
+    """Gradients of the packed projection and of the six parameters; empty ones for parameters that are None.
+
+    Those of the convolutions, the last four, are empty too where none of them is `needed`.
+    """
     qkv, grad = rows(qkv), rows(grad)
     B, N, C = grad.shape
     H, W, prefix = grid
@@ -257,12 +260,13 @@ def backward(
         dscale[B * chunks :], N, W, H, prefix, chunks_k, groups, per, *strides, per_image(taps), 1 / N,
         stages=1, K=side_of(weight, lepe_weight), POSITION=position is not None, **common, **tile_k,
     )  # fmt: skip
+    convolutions = (weight, bias, lepe_weight, lepe_bias) if any(needed[3:]) else [None] * 4
     dposition = _none(qkv) if position is None else dqkv[:, :, C : 2 * C].sum(0, dtype=torch.float32)
     return (
         dqkv,
         _none(qkv) if scale is None else dscale.sum(0).to(scale.dtype),
         dposition if position is None else dposition.to(position.dtype),
-        *_weight_gradients(grad, qkv[..., 2 * C :], weight, bias, lepe_weight, lepe_bias, grid, feature),
+        *_weight_gradients(grad, qkv[..., 2 * C :], *convolutions, grid, feature),
     )
 
 

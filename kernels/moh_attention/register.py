@@ -16,10 +16,10 @@ def _forward(qkv, gates, scale, skip):
     return fused.forward(qkv, gates, scale, skip)
 
 
-def _backward(grad, qkv, gates, out, lse, index, count, scale):
+def _backward(grad, qkv, gates, out, lse, index, count, scale, needed):
     from kernels.moh_attention import triton as fused
 
-    return fused.backward(grad, qkv, gates, out, lse, index, count, scale)
+    return fused.backward(grad, qkv, gates, out, lse, index, count, scale, needed)
 
 
 def _route(logits, shared, routed):
@@ -31,6 +31,8 @@ def _route(logits, shared, routed):
 def _route_backward(grad, balance, logits, load, shared, routed):
     from kernels.moh_attention import triton_router as fused
 
+    if grad is None:
+        grad = balance.new_zeros(*logits.shape[:2], shared + load.shape[0])
     return fused.route_backward(grad, balance, logits, load, shared, routed)
 
 
@@ -44,7 +46,7 @@ def _fake_forward(qkv, gates, scale, skip):
     )
 
 
-def _fake_backward(grad, qkv, gates, out, lse, index, count, scale):
+def _fake_backward(grad, qkv, gates, out, lse, index, count, scale, needed):
     return qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
 
 
@@ -83,7 +85,7 @@ forward_op = define(
 )
 backward_op = define(
     "moh_attention_backward(Tensor grad, Tensor qkv, Tensor gates, Tensor out, Tensor lse, Tensor index, Tensor count, "
-    "float scale) -> (Tensor, Tensor)",
+    "float scale, bool[] needed) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
@@ -95,12 +97,17 @@ route_op = define(
     _flops_route,
 )
 route_backward_op = define(
-    "route_heads_backward(Tensor grad, Tensor balance, Tensor logits, Tensor load, int shared, int routed) -> Tensor",
+    "route_heads_backward(Tensor? grad, Tensor? balance, Tensor logits, Tensor load, int shared, int routed) -> Tensor",
     _route_backward,
     _fake_route_backward,
     _flops_route_backward,
 )
-attend = differentiable(forward_op, backward_op, lambda arguments, results: (*arguments[:2], *results, arguments[2]))
+attend = differentiable(
+    forward_op,
+    backward_op,
+    lambda arguments, results: (*arguments[:2], *results, arguments[2]),
+    selective=True,
+)
 route = differentiable(
     route_op, route_backward_op, lambda arguments, results: (arguments[0], results[2], *arguments[1:]), outputs=2
 )

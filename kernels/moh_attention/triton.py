@@ -274,16 +274,18 @@ def forward(qkv: Tensor, gates: Tensor, scale: float, skip: bool) -> tuple[Tenso
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, gates: Tensor, out: Tensor, lse: Tensor, index: Tensor, count: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and gates."""
+    grad: Tensor, qkv: Tensor, gates: Tensor, out: Tensor, lse: Tensor, index: Tensor, count: Tensor, scale: float,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv and gates; where only the latter are `needed`, those of keys and values are left out."""
     grad, qkv, gates = rows(grad), rows(qkv), gates.contiguous()
     (B, N, M), C, skip = gates.shape, out.shape[2], index.shape[2] > 0
     dqkv = torch.empty(B, N, 3 * C, dtype=qkv.dtype, device=qkv.device)
     dgates = torch.empty(B, N, M, dtype=gates.dtype, device=qkv.device)
     # in few tokens one launch costs more than Σ grad · out once more
     phases = [(True, True)] if N < SEPARATE_FROM else [(True, False), (False, True)]
-    delta = torch.empty(B, M, 2, N if len(phases) > 1 else 0, dtype=torch.float32, device=qkv.device)
+    phases = phases if needed[0] else [(True, False)]
+    delta = torch.empty(B, M, 2, N if (True, False) in phases else 0, dtype=torch.float32, device=qkv.device)
     OWN, STEP, warps, stages = tiles(True, N, C // M, qkv.element_size())
     for queries, keys in phases:
         launch(

@@ -96,6 +96,7 @@ def _balance(partial, balance, load, programs, T, E: tl.constexpr, PE: tl.conste
 def _route_backward(
     grad, balance, logits, load, dlogits, T, stride,
     S: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PS: tl.constexpr, PE: tl.constexpr, BT: tl.constexpr,
+    BALANCE: tl.constexpr,
 ):  # fmt: skip
     s_c = tl.arange(0, PS)[None, :]
     e_c = tl.arange(0, PE)[None, :]
@@ -128,8 +129,10 @@ def _route_backward(
             dg = a2 * dg
             across = a2 * across
         # r = softmax, so d(wg) = r (dr - Σ r dr); of the gates' part Σ r dr is 0
-        share = tl.load(balance) * E / T * tl.load(load + e_c, mask=e_c < E, other=0.0)
-        dwg = mask * (routed * dg - chosen / total * across) + r * (share - tl.sum(r * share, 1)[:, None])
+        dwg = mask * (routed * dg - chosen / total * across)
+        if BALANCE:
+            share = tl.load(balance) * E / T * tl.load(load + e_c, mask=e_c < E, other=0.0)
+            dwg += r * (share - tl.sum(r * share, 1)[:, None])
         tl.store(out + e_c, dwg, mask=keep[:, None] & (e_c < E))
     if S > 1:
         tl.store(out + E + BOTH + s_c, shared * ds - shared / S * along, mask=keep[:, None] & (s_c < S))
@@ -153,15 +156,17 @@ def route(logits: Tensor, shared: int, routed: int) -> tuple[Tensor, Tensor, Ten
     return gates, balance, load
 
 
-def route_backward(grad: Tensor, balance: Tensor, logits: Tensor, load: Tensor, shared: int, routed: int) -> Tensor:
-    """Gradient of the logits from those of the gates and of the loss."""
+def route_backward(
+    grad: Tensor, balance: Tensor | None, logits: Tensor, load: Tensor, shared: int, routed: int
+) -> Tensor:
+    """Gradient of the logits from those of the gates and of the loss, None for one that was not used."""
     B, N, L = logits.shape
     constants = _router(L, shared, routed)
     flat = rows(logits).reshape(B * N, L)
     dlogits = torch.empty(B, N, L, dtype=torch.float32, device=logits.device)
     launch(
         _route_backward, (triton.cdiv(B * N, constants["BT"]),), grad.contiguous(), balance, flat, load, dlogits, B * N,
-        flat.stride(0), **constants,
+        flat.stride(0), BALANCE=balance is not None, **constants,
     )  # fmt: skip
     return dlogits
 

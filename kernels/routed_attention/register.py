@@ -33,17 +33,20 @@ def _forward(qkv, lepe_weight, lepe_bias, routes, height, width, region_height, 
 
 
 def _backward(
-    grad, qkv, out, lse, lepe_weight, routes, height, width, region_height, region_width, heads, qk_dim, scale
+    grad, qkv, out, lse, lepe_weight, routes, height, width, region_height, region_width, heads, qk_dim, scale, needed
 ):
     from kernels.routed_attention import triton_backward as fused
 
     grid, region = (height, width), (region_height, region_width)
-    d_qkv = fused.backward(grad, qkv, out, lse, routes, grid, region, heads, qk_dim, scale)
-    if lepe_weight is None:
-        return d_qkv, lse.new_empty(0), lse.new_empty(0)
-    v, dv = qkv[..., 2 * qk_dim :], d_qkv[..., 2 * qk_dim :]
-    dweight, dbias = fused.lepe_gradients(grad, v, dv, lepe_weight, grid)
-    return d_qkv, dweight.to(lepe_weight.dtype), dbias.to(lepe_weight.dtype)
+    d_qkv, *d_lepe = qkv.new_empty(0), lse.new_empty(0), lse.new_empty(0)
+    if needed[0]:
+        d_qkv = fused.backward(grad, qkv, out, lse, routes, grid, region, heads, qk_dim, scale)
+        if lepe_weight is not None:
+            fused.add_lepe_gradient(d_qkv[..., 2 * qk_dim :], grad, lepe_weight, grid)
+    if lepe_weight is not None and any(needed[1:]):
+        d_lepe = fused.lepe_gradients(grad, qkv[..., 2 * qk_dim :], lepe_weight, grid)
+        d_lepe = [g.to(lepe_weight.dtype) for g in d_lepe]
+    return d_qkv, *d_lepe
 
 
 def _fake_means(x, height, width, region_height, region_width):
@@ -64,9 +67,11 @@ def _fake_forward(
     return out, alone, qkv.new_empty(B, heads, N, dtype=torch.float32)
 
 
-def _fake_backward(grad, qkv, out, lse, lepe_weight, *_):
-    weight = lse.new_empty(0) if lepe_weight is None else lepe_weight.new_empty(lepe_weight.shape)
-    return qkv.new_empty(qkv.shape), weight, weight.new_empty(weight.shape[0])
+def _fake_backward(grad, qkv, out, lse, lepe_weight, *others):
+    needed = others[-1]
+    trains = lepe_weight is not None and any(needed[1:])
+    weight = lepe_weight.new_empty(lepe_weight.shape) if trains else lse.new_empty(0)
+    return qkv.new_empty(qkv.shape if needed[0] else 0), weight, weight.new_empty(weight.shape[0])
 
 
 def _flops_means(x, *_, out_shape=None, **__):
@@ -104,7 +109,7 @@ forward_op = define(
 )
 backward_op = define(
     "routed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? lepe_weight, "
-    f"{_SIZES}) -> (Tensor, Tensor, Tensor)",
+    f"{_SIZES}, bool[] needed) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
@@ -118,4 +123,4 @@ def _kept(arguments: tuple, results: tuple) -> tuple:
     return qkv, total if lepe_weight is None else alone, lse, lepe_weight, *sizes
 
 
-attend = differentiable(forward_op, backward_op, _kept)
+attend = differentiable(forward_op, backward_op, _kept, selective=True)

@@ -170,8 +170,11 @@ def backward(
     return d_qkv
 
 
-def lepe_gradients(grad: Tensor, v: Tensor, dv: Tensor, weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Those of weight and bias; that of v is added to dv."""
-    grad = rows(grad)
-    depthwise_conv.input_gradient(grad, weight, dv, (*grid, 0), add=True)
-    return depthwise_conv.weight_gradient(grad, v, weight, (*grid, 0))
+def add_lepe_gradient(dv: Tensor, grad: Tensor, weight: Tensor, grid: tuple[int, int]) -> None:
+    """Adds the gradient of v through LePE to dv."""
+    depthwise_conv.input_gradient(rows(grad), weight, dv, (*grid, 0), add=True)
+
+
+def lepe_gradients(grad: Tensor, v: Tensor, weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias."""
+    return depthwise_conv.weight_gradient(rows(grad), v, weight, (*grid, 0))

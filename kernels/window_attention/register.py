@@ -15,10 +15,11 @@ def _forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale):
     return out, lse
 
 
-def _backward(grad, qkv, padding, bias, out, lse, height, width, heads, h, w, sy, sx, scale):
+def _backward(grad, qkv, padding, bias, out, lse, height, width, heads, h, w, sy, sx, scale, needed):
     from kernels.window_attention import triton_backward as fused
 
-    return fused.backward(grad, qkv, padding, bias, out, lse, (height, width), heads, (h, w), (sy, sx), scale)
+    sizes = (height, width), heads, (h, w), (sy, sx), scale
+    return fused.backward(grad, qkv, padding, bias, out, lse, *sizes, needed)
 
 
 def _fake_forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale):
@@ -27,7 +28,8 @@ def _fake_forward(qkv, padding, bias, height, width, heads, h, w, sy, sx, scale)
     return qkv.new_empty((B, N, C)), qkv.new_empty(statistics, dtype=torch.float32)
 
 
-def _fake_backward(grad, qkv, padding, bias, *_):
+def _fake_backward(grad, qkv, padding, bias, *others):
+    bias = bias if others[-1][2] else None
     padding, bias = (qkv.new_empty(0) if p is None else p.new_empty(p.shape) for p in (padding, bias))
     return qkv.new_empty(qkv.shape), padding, bias
 
@@ -53,7 +55,7 @@ forward_op = define(
 )
 backward_op = define(
     "window_attention_backward(Tensor grad, Tensor qkv, Tensor? padding, Tensor? bias, Tensor? out, Tensor? lse, "
-    f"{_SIZES}) -> (Tensor, Tensor, Tensor)",
+    f"{_SIZES}, bool[] needed) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _flops_backward,
@@ -66,4 +68,4 @@ def _kept(arguments: tuple, results: tuple) -> tuple:
     return *arguments[:3], *((None, None) if h * w <= ONE_TILE else results), *arguments[3:]
 
 
-attend = differentiable(forward_op, backward_op, _kept)
+attend = differentiable(forward_op, backward_op, _kept, selective=True)

@@ -38,8 +38,9 @@ def _store_sum(to, x, outside, D: tl.constexpr, BD: tl.constexpr):
 def _backward_whole(
     grad, qkv, padding, bias, dqkv, dpadding, dbias, turns, B, M, H, W, grad_batch, grad_row, batch, row, scale,
     D: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, G: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, IP: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr, SUM: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
+    """With SUM the gradient of the bias too."""
     T: tl.constexpr = WH * WW
     C = M * D
     head = tl.program_id(0) % M
@@ -50,6 +51,7 @@ def _backward_whole(
         cell = cell_of(r, T, G)
         place = cell[:, None] * T + cell[None, :]
         bias += head.to(tl.int64) * (T * T)
+    if SUM:
         dadded = tl.zeros([BT, BT], tl.float32)
     for turn in range(0, turns):
         fresh = fresh_rows(r, turn)
@@ -74,7 +76,7 @@ def _backward_whole(
             _store_sum(share + C, dv, outside, D, BD)
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
-        if BIAS:
+        if SUM:
             dadded += ds
         ds = ds.to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, input_precision=IP) * scale
@@ -83,7 +85,7 @@ def _backward_whole(
             _store_sum(share, dk, outside, D, BD)
         dq = tl.dot(ds, k, input_precision=IP) * scale
         store_rows(to, token, 3 * C, inside, dq, D, BD)
-    if BIAS:
+    if SUM:
         # (splits, G, M, T, T)
         dbias += (split * G * M + head) * (T * T)
         if G > 1:
@@ -230,49 +232,55 @@ def backward(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, padding and bias; empty ones for what is None. `out` and `lse` are those of larger windows."""
+    """Gradients of qkv, padding and bias; empty ones for what is None, and for a bias of which it is not `needed`.
+
+    `out` and `lse` are those of larger windows.
+    """
     grad, qkv = rows(grad), rows(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     given = (grad, qkv, qkv if padding is None else padding.contiguous(), qkv if bias is None else bias.contiguous())
     constants = constants_of(qkv, padding, heads, window, shift)
     sizes = (heads, *grid, grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1), scale)
+    constants |= {"BIAS": bias is not None}
+    sums = bias is not None and needed[2]
     if window[0] * window[1] <= TILE:
-        shares = _backward_of_tiles(given, dqkv, sizes, constants, bias is not None)
+        shares = _backward_of_tiles(given, dqkv, sizes, constants, sums)
     else:
-        shares = _backward_in_passes(given, out, lse, dqkv, sizes, constants, bias is not None)
+        shares = _backward_in_passes(given, out, lse, dqkv, sizes, constants, sums, any(needed[:2]))
     dpadding = dbias = qkv.new_empty(0)
     if padding is not None:
         # queries that complete the map are dropped
         dpadding = torch.zeros(3, qkv.shape[2] // 3, dtype=torch.float32, device=qkv.device)
         torch.sum(shares[0], 0, out=dpadding[1:])
         dpadding = dpadding.flatten().to(padding.dtype)
-    if bias is not None:
+    if sums:
         dbias = shares[1].sum(0).to(bias.dtype)
     return dqkv, dpadding, dbias
 
 
-def _backward_of_tiles(given: tuple, dqkv: Tensor, sizes: tuple, constants: dict, has_bias: bool) -> tuple:
-    """Writes `dqkv`; what sums up to the gradients of padding (keys and values) and bias."""
+def _backward_of_tiles(given: tuple, dqkv: Tensor, sizes: tuple, constants: dict, sums: bool) -> tuple:
+    """Writes `dqkv`; what sums up to the gradients of padding (keys and values) and, with `sums`, of the bias."""
     B, heads, window = len(dqkv), sizes[0], (constants["WH"], constants["WW"])
     T, windows = window[0] * window[1], windows_in(sizes[1:3], window)
     G, BT = tiles(T, windows)
     work = B * triton.cdiv(windows, G)
-    each = turns(work * heads, work) if has_bias else 1
+    each = turns(work * heads, work) if constants["BIAS"] else 1
     splits = triton.cdiv(work, each)
     dpadding = partial_sums(dqkv, splits * each, 2, dqkv.shape[2] // 3) if constants["PAD"] else dqkv
-    dbias = partial_sums(dqkv, splits * G, heads, T, T) if has_bias else dqkv
+    dbias = partial_sums(dqkv, splits * G, heads, T, T) if sums else dqkv
     launch(
         _backward_whole, (splits * heads,), *given, dqkv, dpadding, dbias, each, B, *sizes,
-        G=G, BT=BT, BIAS=has_bias, **constants,
+        G=G, BT=BT, SUM=sums, **constants,
     )  # fmt: skip
     return dpadding, dbias
 
 
 def _backward_in_passes(
-    given: tuple, out: Tensor, lse: Tensor, dqkv: Tensor, sizes: tuple, constants: dict, has_bias: bool
+    given: tuple, out: Tensor, lse: Tensor, dqkv: Tensor, sizes: tuple, constants: dict, sums: bool, keys: bool
 ) -> tuple:
-    """As `_backward_of_tiles`."""
+    """As `_backward_of_tiles`; without `keys` the gradients of keys, values and padding are left out."""
     B, heads, window = len(dqkv), sizes[0], (constants["WH"], constants["WW"])
     T, windows = window[0] * window[1], B * windows_in(sizes[1:3], window)
     own, visit = blocks(T)
@@ -281,18 +289,20 @@ def _backward_in_passes(
     dpadding = partial_sums(dqkv, parts, 2, dqkv.shape[2] // 3) if constants["PAD"] else dqkv
     launch(
         _backward_queries, (parts * heads,), *given, out, lse, delta, dqkv, *sizes,
-        BM=own, BN=visit, BIAS=has_bias, **constants,
+        BM=own, BN=visit, **constants,
     )  # fmt: skip
-    launch(
-        _backward_keys, (parts * heads,), *given, lse, delta, dqkv, dpadding, *sizes,
-        BM=visit, BN=own, BIAS=has_bias, **constants,
-    )  # fmt: skip
-    if not has_bias:
+    if keys:
+        launch(
+            _backward_keys, (parts * heads,), *given, lse, delta, dqkv, dpadding, *sizes,
+            BM=visit, BN=own, **constants,
+        )  # fmt: skip
+    if not sums:
         return dpadding, None
     pairs = triton.cdiv(T, own) * triton.cdiv(T, visit)
     each = turns(windows * heads * pairs, windows)
     splits = triton.cdiv(windows, each)
     dbias = partial_sums(dqkv, splits, heads, T, T)
+    constants = {name: c for name, c in constants.items() if name != "BIAS"}
     launch(
         _backward_bias, (splits * pairs * heads,), *given, lse, delta, dbias, each, B, *sizes,
         BM=own, BN=visit, **constants,
