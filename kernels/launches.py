@@ -63,7 +63,7 @@ def recorded(found: dict[Launch, str], stage: str) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
-    JITFunction.run = lambda kernel, *arguments, **options: found.setdefault(_launch(kernel, arguments, options), stage)
+    JITFunction.run = lambda kernel, *given, **options: found.setdefault(launch_of(kernel, given, options), stage)
     try:
         yield
     finally:
@@ -79,7 +79,7 @@ def fused_on_cpu() -> Iterator[None]:
         dispatch.INTERPRETED = before
 
 
-def _launch(kernel: Any, arguments: tuple, options: dict) -> Launch:
+def launch_of(kernel: Any, arguments: tuple, options: dict) -> Launch:
     """Types and constants as the launcher specialises them: sizes of 1 are constants, multiples of 16 are known.
 
     But for parameters of which the kernel says that they change: each variant of it would be compiled in mid-run.
@@ -120,14 +120,12 @@ def _type(value: Any) -> str:
     return "fp32"
 
 
-def resources(launch: Launch, target: str) -> Resources:
-    """Compiles for `target`, e.g. "sm_90"; Triton keeps the result on disk."""
+def compiled(launch: Launch, target: str) -> Any:
+    """What Triton makes of it for `target`, e.g. "sm_90"; kept on disk."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    arch = int(target.removeprefix("sm_"))
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
@@ -136,10 +134,17 @@ def resources(launch: Launch, target: str) -> Resources:
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
     options |= {"enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", _number(target), 32), options=options)
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    """What the assembler says of it for `target`."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    made, arch = compiled(launch, target), _number(target)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(made.asm["ptx"])
         name = f"sm_{arch}a" if arch >= 90 else target
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -147,8 +152,15 @@ def resources(launch: Launch, target: str) -> Resources:
     return Resources(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spilled=int(spills[1]) + int(spills[2]),
-        shared=compiled.metadata.shared,
-        tensor_cores=next(
-            (n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in compiled.asm["ptx"]), "-"
-        ),
+        shared=made.metadata.shared,
+        tensor_cores=tensor_cores(made.asm["ptx"]),
     )
+
+
+def tensor_cores(ptx: str) -> str:
+    """The instructions of a matrix unit among these; "-" if there are none."""
+    return next((n for n, s in (("wgmma", "wgmma.mma"), ("mma", "mma.sync")) if s in ptx), "-")
+
+
+def _number(target: str) -> int:
+    return int(target.removeprefix("sm_"))

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,10 @@ class Meter(FakeTensorMode):
             self._count(function, args, kwargs, out)
         return out
 
-    def launched(self, tensors: list[Tensor]) -> None:
-        """Counts a launch of a Triton kernel on these arguments."""
+    def launched(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+        """Counts a launch of a Triton kernel."""
         if self.counting:
-            self.bytes += sum(_distinct(tensors).values())
+            self.bytes += touched(arguments)
             self.kernels += 1
 
     def result(self) -> Counted:
@@ -126,6 +127,11 @@ def _distinct(tensors: list[Tensor]) -> dict[tuple, int]:
     return {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): _extent(t) for t in tensors}
 
 
+def touched(arguments: tuple) -> int:
+    """Bytes of the tensors that a launch is given, each once."""
+    return sum(_distinct([a for a in arguments if isinstance(a, Tensor)]).values())
+
+
 def _moved(name: str, given: list[Tensor], written: list[Tensor], fresh: list[Tensor]) -> int:
     if name in SCATTER:  # reads what it is given, and reads and writes as many elements of the target
         more = sum(_distinct(given[1:]).values())
@@ -153,7 +159,7 @@ def launching(meter: Meter) -> Iterator[None]:
     from triton.runtime.jit import KernelInterface
 
     def noted(kernel, grid):
-        return lambda *arguments, **options: meter.launched([a for a in arguments if isinstance(a, Tensor)])
+        return lambda *arguments, **options: meter.launched(kernel, grid, arguments, options)
 
     select, before = KernelInterface.__getitem__, dispatch.INTERPRETED
     KernelInterface.__getitem__, dispatch.INTERPRETED = noted, True

@@ -3,19 +3,20 @@
     python -m kernels.compile                              every operation for sm_80 and sm_90, in bfloat16
     python -m kernels.compile agent_attention --target sm_90 --dtype float32 --quick
     python -m kernels.compile agent_attention --record     writes its rows of the table anew; without a name all rows
+    python -m kernels.compile --models davit_base          what whole steps launch, down to the machine code
 
 Nothing is listed by hand: the operations run on fake tensors of the benchmark's shapes, and every launch is recorded
 and compiled as it stands. What a compiler makes of a kernel is judged in two ways. tests/kernels/compiled.json has what
 one version of Triton makes of the first shape of each operation, and that version must make the same of it. Any version
 must stay within what every chip has: 99 KB of shared memory for a program (sm_86 and sm_89 have no more), 255 registers
-for a thread, and at most 256 bytes of them spilled. Exit status 1 if a kernel does not.
+for a thread, and at most 256 bytes of them spilled. Exit status 1 if a kernel does not. `--models`: see
+kernels/evidence; with `--record`, steps.json and known_faults.json are written.
 """
 
 import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,13 @@ from typing import NamedTuple
 import torch
 
 import kernels
+from kernels.evidence import command
 from kernels.launches import Resources, launches, resources
 from kernels.operation import Operation
 
 SHARED_LIMIT, REGISTER_LIMIT, SPILL_LIMIT = 99 * 1024, 255, 256
 TARGETS = ("sm_80", "sm_90")
-RECORDED = Path(__file__).parents[1] / "tests" / "kernels" / "compiled.json"
+RECORDED = Path(__file__).parents[2] / "tests" / "kernels" / "compiled.json"
 
 
 class Row(NamedTuple):
@@ -101,10 +103,13 @@ def arguments_of(line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quick", action="store_true", help="only the first of each operation's shapes")
     parser.add_argument("--record", action="store_true", help=f"as --quick, and write {RECORDED.name} anew")
+    command.add_arguments(parser)
     chosen = parser.parse_args(line)
     for target in chosen.target or ():
         if not re.fullmatch(r"sm_\d+", target):
             parser.error(f"--target must be like sm_90, got {target}")
+    if chosen.models is not None:
+        return _of_models(parser, chosen)
     if chosen.record and (chosen.target or chosen.dtype != "bfloat16"):
         parser.error("--record is for sm_80 and sm_90 in bfloat16, got another --target or --dtype; leave them out")
     try:
@@ -115,10 +120,23 @@ def arguments_of(line: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
+def _of_models(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> argparse.Namespace:
+    """The command line with `--models`: no operations, and models that exist."""
+    if chosen.operations or chosen.quick or chosen.dtype != "bfloat16":
+        parser.error("--models takes no operations, --quick or --dtype: its steps run under autocast; leave them out")
+    try:
+        command.check_names(chosen.models)
+    except ValueError as error:
+        parser.error(str(error))
+    return chosen
+
+
 def main(line: list[str] | None = None) -> int:
     """Prints one row per kernel; 1 if one of them does not fit, or is not what was recorded of it."""
     os.environ.pop("TRITON_INTERPRET", None)  # before kernels are defined
     chosen = arguments_of(line)
+    if chosen.models is not None:
+        return command.main(chosen)
     comparable = chosen.quick and chosen.dtype == "bfloat16" and not chosen.record and RECORDED.exists()
     table = json.loads(RECORDED.read_text()) if comparable else None
     shown = "{:24} {:18} {:7} {:>9} {:>7} {:>9} {:6} {}".format
@@ -137,7 +155,3 @@ def main(line: list[str] | None = None) -> int:
     if chosen.record:
         record(rows, [operation.name for operation in chosen.operations])
     return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
