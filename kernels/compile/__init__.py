@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from kernels.evidence import command
+from kernels.evidence import caps, command
 from kernels.launches import Resources, launches, resources
 from kernels.operation import Operation
 
@@ -125,7 +125,7 @@ def _of_models(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> a
     if chosen.operations or chosen.quick or chosen.dtype != "bfloat16":
         parser.error("--models takes no operations, --quick or --dtype: its steps run under autocast; leave them out")
     try:
-        command.check_names(chosen.models)
+        command.check_names(chosen.models, chosen.target or ())
     except ValueError as error:
         parser.error(str(error))
     return chosen
@@ -137,6 +137,9 @@ def main(line: list[str] | None = None) -> int:
     chosen = arguments_of(line)
     if chosen.models is not None:
         return command.main(chosen)
+    if chosen.caps:
+        caps.write(chosen.operations)
+        return 0
     comparable = chosen.quick and chosen.dtype == "bfloat16" and not chosen.record and RECORDED.exists()
     table = json.loads(RECORDED.read_text()) if comparable else None
     shown = "{:24} {:18} {:7} {:>9} {:>7} {:>9} {:6} {}".format

@@ -18,7 +18,6 @@ class Loop:
 
     where: Where
     instructions: int
-    kinds: Counter[str]
     barriers: int
     products: int
     unrolled: int
@@ -34,7 +33,6 @@ class Code:
     shared: int
     blocks: int
     tensor_cores: str
-    instructions: int
     load_bytes: tuple[int, ...]  # widths of loads from global memory, one per instruction
     narrow: int
     loops: tuple[Loop, ...]
@@ -67,7 +65,6 @@ def code_of(launch: Launch, target: str) -> Code:
         shared=made.metadata.shared,
         blocks=chips.blocks(target, registers, launch.warps, made.metadata.shared),
         tensor_cores=tensor_cores(made.asm["ptx"]),
-        instructions=len(code),
         load_bytes=tuple(machine_code.width(i) for i in loads if not i.name.startswith(("UBLKCP", "UTMA"))),
         narrow=_narrow(code, made.asm["ttir"]),
         loops=_loops(loops, trips.loops_in(made.asm["ttir"])),
@@ -81,13 +78,13 @@ def _loops(loops: list[machine_code.Loop], places: set[Where]) -> tuple[Loop, ..
     where_of = {loop.first: _where(loop, places) for loop in loops}
     found = []
     for loop in loops:
-        where, kinds = where_of[loop.first], machine_code.mix(loop.own)
+        where, barriers = where_of[loop.first], machine_code.mix(loop.own)["barrier"]
         same = [other for other in loops if where_of[other.first] == where]
         least = min(same, key=lambda other: len(other.own))
         products = machine_code.mix(loop.all)["product"]
         unrolled = _nearest_power(_work(loop), _work(least)) if len(same) > 1 else 1
         remainder = len(same) > 1 and loop is least
-        found.append(Loop(where, len(loop.own), kinds, kinds["barrier"], products, unrolled, remainder))
+        found.append(Loop(where, len(loop.own), barriers, products, unrolled, remainder))
     return tuple(found)
 
 

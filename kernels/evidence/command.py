@@ -3,11 +3,12 @@
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 
 from kernels.evidence import gates, page
+from kernels.evidence.chips import MULTIPROCESSORS
 from kernels.evidence.report import Read, as_dict, read, text
 from kernels.evidence.steps import KINDS, Model, record
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--step", choices=KINDS, help="only this; training and inference without it")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything, as data")
+    group.add_argument("--caps", action="store_true", help="kernels/bench/caps.json anew, for the operations")
     group.add_argument("--write", action="store_true", help="docs/reference/kernels.md anew, for sm_90")
 
 
@@ -48,18 +50,21 @@ def main(chosen: argparse.Namespace) -> int:
     return int(bool(recorded))
 
 
-def check_names(models: list[Model]) -> None:
+def check_names(models: list[Model], targets: Iterable[str]) -> None:
     """Refuses what does not exist, before a model is built.
 
     Raises:
-        ValueError: a name that conf/model does not have.
+        ValueError: a model that conf/model does not have, or a target of which nothing is known.
     """
     known = import_module("models").list_models()
     for model in models:
         if model.name not in known:
-            raise ValueError(
-                f"--models: there is no model of this name, got {model.name}; choose from {', '.join(known)}"
-            )
+            names = ", ".join(known)
+            raise ValueError(f"--models: there is no model of this name, got {model.name}; choose from {names}")
+    for target in targets:
+        if target not in MULTIPROCESSORS:
+            names = ", ".join(MULTIPROCESSORS)
+            raise ValueError(f"--target: nothing is known of this multiprocessor, got {target}; choose from {names}")
 
 
 def _reads(models: list[Model], kinds: list[str] | tuple[str, ...], targets: list[str]) -> Iterator[Read]:

@@ -30,12 +30,13 @@ def faults_of(reads: list[Read]) -> Faults:
     return {gate: dict(sorted(of.items())) for gate, of in found.items()}
 
 
+SPILLED, SHARED = "spilled bytes", "shared memory above 99 KB"
 # number that is wrong, 0 if nothing is
 GATES = {
     "narrow loads: of 16-bit tiles, 1 or 2 bytes each": lambda row: row.narrow_loads,
     "idle barriers: in loops without a product": lambda row: row.idle_barriers,
-    "spilled bytes": lambda row: row.spilled,
-    "shared memory above 99 KB": lambda row: max(0, row.shared - SHARED_LIMIT),
+    SPILLED: lambda row: row.spilled,
+    SHARED: lambda row: max(0, row.shared - SHARED_LIMIT),
 }
 
 
@@ -50,24 +51,27 @@ def pins_of(one: Read) -> dict:
 
 
 def problems(reads: list[Read], version: str) -> list[str]:
-    """What is not as recorded, and what is worse than is known; with another Triton only what any must keep."""
+    """What is not as recorded, and what is worse than is known.
+
+    With another Triton, or for a target of which nothing is recorded, only what every chip needs is judged. When all
+    steps that are recorded were read, also what is listed as wrong and is not.
+    """
     recorded, known = _read(RECORDED), _read(KNOWN)
-    same = recorded.get("triton") == version
-    found = [line for one in reads for line in _differences(one, recorded.get("steps", {}), same)]
+    same, steps = recorded.get("triton") == version, recorded.get("steps", {})
+    found = [line for one in reads for line in _differences(one, steps, same)]
     for gate, of in faults_of(reads).items():
         for key, worst in of.items():
+            strict = same and key.partition(" ")[0] in _targets(steps)
             limit = known.get(gate, {}).get(key, 0)
-            if not same and gate.startswith("spilled"):
+            if not strict and gate == SPILLED:
                 limit = max(limit, SPILL_LIMIT)
-            elif not same:
-                continue
-            if worst > limit:
+            if worst > limit and (strict or gate in (SPILLED, SHARED)):
                 found.append(f"{key}: {gate}: {worst}, at most {limit}")
-    return found
+    return found + (mended(reads) if same and _is_whole(reads, steps) else [])
 
 
 def mended(reads: list[Read]) -> list[str]:
-    """What is listed as wrong and is not, or less so, when these are all the steps that are recorded."""
+    """What is listed as wrong and is not, or less so, in these steps."""
     found = faults_of(reads)
     return [
         f"{key}: {gate}: {found[gate].get(key, 0)}, listed as {listed}; lower it with --record"
@@ -78,21 +82,32 @@ def mended(reads: list[Read]) -> list[str]:
 
 
 def record(reads: list[Read], version: str) -> list[str]:
-    """Writes what these steps are, and lowers what is listed as wrong; what is worse is returned and not written."""
+    """Writes what these steps are, and lowers what is listed as wrong if these are all; what is worse is returned.
+
+    What is wrong for a target of which nothing was recorded, or with another Triton, is listed as it is found.
+    """
     old = _read(RECORDED)
-    steps = old.get("steps", {}) if old.get("triton") == version else {}
+    kept = old.get("triton") == version
+    steps = dict(old["steps"]) if kept else {}
     steps |= {_key(one): pins_of(one) for one in reads}
     RECORDED.write_text(_written({"triton": version, "steps": dict(sorted(steps.items()))}, 3))
-    first, known, found = not KNOWN.exists(), _read(KNOWN), faults_of(reads)
-    whole = set(steps) <= {_key(one) for one in reads}
-    kept: Faults = {}
+    found, known, before = faults_of(reads), _read(KNOWN), _targets(old.get("steps", {}) if kept else {})
     for gate in GATES:
-        before = known.get(gate, {})
-        now = found[gate]
-        kept[gate] = dict(now) if first else {k: min(n, now.get(k, 0 if whole else n)) for k, n in before.items()}
-        kept[gate] = {key: n for key, n in kept[gate].items() if n}
-    KNOWN.write_text(_written(kept, 1))
+        listed, now = known.get(gate, {}), found[gate]
+        if _is_whole(reads, steps):
+            listed = {key: min(n, now.get(key, 0)) for key, n in listed.items()}
+        listed |= {key: n for key, n in now.items() if key.partition(" ")[0] not in before}
+        known[gate] = {key: n for key, n in sorted(listed.items()) if n}
+    KNOWN.write_text(_written(known, 1))
     return problems(reads, version)
+
+
+def _is_whole(reads: list[Read], steps: dict[str, dict]) -> bool:
+    return set(steps) <= {_key(one) for one in reads}
+
+
+def _targets(steps: dict[str, dict]) -> set[str]:
+    return {key.rpartition(", ")[2] for key in steps}
 
 
 def _differences(one: Read, steps: dict[str, dict], same: bool) -> list[str]:

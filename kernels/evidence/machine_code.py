@@ -5,6 +5,7 @@ first. A branch backwards ends a loop.
 """
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -18,6 +19,8 @@ ADDRESS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9
 LABEL = re.compile(r"^(\.L_\S+):")
 FRAME = re.compile(r'^\s*//## File "([^"]+)", line (\d+)( inlined at)?')
 
+# attributes of a kernel in its ELF file, and the format of those with a size
+REGISTERS, STACK, SIZED = 0x2F, 0x11, 4
 # instructions by what they are; the rest is "other"
 KINDS = {
     "load": {"LDG", "LDGSTS", "UBLKCP", "UTMALDG", "ATOMG"},
@@ -67,8 +70,8 @@ def disassembled(cubin: bytes) -> list[Instruction]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        listing = _tool("nvdisasm", "-gi", "-c", str(path))
-    return parsed(listing)
+        command = [str(_disassembler()), "-gi", "-c", str(path)]
+        return parsed(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def parsed(listing: str) -> list[Instruction]:
@@ -132,12 +135,28 @@ def width(instruction: Instruction) -> int:
 
 
 def resources_of(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack: what was spilled."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "-res-usage", str(path))
-    return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+    """Registers of a thread, and bytes of its stack: what was spilled.
+
+    Both are attributes in a section of the ELF file: a format, a name, a size, and for these a symbol and a number.
+    """
+    info, at, found = _section(cubin, ".nv.info"), 0, dict.fromkeys((REGISTERS, STACK), 0)
+    while at < len(info):
+        form, name, size = struct.unpack_from("<BBH", info, at)
+        if form == SIZED and name in found:
+            found[name] = max(found[name], struct.unpack_from("<II", info, at + 4)[1])
+        at += 4 + (size if form == SIZED else 0)
+    return found[REGISTERS], found[STACK]
+
+
+def _section(elf: bytes, name: str) -> bytes:
+    (headers,) = struct.unpack_from("<Q", elf, 40)
+    width, count, names = struct.unpack_from("<HHH", elf, 58)
+    fields = [struct.unpack_from("<IIQQQQ", elf, headers + i * width) for i in range(count)]
+    text = fields[names][4]
+    for of_name, _, _, _, start, size in fields:
+        if elf[text + of_name : elf.index(b"\0", text + of_name)] == name.encode():
+            return elf[start : start + size]
+    raise ValueError(f"machine code: a cubin must have a section {name}, got {count} others; compile it with Triton")
 
 
 def _target(name: str, operands: str, labels: dict[str, int]) -> int | None:
@@ -145,12 +164,8 @@ def _target(name: str, operands: str, labels: dict[str, int]) -> int | None:
     return labels.get(label[1]) if name.startswith("BRA") and label else None
 
 
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(_tools() / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 @cache
-def _tools() -> Path:
+def _disassembler() -> Path:
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

@@ -29,8 +29,9 @@ residuals, sums of biases, copies.
 
 ## Kernels
 
-Over the variants in these steps. Blocks are programs that fit on a multiprocessor, idle barriers those in loops
-without a matrix product; the cap is the share of an H100's bandwidth that is left at full issue.
+Over the launches in these steps, of which so many differ. Blocks are programs that fit on a multiprocessor, idle
+barriers those in loops without a matrix product; the cap is the share of an H100's bandwidth that is left at full
+issue.
 
 {kernels}
 
@@ -90,7 +91,7 @@ def kernels_table(reads: list[Read]) -> list[str]:
         for row in found.rows:
             rows.setdefault(f"{row.operation} {row.kernel}", []).append(row)
     lines = [
-        "| kernel | variants | registers | blocks | spilled B | shared KB | cores | load B | narrow loads | "
+        "| kernel | differ | registers | blocks | spilled B | shared KB | cores | load B | narrow loads | "
         "idle barriers | cap | share predicted |",
         "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|",
     ]

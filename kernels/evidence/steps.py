@@ -102,7 +102,8 @@ def record(model: Model, kind: str) -> Step:
     with Recorder(step) as meter, launching(meter):
         meter.counting = False
         run = getattr(made.Steps(model.name, None, batch, size, "cpu"), kind)
-        run()
+        if kind == "training":
+            run()  # makes the optimizer's state
         meter.counting = True
         run()
     return step

@@ -56,7 +56,6 @@ class Trips(NamedTuple):
     """How often a program runs the body of the loop at a place, the statements of a place, and what was assumed."""
 
     loops: dict[Where, float]
-    steps: dict[Where, int | None]
     lines: dict[Where, float]
     unknown: frozenset[Where]
 
@@ -82,7 +81,7 @@ def trips_of(ir: str, arguments: dict[str, Any], grid: tuple[int, ...], assumed:
     def mean(totals: dict[Where, float]) -> dict[Where, float]:
         return {where: total / len(numbers) for where, total in totals.items()}
 
-    return Trips(mean(walk.loops), walk.steps, mean(walk.lines), frozenset(walk.unknown))
+    return Trips(mean(walk.loops), mean(walk.lines), frozenset(walk.unknown))
 
 
 class Walk:
@@ -93,7 +92,6 @@ class Walk:
         self.grid = (*grid, 1, 1)[:3]
         self.loops: dict[Where, float] = defaultdict(float)
         self.lines: dict[Where, float] = defaultdict(float)
-        self.steps: dict[Where, int | None] = {}
         self.unknown: set[Where] = set()
 
     def program(self, body: tuple[Statement, ...], number: int) -> None:
@@ -131,7 +129,6 @@ class Walk:
             self.unknown.add(statement.where)
         else:
             count = max(0, -(-(last - first) // step))
-        self.steps[statement.where] = step
         self.loops[statement.where] += weight * count
         if count:
             self.values[variable] = None if first is None or step is None else first + step * int(count // 2)
