@@ -138,7 +138,7 @@ def main(line: list[str] | None = None) -> int:
     if chosen.models is not None:
         return command.main(chosen)
     if chosen.caps:
-        caps.write(chosen.operations)
+        caps.write(chosen.operations, chosen.quick)
         return 0
     comparable = chosen.quick and chosen.dtype == "bfloat16" and not chosen.record and RECORDED.exists()
     table = json.loads(RECORDED.read_text()) if comparable else None

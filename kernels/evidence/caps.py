@@ -1,6 +1,6 @@
 """What the floors leave room for at the stages of the benchmark: kernels/bench/caps.json.
 
-    python -m kernels.compile --caps [operation …]     writes it anew for these operations; without a name for all
+    python -m kernels.compile [operation …] --caps     writes it anew for these or all; --quick: the first stage
 
 For an H200, in bfloat16: microseconds predicted of the fused operation; `bandwidth`, the share of what copying reaches
 that the least bytes then take, forward and backward; `cap`, the share that is left at full issue; how many times as
@@ -29,24 +29,27 @@ DTYPE = torch.bfloat16
 Caps = dict[str, float]
 
 
-def write(operations: list[Operation]) -> None:
-    """Replaces what the file says of these operations."""
-    known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for operation in operations:
-        known[operation.name] = {}
-        for stage, shape in operation.stages.items():
-            if shape["batch"] > 1:
-                known[operation.name][stage] = caps_of(operation, shape)
-                print(operation.name, stage, known[operation.name][stage], flush=True)
-    names = {o.name for module in kernels.OPERATIONS for o in kernels.operations_of(module)}
-    lines = (
-        f"  {json.dumps(name)}: {{\n"
-        + ",\n".join(f"    {json.dumps(stage)}: {json.dumps(caps)}" for stage, caps in stages.items())
-        + "\n  }"
-        for name, stages in sorted(known.items())
-        if name in names and stages
-    )
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+def write(operations: list[Operation], first: bool) -> None:
+    """Replaces what the file says of these operations, stage by stage; the first of each first, or only that."""
+    stages = [(o, [name for name, shape in o.stages.items() if shape["batch"] > 1]) for o in operations]
+    work = [(o, name) for o, names in stages for name in names[:1]]
+    work += [(o, name) for o, names in stages for name in names[1:] if not first]
+    for operation, stage in work:
+        caps = caps_of(operation, operation.stages[stage])
+        print(operation.name, stage, caps, flush=True)
+        known = json.loads(FILE.read_text()) if FILE.exists() else {}
+        known.setdefault(operation.name, {})[stage] = caps
+        FILE.write_text(_written(known))
+
+
+def _written(known: dict[str, dict[str, Caps]]) -> str:
+    """A line per stage, in the order of the cases; what is no operation or no stage any more is left out."""
+    parts = []
+    for operation in (o for module in kernels.OPERATIONS for o in kernels.operations_of(module)):
+        caps = known.get(operation.name, {})
+        lines = [f"    {json.dumps(name)}: {json.dumps(caps[name])}" for name in operation.stages if name in caps]
+        parts += [f"  {json.dumps(operation.name)}: {{\n" + ",\n".join(lines) + "\n  }"] if lines else []
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def caps_of(operation: Operation, shape: dict) -> Caps:
