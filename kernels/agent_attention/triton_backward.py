@@ -22,7 +22,7 @@ from kernels.agent_attention.triton import (
     tokens_in_bin,
     within_bin,
 )
-from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.launch import MULTIPROCESSORS, launch, precision, rows
 from kernels.device.memory import load_tile
 from kernels.device.softmax import LOG2E, row_products

@@ -14,7 +14,7 @@ def _forward(x, weight, bias, residual, height, width, prefix, gelu):
 
 
 def _backward(grad, x, weight, bias, height, width, prefix, gelu):
-    from kernels.depthwise_conv import triton as fused
+    from kernels.depthwise_conv import triton_backward as fused
 
     return fused.backward(grad, x, weight, bias, (height, width, prefix), gelu=gelu)
 

@@ -1,133 +1,161 @@
-"""Triton kernels of `kernels.depthwise_conv`: forward, and the gradients of input, weight and bias, without atomics.
+"""Triton kernels of `kernels.depthwise_conv`: forward and the gradient of the input; those of the weights are beside.
 
-A program computes 4 rows × BX columns × BC channels. Going through the input rows it adds each shifted row to every
-output row that sees it, so an output costs k (4 + k - 1) / 4 loads instead of k². Channels are the fast axis of memory:
-loads are 128 bits wide, and the shifted ones hit the L1 cache. The rows of one shift are loaded together, which hides
-their latency; the shifts are a loop, because the assembler would issue all their loads and run out of registers.
+A program goes down BX columns × BC channels of a map, a row at a time, with the weights in registers. A row that is
+read is added to all the K output rows that see it, so an output costs K loads instead of K². Channels are the fast axis
+of memory; the K shifts of a row hit the L1 cache. K steps are one turn of the loop: the sums of K rows, each of which
+takes the next one's place in a step, are back where they were. Some rows are loaded together, before the first of them
+is used: that hides the latency.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device.conv import four_rows, tile_of_map
-from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
+from kernels.device.conv import columns_seen, load_shifted, per_channel, repeated, taps_of, widened, within
+from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows, turns
+
+ROOT, LOG2E = tl.constexpr(0.3989422804014327), tl.constexpr(1.4426950408889634)  # 1 / √(2π), log2 e
+
+SIZES = ("B", "H", "W", "programs", "span")  # another batch or map needs no other machine code
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+def _normal(x):
+    """Φ(x) and exp(-x²/2): Abramowitz and Stegun's 26.2.17, exact to 7.5e-8, in half the instructions of `erf`."""
+    t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
+    e = tl.exp2(x * x * (-0.5 * LOG2E))
+    tail = (1.330274429 * ROOT) * t - 1.821255978 * ROOT
+    tail = ((tail * t + 1.781477937 * ROOT) * t - 0.356563782 * ROOT) * t + 0.319381530 * ROOT
+    tail *= t * e
+    return tl.where(x < 0.0, tail, 1.0 - tail), e
 
 
 @triton.jit
-def _gelu_slope(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
-def _finish(
-    acc, keep, place, out, out_row, other, other_row, GELU: tl.constexpr, OTHER: tl.constexpr, SLOPE: tl.constexpr
-):
-    """Stores one row: gelu(acc) + other, or with SLOPE other · gelu'(acc)."""
+def _finished(acc, more, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr):
+    """gelu(acc) + more, or with SLOPE more · gelu'(acc)."""
     if SLOPE:
-        acc = _gelu_slope(acc)
-    elif GELU:
-        acc = _gelu(acc)
-    if OTHER:
-        more = tl.load(other + place * other_row, mask=keep, other=0.0).to(tl.float32)
-        acc = acc * more if SLOPE else acc + more
-    tl.store(out + place * out_row, acc.to(out.dtype.element_ty), mask=keep)
+        phi, e = _normal(acc)
+        acc = widened(more) * (phi + acc * e * ROOT)
+    else:
+        if GELU:
+            acc *= _normal(acc)[0]
+        if OTHER:
+            acc += widened(more)
+    return acc
 
 
 @triton.jit
+def _turn(
+    acc, start, taps, row, last, top, count, x, at, seen, inside, other, other_at, out, out_at, W, other_row, out_row,
+    K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
+    OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """Adds K input rows, and stores the K output rows that are complete with them; with EDGE some may not be there."""
+    for k in tl.static_range(K):
+        if k % AHEAD == 0:
+            read, more = (), ()
+            for n in tl.static_range(k, min(k + AHEAD, K)):
+                read = read + load_shifted(x, row + n, W, at, seen, row + n < last, K, ROW, EDGE and n > 0)
+                y = row + n - K // 2
+                if OTHER:
+                    place = other + y * W * other_row + other_at
+                    more += (tl.load(place, mask=inside & within(y, top, count), other=0.0),)
+                else:
+                    more += (start,)
+        for j in tl.static_range(K):
+            value = widened(read[k % AHEAD * K + j])
+            added = ()
+            for i in tl.static_range(K):
+                added += (acc[i] + value * taps[(K - 1 - i) * K + j],)
+            acc = added
+        y = row + k - K // 2
+        result = _finished(acc[0], more[k % AHEAD], OTHER, GELU, SLOPE)
+        place = out + y * W * out_row + out_at
+        tl.store(place, result.to(out.dtype.element_ty), mask=inside & within(y, top, count))
+        acc = acc[1:]
+        acc += (start,)
+    return acc
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _convolve(
-    x, weight, bias, other, out, H, W, C, x_batch, x_row, out_batch, out_row, other_batch, other_row,
-    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    OTHER: tl.constexpr, SLOPE: tl.constexpr, FLIP: tl.constexpr,
+    x, weight, bias, other, out, B, H, W, programs, span, x_batch, out_batch, out_row, other_batch, other_row,
+    K: tl.constexpr, C: tl.constexpr, ROW: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
+    BIAS: tl.constexpr, FLIP: tl.constexpr, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    image, y, col, c = tile_of_map(H, W, C, BX, BC)
-    x += image * x_batch
-    live = c < C
-    acc0, acc1, acc2, acc3 = four_rows(x, weight, bias, y, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, FLIP)
-    inside = (col < W)[:, None] & live[None, :]
-    place = y * W + col[:, None]
-    out += image * out_batch + c[None, :]
-    other += image * other_batch + c[None, :]
-    _finish(acc0, inside & (y < H), place, out, out_row, other, other_row, GELU, OTHER, SLOPE)
-    _finish(acc1, inside & (y + 1 < H), place + W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
-    _finish(acc2, inside & (y + 2 < H), place + 2 * W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
-    _finish(acc3, inside & (y + 3 < H), place + 3 * W, out, out_row, other, other_row, GELU, OTHER, SLOPE)
-
-
-@triton.jit(do_not_specialize=["B", "splits"])
-def _correlate(
-    grad, x, partial, B, H, W, C, splits, grad_batch, grad_row, x_batch, x_row,
-    K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """One row of taps of the weight gradient over a share of the rows of all images; with the first, the bias."""
-    dy = tl.program_id(0) % K
-    split = tl.program_id(0) // K
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    live = c < C
-    acc0 = tl.zeros([BX, BC], tl.float32)
-    acc1 = tl.zeros([BX, BC], tl.float32)
-    acc2 = tl.zeros([BX, BC], tl.float32)
-    acc3 = tl.zeros([BX, BC], tl.float32)
-    acc4 = tl.zeros([BX, BC], tl.float32)
-    acc5 = tl.zeros([BX, BC], tl.float32)
-    acc6 = tl.zeros([BX, BC], tl.float32)
-    total = tl.zeros([BX, BC], tl.float32)
+    """Every `programs`-th part of `span` rows of all images."""
+    blocks: tl.constexpr = (C + BC - 1) // BC
     across = tl.cdiv(W, BX)
-    for tile in range(split, B * H * across, splits):
-        image = (tile // (across * H)).to(tl.int64)
-        y = (tile // across) % H
-        col = tile % across * BX + tl.arange(0, BX)
-        inside = (col < W)[:, None] & live[None, :]
-        g = tl.load(grad + image * grad_batch + (y * W + col[:, None]) * grad_row + c[None, :], mask=inside, other=0.0)
-        g = g.to(tl.float32)
-        total += g
-        row = y + dy - K // 2
-        there = (row >= 0) & (row < H)
-        for dx in tl.static_range(K):
-            seen = col + (dx - K // 2)
-            mask = ((seen >= 0) & (seen < W))[:, None] & live[None, :] & there
-            value = tl.load(x + image * x_batch + (row * W + seen[:, None]) * x_row + c[None, :], mask=mask, other=0.0)
-            product = value.to(tl.float32) * g
-            if dx == 0:
-                acc0 += product
-            elif dx == 1:
-                acc1 += product
-            elif dx == 2:
-                acc2 += product
-            elif dx == 3:
-                acc3 += product
-            elif dx == 4:
-                acc4 += product
-            elif dx == 5:
-                acc5 += product
-            else:
-                acc6 += product
-    # (splits, K·K + 1, C)
-    out = partial + (split * (K * K + 1) + dy * K).to(tl.int64) * C + c
-    tl.store(out, tl.sum(acc0, 0), mask=live)
-    if K > 1:
-        tl.store(out + C, tl.sum(acc1, 0), mask=live)
-        tl.store(out + 2 * C, tl.sum(acc2, 0), mask=live)
-    if K > 3:
-        tl.store(out + 3 * C, tl.sum(acc3, 0), mask=live)
-        tl.store(out + 4 * C, tl.sum(acc4, 0), mask=live)
-    if K > 5:
-        tl.store(out + 5 * C, tl.sum(acc5, 0), mask=live)
-        tl.store(out + 6 * C, tl.sum(acc6, 0), mask=live)
-    if dy == 0:
-        tl.store(partial + (split * (K * K + 1) + K * K).to(tl.int64) * C + c, tl.sum(total, 0), mask=live)
+    down = tl.cdiv(H, span)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    col = tl.program_id(0) // blocks % across * BX + tl.arange(0, BX)
+    live = (c < C)[None, :]
+    inside = (col < W)[:, None] & live
+    seen = columns_seen(col, live, W, K)
+    at = (col[:, None] - K // 2) * ROW + c[None, :]
+    out_at = col[:, None] * out_row + c[None, :]
+    other_at = col[:, None] * other_row + c[None, :]
+    taps = taps_of(weight, c, C, K, BX, FLIP)
+    start = tl.zeros([BX, BC], tl.float32)
+    if BIAS:
+        start += per_channel(bias, c, C, BX)
+    for part in range(tl.program_id(0) // blocks // across, B * down, programs):
+        image = (part // down).to(tl.int64)
+        top = part % down * span
+        count = tl.minimum(span, H - top)
+        row = tl.maximum(top - K // 2, 0)
+        last = tl.minimum(top + count + K // 2, H)
+        from_x, from_other, to = x + image * x_batch, other + image * other_batch, out + image * out_batch
+        acc = repeated(start, K)
+        whole = row + (last - row) // K * K
+        for first in range(row, whole, K):
+            acc = _turn(
+                acc, start, taps, first, last, top, count, from_x, at, seen, inside, from_other, other_at, to, out_at,
+                W, other_row, out_row, K, ROW, AHEAD, False, OTHER, GELU, SLOPE,
+            )  # fmt: skip
+        if whole < last:
+            acc = _turn(
+                acc, start, taps, whole, last, top, count, from_x, at, seen, inside, from_other, other_at, to, out_at,
+                W, other_row, out_row, K, ROW, AHEAD, True, OTHER, GELU, SLOPE,
+            )  # fmt: skip
+            whole += K
+        for k in tl.static_range(K // 2):
+            y = whole + k - K // 2
+            keep = inside & within(y, top, count)
+            more = start
+            if OTHER:
+                more = tl.load(from_other + y * W * other_row + other_at, mask=keep, other=0.0)
+            result = _finished(acc[k], more, OTHER, GELU, SLOPE)
+            tl.store(to + y * W * out_row + out_at, result.to(out.dtype.element_ty), mask=keep)
 
 
-def tiles(width: int, channels: int) -> tuple[int, int]:
-    """Columns and channels of a program: 1024 elements, so that a thread holds 8 channels, and 4 rows of them."""
-    columns = min(32, power_of_2(width, least=4))
-    return columns, min(1024 // columns, power_of_2(channels))
+class Plan(NamedTuple):
+    """How maps are divided: columns and channels of a program, its warps, and the rows that it loads together."""
+
+    columns: int
+    channels: int
+    warps: int
+    ahead: int
+
+    @classmethod
+    def of(cls, x: Tensor, W: int, K: int, loads: int) -> "Plan":
+        """For `loads` of each row. A thread holds 4 channels of a column, or 2 with 5×5 weights: it has all weights."""
+        C, held = x.shape[2], 4 if K <= 3 else 2
+        columns = min(8, power_of_2(W, least=4))
+        channels = 64 if K <= 3 and C % 64 == 0 else min(32, power_of_2(C))
+        # 25 registers for what is loaded and waits
+        ahead = max(1, min(K, 25 * 4 // (loads * held * x.element_size())))
+        return cls(columns, channels, max(1, columns * channels // (32 * held)), ahead)
+
+    def tiles(self, W: int, C: int) -> int:
+        return triton.cdiv(W, self.columns) * triton.cdiv(C, self.channels)
+
+    def span(self, B: int, H: int, tiles: int) -> int:
+        """Rows of a part: all of them where images fill a large GPU, else fewer, but 8."""
+        wanted = triton.cdiv(8 * MULTIPROCESSORS, max(1, B * tiles))
+        return triton.cdiv(H, max(1, min(wanted, H // 8)))
 
 
 def forward(
@@ -141,65 +169,31 @@ def forward(
     gelu: bool = False,
 ) -> Tensor:
     """Writes into `out`, which may be the residual itself: that adds in place."""
-    _convolve_into(out, x, weight, bias, grid, other=residual, gelu=gelu)
+    convolve_into(out, x, weight, bias, grid, other=residual, gelu=gelu)
     if grid[2] and residual is not out:
         out[:, : grid[2]] = 0 if residual is None else residual[:, : grid[2]]
     return out
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int, int], *, add: bool = False
-) -> Tensor:
-    """The gradient of x (without GELU) into `out`, or on top of what is there."""
-    _convolve_into(out, grad, weight, None, grid, other=out if add else None, flip=True)
-    if grid[2] and not add:
-        out[:, : grid[2]] = 0
-    return out
-
-
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The gradients (C, 1, k, k) and (C,) in float32, summed in a fixed order."""
+def convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=False, flip=False) -> None:
+    """The map's part of all of these; with `slope` other · gelu'(conv(x) + bias)."""
     (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
-    grad, x = rows(grad)[:, prefix:], rows(x)[:, prefix:]
-    BX, BC = tiles(W, C)
-    blocks = triton.cdiv(C, BC)
-    # about eight programs per multiprocessor, each with at least 8 tiles of work
-    splits = max(1, min(triton.cdiv(8 * MULTIPROCESSORS, blocks * K), triton.cdiv(B * H * triton.cdiv(W, BX), 8)))
-    partial = torch.empty(splits, K * K + 1, C, dtype=torch.float32, device=x.device)
+    plan = Plan.of(x, W, K, K)
+    tiles = plan.tiles(W, C)
+    span = plan.span(B, H, tiles)
+    parts = B * triton.cdiv(H, span)
+    # programs of 4 warps, twice as many as `turns` leaves
+    programs = triton.cdiv(parts, turns(parts * tiles * plan.warps // 8, parts)) if parts else 0
+    x, out, added = rows(x)[:, prefix:], out[:, prefix:], other is not None
+    other = rows(other)[:, prefix:] if added else out
     launch(
-        _correlate, (splits * K, blocks), grad, x, partial, B, H, W, C, splits,
-        grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), K=K, BX=BX, BC=BC,
+        _convolve, (programs * tiles,), x, taps_table(weight), bias, other, out, B, H, W, programs, span, x.stride(0),
+        *out.stride()[:2], *other.stride()[:2],
+        K=K, C=C, ROW=x.stride(1), BX=plan.columns, BC=plan.channels, AHEAD=plan.ahead, warps=plan.warps,
+        BIAS=bias is not None, FLIP=flip, OTHER=added, GELU=gelu, SLOPE=slope,
     )  # fmt: skip
-    total = partial.sum(0)
-    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int, int], *, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    grad = rows(grad)
-    if gelu:
-        before = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _convolve_into(before, x, weight, bias, grid, other=grad, slope=True)
-        grad = before
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    input_gradient(grad, weight, dx, grid)
-    dweight, dbias = weight_gradient(grad, x, weight, grid)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=False, flip=False) -> None:
-    (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
-    x, out = rows(x)[:, prefix:], out[:, prefix:]
-    other = out if other is None else rows(other)[:, prefix:] if other.shape[1] != out.shape[1] else rows(other)
-    has_other = slope or other is not out
-    taps = weight.reshape(C, K * K).t().contiguous()
-    BX, BC = tiles(W, C)
-    launch(
-        _convolve, (B * triton.cdiv(H, 4) * triton.cdiv(W, BX), triton.cdiv(C, BC)),
-        x, taps, bias, other, out, H, W, C, x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-        other.stride(0), other.stride(1),
-        K=K, BX=BX, BC=BC, BIAS=bias is not None, GELU=gelu, OTHER=has_other, SLOPE=slope,
-        FLIP=flip,
-    )  # fmt: skip
+def taps_table(weight: Tensor) -> Tensor:
+    """(k·k, C)."""
+    return weight.flatten(1).t().contiguous()

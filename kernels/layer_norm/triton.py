@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.conv import four_rows, tile_of_map
 from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
 
@@ -42,7 +42,7 @@ def _conv_norm(
     image, first, col, c = tile_of_map(H, W, C, BX, BC)
     x += image * x_batch
     live = c < C
-    acc0, acc1, acc2, acc3 = four_rows(x, taps, bias, first, col, c, live, H, W, C, x_row, K, BX, BC, BIAS, False)
+    acc0, acc1, acc2, acc3 = four_rows(x, taps, bias, first, col, c, live, H, W, C, x_row, K, BX, BC, BIAS)
     w = tl.load(norm_weight + c, mask=live, other=0.0).to(tl.float32)
     b = tl.load(norm_bias + c, mask=live, other=0.0).to(tl.float32)
     real = col < W
@@ -151,14 +151,12 @@ def conv_backward(
     """
     dn = torch.zeros(y.shape, dtype=y.dtype, device=y.device) if dn is None else dn
     total, norm_weight_grad, norm_bias_grad = norm_backward(dy, dn, y, norm_weight, eps)
-    dx = torch.empty(x.shape if needed[0] else 0, dtype=x.dtype, device=x.device)
-    if needed[0]:
-        depthwise_conv.forward(total, conv_weight.flip(2, 3), None, dx, grid, residual=total)
-    weight_grad, bias_grad = conv_weight.new_empty(0), conv_weight.new_empty(0)
-    if any(needed[1:3]):
-        both = depthwise_conv.weight_gradient(total, x, conv_weight, grid)
-        weight_grad, bias_grad = (g.to(conv_weight.dtype) for g in both)
-    return dx, weight_grad, bias_grad, norm_weight_grad, norm_bias_grad
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed[0] else None
+    trained = any(needed[1:3])
+    sums = depthwise_conv.gradients(total, x, conv_weight, dx, grid, other=total, trained=trained)
+    nothing = conv_weight.new_empty(0)
+    weight_grad, bias_grad = (g.to(conv_weight.dtype) for g in sums) if sums else (nothing, nothing.clone())
+    return nothing.to(x.dtype) if dx is None else dx, weight_grad, bias_grad, norm_weight_grad, norm_bias_grad
 
 
 def norm_backward(

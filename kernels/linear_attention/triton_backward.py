@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
 from kernels.linear_attention import EPS
 from kernels.linear_attention.features import (

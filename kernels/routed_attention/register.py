@@ -41,11 +41,10 @@ def _backward(
     d_qkv, *d_lepe = qkv.new_empty(0), lse.new_empty(0), lse.new_empty(0)
     if needed[0]:
         d_qkv = fused.backward(grad, qkv, out, lse, routes, grid, region, heads, qk_dim, scale)
-        if lepe_weight is not None:
-            fused.add_lepe_gradient(d_qkv[..., 2 * qk_dim :], grad, lepe_weight, grid)
-    if lepe_weight is not None and any(needed[1:]):
-        d_lepe = fused.lepe_gradients(grad, qkv[..., 2 * qk_dim :], lepe_weight, grid)
-        d_lepe = [g.to(lepe_weight.dtype) for g in d_lepe]
+    if lepe_weight is not None:
+        v, dv = qkv[..., 2 * qk_dim :], d_qkv[..., 2 * qk_dim :] if needed[0] else None
+        sums = fused.lepe_gradients(grad, v, dv, lepe_weight, grid, trained=any(needed[1:]))
+        d_lepe = [g.to(lepe_weight.dtype) for g in sums] if sums else d_lepe
     return d_qkv, *d_lepe
 
 

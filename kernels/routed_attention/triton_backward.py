@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.depthwise_conv import triton as depthwise_conv
+from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.launch import launch, rows
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, row_products
@@ -170,11 +170,8 @@ def backward(
     return d_qkv
 
 
-def add_lepe_gradient(dv: Tensor, grad: Tensor, weight: Tensor, grid: tuple[int, int]) -> None:
-    """Adds the gradient of v through LePE to dv."""
-    depthwise_conv.input_gradient(rows(grad), weight, dv, (*grid, 0), add=True)
-
-
-def lepe_gradients(grad: Tensor, v: Tensor, weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Those of weight and bias."""
-    return depthwise_conv.weight_gradient(rows(grad), v, weight, (*grid, 0))
+def lepe_gradients(
+    grad: Tensor, v: Tensor, dv: Tensor | None, weight: Tensor, grid: tuple[int, int], *, trained: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Those of weight and bias if it is trained; that of v is added to dv."""
+    return depthwise_conv.gradients(rows(grad), v, weight, dv, (*grid, 0), other=dv, trained=trained)

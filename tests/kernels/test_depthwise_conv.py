@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kernels.depthwise_conv import depthwise_conv
 from kernels.depthwise_conv import triton as fused
+from kernels.depthwise_conv import triton_backward as fused_backward
 from kernels.depthwise_conv.cases import OPERATION, inputs
 
 reference = OPERATION.reference
@@ -36,9 +37,40 @@ def test_adds_in_place_to_what_is_there(poisoned):
     fused.forward(x, weight, bias, out, (5, 6, 1), residual=out)
     torch.testing.assert_close(out, wanted)
     total = there.clone()
-    fused.input_gradient(x, weight, total, (5, 6, 1), add=True)
+    fused_backward.gradients(x, x, weight, total, (5, 6, 1), other=total)
     flipped = reference(x, (5, 6, 1), weight.flip(2, 3))
     torch.testing.assert_close(total, there + flipped)
+
+
+@pytest.mark.parametrize("kernel", [3, pytest.param(5, marks=pytest.mark.full)])
+def test_weight_gradients_are_the_same_alone_and_with_that_of_the_input(kernel, poisoned):
+    """Alone where another kernel has the gradient of the input; the sums are added up in the same order."""
+    kw = inputs("cpu", torch.float32, batch=2, grid=(9, 5, 1), dim=16, kernel=kernel)
+    x, weight = kw["x_BNC"].detach(), kw["weight"].detach()
+    grad, dx = torch.randn(x.shape), torch.empty(x.shape)
+    together = fused_backward.gradients(grad, x, weight, dx, (9, 5, 1))
+    alone = fused_backward.weight_gradient(grad, x, weight, (9, 5, 1))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert not dx[:, :1].any() and dx[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "multiprocessors"),
+    [pytest.param(3, 1, id="images in turn"), pytest.param(1, 132, id="rows of an image apart")],
+)
+def test_any_division_of_images_among_programs(batch, multiprocessors, monkeypatch):
+    """On a small GPU a program goes through several images; one image on a large GPU is cut into parts of 8 rows."""
+    monkeypatch.setattr(fused, "MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(fused_backward, "MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(fused, "turns", lambda work, most: max(1, min(most, work // multiprocessors)))
+    kw = inputs("cpu", torch.float32, batch=batch, grid=(17, 9), dim=8, kernel=3, residual=True, gelu=True)
+    leaves = [t for t in kw.values() if isinstance(t, torch.Tensor)]
+    found, wanted = depthwise_conv(**kw), reference(**kw)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(found.shape)
+    found = torch.autograd.grad(found, leaves, direction)
+    for a, b in zip(found, torch.autograd.grad(wanted, leaves, direction), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_autocast_leaves_the_residual_stream_in_float32():
