@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device.conv import convolve
 from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, precision, rows
 from kernels.device.memory import load_tile
 from kernels.device.softmax import LOG2E, online_softmax
@@ -75,23 +76,6 @@ def tokens_in_bin(a, H, W, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def convolve(x, row, taps, count, t, d, first, H, W, P, N, C, D, K: tl.constexpr, FLIP: tl.constexpr):
-    """The depth-wise convolution of the map x at tokens t, its transpose with FLIP; zero for prefix tokens."""
-    y = (t - P) // W
-    col = (t - P) % W
-    acc = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
-    for tap in range(count):  # k² as a constant would unroll the loop, and the loads of all taps take registers
-        dy = (K // 2 - tap // K) if FLIP else (tap // K - K // 2)
-        dx = (K // 2 - tap % K) if FLIP else (tap % K - K // 2)
-        seen = (t >= P) & (t < N) & (y + dy >= 0) & (y + dy < H) & (col + dx >= 0) & (col + dx < W)
-        place = (t + dy * W + dx)[:, None] * row + d[None, :]
-        value = tl.load(x + place, mask=seen[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        w = tl.load(taps + tap * C + first + d, mask=d < D, other=0.0).to(tl.float32)
-        acc += value * w[None, :]
-    return acc
-
-
-@triton.jit
 def choose(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
             IP: tl.constexpr):  # fmt: skip
     """softmax(Q Aᵀ · scale + B2) of a tile, (tokens, agents)."""
@@ -106,16 +90,16 @@ def choose(q, agents, tables, M, head, t, a, N, A, scale, BIAS: tl.constexpr, BT
 
 @triton.jit
 def _answer(
-    qkv, row, tables, taps, count, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
+    qkv, row, tables, taps, conv_bias, out, agents, gathered, t, a, d, head, M, H, W, P, N, A, scale,
     D: tl.constexpr, BIAS: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr, BT: tl.constexpr, AP: tl.constexpr,
-    IP: tl.constexpr,
+    DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """What a tile of tokens reads from the agents, and the convolution of the values there."""
     q = load_tile(qkv, t, row, d, t < N, d < D)
     p = choose(q, agents, tables, M, head, t, a, N, A, scale, BIAS, BT, AP, IP)
     o = tl.dot(p.to(gathered.dtype), gathered, input_precision=IP)
     if K > 0:
-        o += convolve(qkv + 2 * M * D, row, taps, count, t, d, head * D, H, W, P, N, M * D, D, K, False)
+        o += convolve(qkv + 2 * M * D, row, taps + head * D, t, t < N, d, D, W, H, P, M * D, K, BT, DP, False)
         if CONV_BIAS:
             b = tl.load(conv_bias + head * D + d, mask=d < D, other=0.0).to(tl.float32)
             o += tl.where((t >= P)[:, None], b[None, :], 0.0)
@@ -145,7 +129,7 @@ def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constex
 
 @triton.jit(do_not_specialize=["pairs"])
 def _gather(
-    qkv, tables, taps, count, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
+    qkv, tables, taps, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POOL: tl.constexpr, ANSWER: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
@@ -198,8 +182,8 @@ def _gather(
         for start in range(0, N, BT):
             t = start + tl.arange(0, BT)
             _answer(
-                qkv, row, tables, taps, count, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
-                D, BIAS2, K, CONV_BIAS, BT, AP, IP,
+                qkv, row, tables, taps, conv_bias, out, agents, values, t, a, d, head, M, H, W, P, N, A, scale,
+                D, BIAS2, K, CONV_BIAS, BT, AP, DP, IP,
             )  # fmt: skip
 
 
@@ -232,7 +216,7 @@ def _combine(parts, part_lse, gathered, lse, pairs, splits, D: tl.constexpr, A: 
 
 @triton.jit
 def _scatter(
-    qkv, tables, taps, count, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
+    qkv, tables, taps, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
     D: tl.constexpr, A: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,
     BT: tl.constexpr, AP: tl.constexpr, DP: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
@@ -249,8 +233,8 @@ def _scatter(
     agents = tl.load(pooled + place, mask=inside, other=0.0)
     values = tl.load(gathered + place, mask=inside, other=0.0)
     _answer(
-        qkv + image * batch + head * D, row, tables, taps, count, conv_bias, out + image * N * M * D + head * D,
-        agents, values, t, a, d, head, M, H, W, P, N, A, scale, D, BIAS2, K, CONV_BIAS, BT, AP, IP,
+        qkv + image * batch + head * D, row, tables, taps, conv_bias, out + image * N * M * D + head * D,
+        agents, values, t, a, d, head, M, H, W, P, N, A, scale, D, BIAS2, K, CONV_BIAS, BT, AP, DP, IP,
     )  # fmt: skip
 
 
@@ -306,7 +290,7 @@ def forward(
             _pool, (pairs * A,), qkv, pooled, heads, H, W, P, qkv.stride(0), qkv.stride(1),
             D=D, DOWN=down, ACROSS=across, BT=4096 // tile["DP"], DP=tile["DP"],
         )  # fmt: skip
-    local = *taps_of(qkv, weight), (qkv if bias is None else bias.contiguous())
+    local = taps_of(qkv, weight), (qkv if bias is None else bias.contiguous())
     answer = {
         "BIAS2": scatter is not None, "K": 0 if weight is None else weight.shape[-1], "CONV_BIAS": bias is not None,
         "D": D, "IP": precision(qkv.dtype), **tile,
@@ -343,6 +327,6 @@ def padded_tables(qkv: Tensor, gather: Tensor | None, scatter: Tensor | None, ag
     return tables
 
 
-def taps_of(qkv: Tensor, weight: Tensor | None) -> tuple[Tensor, int]:
-    """The weights (k·k, C), and k·k; something harmless without."""
-    return (qkv, 0) if weight is None else (weight.flatten(1).t().contiguous(), weight.shape[-1] ** 2)
+def taps_of(qkv: Tensor, weight: Tensor | None) -> Tensor:
+    """The weights (k·k, C); something harmless without."""
+    return qkv if weight is None else weight.flatten(1).t().contiguous()

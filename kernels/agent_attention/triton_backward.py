@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kernels.agent_attention.triton import (
     choose,
-    convolve,
     padded_tables,
     splits,
     table_of,
@@ -23,6 +22,7 @@ from kernels.agent_attention.triton import (
     within_bin,
 )
 from kernels.depthwise_conv import triton_backward as depthwise_conv
+from kernels.device.conv import convolve
 from kernels.device.launch import MULTIPROCESSORS, launch, precision, rows
 from kernels.device.memory import load_tile
 from kernels.device.softmax import LOG2E, row_products
@@ -117,7 +117,7 @@ def _agent_gradients(
 
 @triton.jit(do_not_specialize=["B", "images"])
 def _token_gradients(
-    grad, qkv, tables, taps, count, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
+    grad, qkv, tables, taps, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
     BIAS1: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr,
@@ -187,7 +187,7 @@ def _token_gradients(
             dv = tl.dot(p.to(k.dtype), dvalues, input_precision=IP)
             if K > 0:
                 g = grad + image * grad_batch + head * D
-                dv += convolve(g, grad_row, taps, count, t, d, head * D, H, W, P, N, C, D, K, True)
+                dv += convolve(g, grad_row, taps + head * D, t, t < N, d, D, W, H, P, C, K, BT, DP, True)
             tl.store(dqkv + image * N * 3 * C + 2 * C + out, dv.to(dqkv.dtype.element_ty), mask=kept)
         if BIAS1:
             table = (2 * group * M + head) * (tl.cdiv(N, BT) * BT * AP)
@@ -231,7 +231,7 @@ def backward(
     parts = saved[2].new_empty((groups, 2, heads, token_tiles * tile["BT"], tile["AP"]) if any(flags.values()) else 0)
     launch(
         _token_gradients, (groups * token_tiles * heads * 2,),
-        grad, qkv, tables, *taps_of(qkv, weight), *saved, *state, dqkv, parts,
+        grad, qkv, tables, taps_of(qkv, weight), *saved, *state, dqkv, parts,
         B, heads, *grid, N, scale, images, *strides,
         K=0 if weight is None else weight.shape[-1], stages=1, **constants,
     )  # fmt: skip

@@ -105,3 +105,31 @@ def four_rows(
             acc2 += widened(read[i + 2]) * taps[i]
             acc3 += widened(read[i + 3]) * taps[i]
     return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def convolve(
+    x, row, taps, n, there, c, channels, W, H, prefix, C,
+    K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """The convolution of tokens n of one image, or with FLIP the transposed one: (BT, BC), zero for prefix tokens.
+
+    x and taps (K·K, C) begin at channel c = 0 of `channels` ones. The sum is one of its own: that of a matrix product
+    is spread over the threads in a way to which every tap would have to be brought.
+    """
+    acc = tl.zeros([BT, BC], tl.float32)
+    y = (n - prefix) // W - K // 2
+    col = (n - prefix) % W - K // 2
+    there = there & (n >= prefix)
+    live = c < channels
+    for dy in range(0, K):  # a loop of the machine: unrolled, its loads would take all registers
+        line = there & (y + dy >= 0) & (y + dy < H)
+        for dx in tl.static_range(K):
+            seen = line & (col + dx >= 0) & (col + dx < W)
+            place = (n + (dy - K // 2) * W + (dx - K // 2))[:, None] * row + c[None, :]
+            value = tl.load(x + place, mask=seen[:, None] & live[None, :], other=0.0)
+            tap = dy * K + dx
+            if FLIP:
+                tap = K * K - 1 - tap
+            acc += widened(value) * per_channel(taps + tap * C, c, channels, BT)
+    return acc

@@ -117,22 +117,3 @@ def state_of(state, h, D: tl.constexpr, BD: tl.constexpr, EXTRA: tl.constexpr, P
         z += tl.load(state + D * D + 2 * D + d, mask=live, other=0.0)
         m += tl.load(state + D * D + 3 * D + d, mask=live, other=0.0)
     return operand(S, PRECISION), z, m
-
-
-@triton.jit
-def convolve(acc, x, row, taps, n, there, c, live, W, H, prefix, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
-    """acc + the convolution of tokens n of the map, or with FLIP the transposed one."""
-    place = n - prefix
-    y = place // W - K // 2
-    col = place % W - K // 2
-    there = there & (place >= 0)
-    for dy in range(0, K):  # a loop of the machine: unrolled, its loads would take all registers
-        line = there & (y + dy >= 0) & (y + dy < H)
-        for dx in tl.static_range(K):
-            seen = line & (col + dx >= 0) & (col + dx < W)
-            value = load(x, n + (dy - K // 2) * W + (dx - K // 2), row, c, seen[:, None] & live[None, :])
-            tap = dy * K + dx
-            if FLIP:
-                tap = K * K - 1 - tap
-            acc += value * tl.load(taps + tap * C + c, mask=live, other=0.0)[None, :]
-    return acc

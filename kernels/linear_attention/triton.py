@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device.conv import convolve
 from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, precision, rows
 from kernels.linear_attention import EPS
 from kernels.linear_attention.features import (
-    convolve,
     feature_of,
     focus,
     inverse_of,
@@ -137,7 +137,9 @@ def _output(
             if K > 0:
                 bias = tl.load(taps + K * K * C + c, mask=live, other=0.0)
                 o += tl.where(n < prefix, 0.0, 1.0)[:, None] * bias[None, :]
-                o = convolve(o, q + 2 * C, row, taps, n, n < stop, c, live, W, H, prefix, C, K, False)
+                o += convolve(
+                    q + 2 * C + h * D, row, taps + h * D, n, n < stop, d, D, W, H, prefix, C, K, BT, BD, False
+                )
             tl.store(out + n[:, None] * C + c[None, :], o.to(out.dtype.element_ty), mask=inside)
 
 

@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.depthwise_conv import triton_backward as depthwise_conv
+from kernels.device.conv import convolve
 from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
 from kernels.linear_attention import EPS
 from kernels.linear_attention.features import (
-    convolve,
     feature_of,
     inverse_of,
     load,
@@ -192,7 +192,7 @@ def _backward_k(
             dvalue += dz[None, :]
         dvalue *= inverse_N
         if K > 0:
-            dvalue = convolve(dvalue, grad, grad_row, taps, n, there, c, live, W, H, prefix, C, K, True)
+            dvalue += convolve(grad + h * D, grad_row, taps + h * D, n, there, d, D, W, H, prefix, C, K, BT, BD, True)
         tl.store(dk + n[:, None] * 3 * C + C + c[None, :], dvalue.to(dqkv.dtype.element_ty), mask=inside)
 
 
