@@ -166,8 +166,9 @@ def _differentiate_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tenso
     (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
     plan = Plan.of(grad, W, K, K + 2)
     tiles = plan.tiles(W, C)
-    # as many programs as multiprocessors hold at once
-    warps = 12 if K <= 3 or (K <= WIDEST_IN_ONE and dx is None) else 8
+    # as many programs as multiprocessors hold at once, by the registers that these take
+    light = other is None if K <= 3 else dx is None and K <= WIDEST_IN_ONE
+    warps = 12 if light else 8
     wanted = max(1, warps * MULTIPROCESSORS // (plan.warps * tiles))
     down = max(1, min(triton.cdiv(wanted, max(1, B)), H // 8))
     span = triton.cdiv(H, down)
