@@ -65,7 +65,7 @@ def _turn(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _differentiate(
+def _gradients(
     grad, x, weight, other, dx, partial, B, H, W, programs, span, grad_batch, x_batch, x_row, other_batch, other_row,
     dx_batch, dx_row,
     K: tl.constexpr, C: tl.constexpr, ROW: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
@@ -147,7 +147,7 @@ def gradients(
     Returns those of weight and bias as `weight_gradient` does; None where they are not `trained`.
     """
     if dx is not None and trained and weight.shape[-1] <= WIDEST_IN_ONE:
-        sums = _differentiate_into(dx, grad, x, weight, grid, other)
+        sums = _gradients_into(dx, grad, x, weight, grid, other)
     else:
         if dx is not None:
             convolve_into(dx, grad, weight, None, grid, other=other, flip=True)
@@ -159,10 +159,10 @@ def gradients(
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """The gradients (C, 1, k, k) and (C,) in float32, summed in a fixed order."""
-    return _differentiate_into(None, grad, x, weight, grid, None)
+    return _gradients_into(None, grad, x, weight, grid, None)
 
 
-def _differentiate_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tensor]:
+def _gradients_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tensor]:
     (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
     plan = Plan.of(grad, W, K, K + 2)
     tiles = plan.tiles(W, C)
@@ -179,7 +179,7 @@ def _differentiate_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tenso
     other = rows(other)[:, prefix:] if added else to
     partial = partial_sums(x, programs * triton.cdiv(W, plan.columns), K * K + 1, C)
     launch(
-        _differentiate, (programs * tiles,), grad, x, taps_table(weight), other, to, partial, B, H, W, programs, span,
+        _gradients, (programs * tiles,), grad, x, taps_table(weight), other, to, partial, B, H, W, programs, span,
         grad.stride(0), *x.stride()[:2], *other.stride()[:2], *to.stride()[:2],
         K=K, C=C, ROW=grad.stride(1), BX=plan.columns, BC=plan.channels, AHEAD=plan.ahead, warps=plan.warps,
         PARTS=down > 1, INPUT=dx is not None, OTHER=added,
