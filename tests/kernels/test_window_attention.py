@@ -102,7 +102,7 @@ def test_large_windows_are_operators_as_well():
     grad = torch.ones_like(out)
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(operators.window_attention_forward.default, (qkv, padding, bias, *sizes), **checks)
-    arguments = (grad, qkv, padding, bias, out, lse, *sizes)
+    arguments = (grad, qkv, padding, bias, out, lse, *sizes, [True, True, True])
     torch.library.opcheck(operators.window_attention_backward.default, arguments, **checks)
 
 
