@@ -1,12 +1,14 @@
-"""`python -m kernels.bench --model ...`: whole steps, counted and timed on a CPU."""
+"""Whole steps: `python -m kernels.bench --model ...`, counted and timed on a CPU; and beside timm's."""
 
 import json
 
 import pytest
+import timm
 import torch
 
 from kernels.bench import command
-from models.benchmark import Steps
+from models import create_model
+from models.benchmark import Steps, __main__, pairs, partners
 
 
 @pytest.fixture
@@ -78,3 +80,80 @@ def test_a_spent_budget_starts_no_model(bench):
 def test_unknown_names_are_one_error(bench, arguments, message):
     status, _, errors, _ = bench(*arguments)
     assert (status, message in errors) == (2, True), errors
+
+
+# `python -m models.benchmark`
+
+
+@pytest.fixture
+def against(monkeypatch, capsys):
+    """`against("--model", "vit_32px") -> (exit status, output, errors)`, with ours for timm's."""
+    monkeypatch.setitem(partners.TIMM, "vit_32px", "zoo_test")
+    monkeypatch.setattr(pairs.timm, "create_model", lambda name, drop_path_rate: create_model("vit_32px"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*arguments: str):
+        try:
+            status = __main__.main(["--against", "timm", *arguments])
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_both_take_turns_and_the_ratio_is_theirs_by_ours(against):
+    status, output, _ = against("--model", "vit_32px", "--batch", "2", "--pairs", "2", "--json")
+    found = json.loads(output)
+    assert status == 0 and found["environment"]["threads"]
+    assert [(row["step"], row["timm"], row["batch"], row["image_size"]) for row in found["rows"]] == [
+        ("forward", "zoo_test", 2, 32),
+        ("training", "zoo_test", 2, 32),
+    ]
+    assert all(row["low"] <= row["ratio"] <= row["high"] and row["ours_ms"] > 0 for row in found["rows"])
+
+
+def test_the_first_of_a_pair_is_the_other_one_next_time():
+    called = []
+    times = pairs.timed([lambda: called.append("ours"), lambda: called.append("timm")], 2, torch.device("cpu"))
+    assert called == ["timm", "ours", "ours", "timm", "timm", "ours"]  # the first pair warms up
+    assert [len(of_one) for of_one in times] == [2, 2]
+
+
+def test_a_table_names_models_and_machine(against):
+    status, output, _ = against("--model", "vit_32px", "--batch", "1", "--pairs", "1", "--step", "forward")
+    assert status == 0 and "timm ÷ ours" in output and "threads" in output
+    assert [line.split()[:4] for line in output.splitlines() if line.startswith("vit_32px")] == [
+        ["vit_32px", "forward", "1", "32"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "biformer_tiny"], "--model: timm has no such model, got biformer_tiny"),
+        (["--model", "swim_tiny"], "did you mean 'swin_tiny'"),
+        (["--batch", "0"], "must be at least 1, got 0"),
+        (["--step", "backward"], "invalid choice: 'backward'"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_error(against, arguments, message):
+    status, _, errors = against(*arguments)
+    assert (status, message in errors) == (2, True), errors
+
+
+def test_another_architecture_under_the_name_is_refused(monkeypatch):
+    monkeypatch.setattr(pairs.timm, "create_model", lambda name, drop_path_rate: torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"vit_32px and timm's b must have the same number of parameters, got 555,"):
+        next(pairs.compare("vit_32px", "b", ["forward"], 1, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in partners.USUAL else pytest.param(n, marks=pytest.mark.full) for n in partners.TIMM]
+)
+def test_partners_have_the_same_parameters(name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name), timm.create_model(partners.TIMM[name])
+    shapes = [sorted(tuple(p.shape) for p in model.parameters() if p.dim() == 4) for model in (ours, theirs)]
+    assert shapes[0] == shapes[1] or name.startswith("swin")  # whose tables of biases have other shapes
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
