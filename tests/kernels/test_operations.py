@@ -47,17 +47,21 @@ def floating(outputs) -> list[Tensor]:
     return [o for o in tensors(outputs) if o is not None and o.is_floating_point()]
 
 
-def run(function, inputs: dict, seed: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs, and the gradients of a fixed random combination of them."""
+def run(function, inputs: dict, seed: int = 1, directions: list[Tensor] | None = None):
+    """Outputs, and the gradients of a fixed random combination of them, unless `directions` gives another."""
     outputs = floating(function(**inputs))
-    generator = torch.Generator().manual_seed(seed)
     leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
     with_gradient = [o for o in outputs if o.requires_grad]
     if not with_gradient:
         return outputs, {}
-    directions = [torch.randn(o.shape, generator=generator).to(o) for o in with_gradient]
+    directions = random_directions(with_gradient, seed) if directions is None else directions
     gradients = torch.autograd.grad(with_gradient, list(leaves.values()), directions)
     return [o.detach() for o in outputs], dict(zip(leaves, gradients, strict=True))
+
+
+def random_directions(outputs: list[Tensor], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
 
 
 def converted(inputs: dict, dtype: torch.dtype) -> dict:
@@ -257,16 +261,19 @@ def test_refuses_what_no_kernel_takes(operation, shape, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize(("operation", "shape"), TYPICAL)
 def test_replays_in_a_cuda_graph(operation, shape):
+    """Forward and backward, with the same bits as launched one by one."""
     inputs = operation.inputs(DEVICE, torch.bfloat16, **shape)
-    wanted = run(operation.run, inputs)
+    directions = random_directions([o for o in floating(operation.run(**inputs)) if o.requires_grad])
+    wanted = run(operation.run, inputs, directions=directions)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        operation.run(**inputs)
+    with torch.cuda.stream(stream):
+        run(operation.run, inputs, directions=directions)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        outputs = floating(operation.run(**inputs))
+    with torch.cuda.graph(graph):
+        outputs, gradients = run(operation.run, inputs, directions=directions)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(outputs, wanted[0], strict=True))
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in wanted[1].items())
