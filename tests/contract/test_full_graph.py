@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tests.contract.cases import CASES, moved
 
-# the smallest models of a few kinds; all of the others with `make test-all`
-FEW = ("vit_32px", "pvt_32px", "attention/pre, class token")
+# two small models, and mechanisms that select; all of the others with `make test-all`
+FEW = ("vit_32px", "pvt_32px", "attention=biformer", "attention=moh")
 
 
 def trained(module: nn.Module, given: tuple[Tensor, ...]) -> list[Tensor]:

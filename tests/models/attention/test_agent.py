@@ -265,7 +265,7 @@ def test_half_precision_stays_close(dtype: torch.dtype, grid: Grid, options: dic
         assert half.dtype == dtype and (half.float() - exact).norm() <= bound * exact.norm()
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
+@pytest.mark.full  # with the defaults: tests/contract/test_full_graph.py
 @pytest.mark.parametrize("options", [{}, {"sr_ratio": 2, "trained_agent_tokens": 4}, {"window": 4}])
 def test_compiles_as_one_graph(options: dict) -> None:
     grid = Grid(5, 7)

@@ -191,14 +191,6 @@ def test_neighbours_are_not_copied(monkeypatch) -> None:
     assert ours < 0.5 * kept_bytes(module, place)
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
-def test_compiles_without_a_graph_break() -> None:
-    place = site(5, 6, stage=2)
-    module, x = aggregated_attention(place), tokens(place)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, place.grid).x, module(x, place.grid).x)
-
-
 def test_what_runs_is_said() -> None:
     assert aggregated_attention(site(8, 8)).runs() == ("aggregated_attention", True, "")
     wide = aggregated_attention(site(8, 8, head_dim=136), backend="triton")

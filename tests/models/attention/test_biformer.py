@@ -156,13 +156,6 @@ def test_gates_weight_the_heads(kind: str) -> None:
     assert module.proj.weight.grad[:, 16:].abs().max() == 0
 
 
-def test_compiles_without_a_graph_break() -> None:
-    place = site(8, 8)
-    module, x = BiLevelRoutingAttention(place), tokens(place)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, place.grid).x, module(x, place.grid).x)
-
-
 def test_gathering_selects_whole_regions_of_the_same_image() -> None:
     kv = torch.arange(2 * 3 * 2).view(6, 2, 1).float()
     routes = torch.tensor([[[2], [0], [1]], [[0], [0], [2]]])

@@ -115,14 +115,6 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
     assert module.to(dtype)(x.to(dtype), place.grid).x.dtype == dtype
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
-def test_compiles_without_a_graph_break() -> None:
-    place = site(6, 5)
-    module, x = cosine_attention(place), tokens(place)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, place.grid).x, module(x, place.grid).x)
-
-
 def test_class_tokens_are_refused() -> None:
     place = site(4, 4, prefix=1)
     with pytest.raises(Refused, match=r"class token\(s\)"):

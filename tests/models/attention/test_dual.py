@@ -130,14 +130,6 @@ def test_any_map_any_precision_and_gradients(block: int) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_compiles_without_a_graph_break(block: int) -> None:
-    place = site(8, 6, block)
-    module, x = dual_attention(place), tokens(place)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, place.grid).x, module(x, place.grid).x)
-
-
 def test_attention_matrix_of_the_windows() -> None:
     place = site(8, 6)
     module, x = dual_attention(place, window=4), tokens(place)

@@ -246,7 +246,7 @@ def test_shapes_alone_can_be_computed_on_the_meta_device() -> None:
     assert module(torch.empty(2, 35, 16, device="meta", dtype=torch.float64), grid).x.shape == (2, 35, 16)
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
+@pytest.mark.full  # with the defaults: tests/contract/test_full_graph.py
 @pytest.mark.parametrize("options", [{}, {"sr_ratio": 2}, {"window": 4, "lepe": True}])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_as_one_graph(options: dict, autocast: bool) -> None:

@@ -154,7 +154,7 @@ def test_half_precision_stays_close(dtype: torch.dtype) -> None:
         assert half.dtype == dtype and (half.float() - exact).norm() <= bound * exact.norm()
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
+@pytest.mark.full  # with the defaults: tests/contract/test_full_graph.py
 @pytest.mark.parametrize("options", [{}, {"lepe": True, "stripe": 3}, {"sr_ratio": 2}])
 def test_compiles_as_one_graph(options: dict) -> None:
     grid = Grid(6, 7)

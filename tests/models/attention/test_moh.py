@@ -164,15 +164,6 @@ def test_half_precision_does_not_change_the_selection() -> None:
     assert module(x.bfloat16(), place.grid).x.dtype == torch.bfloat16
 
 
-def test_compiles_without_a_graph_break() -> None:
-    place = site()
-    module, x = MoHAttention(place, core=softmax_attention).train(), tokens(place)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    expected, actual = module(x, place.grid), compiled(x, place.grid)
-    torch.testing.assert_close(actual.x, expected.x)
-    torch.testing.assert_close(actual.losses, expected.losses)
-
-
 def test_class_tokens_and_other_maps_are_those_of_the_gated_attention() -> None:
     place = site(grid=Grid(4, 4, 1))
     module = MoHAttention(place, core=softmax_attention)

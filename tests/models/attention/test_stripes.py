@@ -122,7 +122,7 @@ def test_gates_weight_the_heads_of_both_directions() -> None:
     torch.testing.assert_close(only, module(x, SITE.grid).x)
 
 
-@pytest.mark.full  # `make test` compiles those of BiFormer, MoH and dual
+@pytest.mark.full  # with the defaults: tests/contract/test_full_graph.py
 @pytest.mark.parametrize("core", ["softmax", "agent", "inline", "focused"])
 def test_compiles_as_one_graph(core: str) -> None:
     module, x = made(CORES[core], stripe=3).float(), tokens().float()

@@ -210,12 +210,6 @@ def test_autocast_and_half_precision():
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
-def test_one_graph():
-    model = small("moh").eval()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
-
-
 def test_layer_decay():
     """The stem with timestep and labels learns slowest, the last layer at the full rate."""
     model = small()
