@@ -49,15 +49,15 @@ def _finished(acc, more, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.cons
 @triton.jit
 def _turn(
     acc, start, taps, row, last, top, count, x, at, seen, inside, other, other_at, out, out_at, W, other_row, out_row,
-    K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
+    K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr,
     OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """Adds K input rows, and stores the K output rows that are complete with them; with EDGE some may not be there."""
+    """Adds K input rows, some perhaps after the last, and stores the K output rows that are complete with them."""
     for k in tl.static_range(K):
         if k % AHEAD == 0:
             read, more = (), ()
             for n in tl.static_range(k, min(k + AHEAD, K)):
-                read = read + load_shifted(x, row + n, W, at, seen, row + n < last, K, ROW, EDGE and n > 0)
+                read = read + load_shifted(x, row + n, W, at, seen, row + n < last, K, ROW, n > 0)
                 y = row + n - K // 2
                 if OTHER:
                     place = other + y * W * other_row + other_at
@@ -109,18 +109,12 @@ def _convolve(
         last = tl.minimum(top + count + K // 2, H)
         from_x, from_other, to = x + image * x_batch, other + image * other_batch, out + image * out_batch
         acc = repeated(start, K)
-        whole = row + (last - row) // K * K
-        for first in range(row, whole, K):
+        for first in range(row, last, K):
             acc = _turn(
                 acc, start, taps, first, last, top, count, from_x, at, seen, inside, from_other, other_at, to, out_at,
-                W, other_row, out_row, K, ROW, AHEAD, False, OTHER, GELU, SLOPE,
+                W, other_row, out_row, K, ROW, AHEAD, OTHER, GELU, SLOPE,
             )  # fmt: skip
-        if whole < last:
-            acc = _turn(
-                acc, start, taps, whole, last, top, count, from_x, at, seen, inside, from_other, other_at, to, out_at,
-                W, other_row, out_row, K, ROW, AHEAD, True, OTHER, GELU, SLOPE,
-            )  # fmt: skip
-            whole += K
+        whole = row + tl.cdiv(last - row, K) * K
         for k in tl.static_range(K // 2):
             y = whole + k - K // 2
             keep = inside & within(y, top, count)

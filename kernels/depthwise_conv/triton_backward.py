@@ -22,16 +22,19 @@ WIDEST_IN_ONE = 5  # 7×7 weights and as many sums do not fit in the registers o
 def _turn(
     acc, line, sums, total, taps, row, last, top, count, grad, at, seen, inside, x, x_at, other, other_at, dx, dx_at,
     W, x_row, other_row, dx_row,
-    K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
     INPUT: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Goes on by K rows of the gradient. `line` has the K - 1 rows of x around the first that are above its lowest."""
+    """Goes on by K rows of the gradient. `line` has the K - 1 rows of x around the first that are above its lowest.
+
+    `sums` are those of a column of taps next to each other.
+    """
     zero = tl.zeros_like(total)
     for k in tl.static_range(K):
         if k % AHEAD == 0:
             read, entering, more = (), (), ()
             for n in tl.static_range(k, min(k + AHEAD, K)):
-                read = read + load_shifted(grad, row + n, W, at, seen, row + n < last, K, ROW, EDGE and n > 0)
+                read = read + load_shifted(grad, row + n, W, at, seen, row + n < last, K, ROW, n > 0)
                 y = row + n + K // 2
                 place = x + y * W * x_row + x_at
                 entering += (tl.load(place, mask=inside & within(y, top, count), other=0.0),)
@@ -47,12 +50,10 @@ def _turn(
                 total += tl.where(within(row + k, top, count), value, 0.0) if PARTS else value
             summed, added = (), ()
             for i in tl.static_range(K):
-                for n in tl.static_range(K):
-                    so_far = sums[i * K + n]
-                    summed += (so_far + value * line[i] if n == K - 1 - j else so_far,)
+                summed += (sums[(K - 1 - j) * K + i] + value * line[i],)
                 if INPUT:
                     added += (acc[i] + value * taps[i * K + K - 1 - j],)
-            sums, acc = summed, added
+            sums, acc = sums[: (K - 1 - j) * K] + summed + sums[(K - j) * K :], added
         line = line[1:]
         if INPUT:
             y = row + k - K // 2
@@ -103,18 +104,12 @@ def _gradients(
             y = row + k - K // 2
             place = from_x + y * W * x_row + x_at
             line += (widened(tl.load(place, mask=inside & within(y, top, count), other=0.0)),)
-        whole = row + (last - row) // K * K
-        for first in range(row, whole, K):
+        for first in range(row, last, K):
             acc, line, sums, total = _turn(
                 acc, line, sums, total, taps, first, last, top, count, from_grad, at, seen, inside, from_x, x_at,
-                from_other, other_at, to, dx_at, W, x_row, other_row, dx_row, K, ROW, AHEAD, False, PARTS, INPUT, OTHER,
+                from_other, other_at, to, dx_at, W, x_row, other_row, dx_row, K, ROW, AHEAD, PARTS, INPUT, OTHER,
             )  # fmt: skip
-        if whole < last:
-            acc, line, sums, total = _turn(
-                acc, line, sums, total, taps, whole, last, top, count, from_grad, at, seen, inside, from_x, x_at,
-                from_other, other_at, to, dx_at, W, x_row, other_row, dx_row, K, ROW, AHEAD, True, PARTS, INPUT, OTHER,
-            )  # fmt: skip
-            whole += K
+        whole = row + tl.cdiv(last - row, K) * K
         if INPUT:
             for k in tl.static_range(K // 2):
                 y = whole + k - K // 2
@@ -128,7 +123,7 @@ def _gradients(
     partial += ((program * across + tl.program_id(0) // blocks % across) * (K * K + 1)).to(tl.int64) * C + c
     for t in tl.static_range(K * K):
         there = seen[K - 1 - t % K] & inside
-        tl.store(partial + t * C, tl.sum(tl.where(there, sums[t], 0.0), 0), mask=c < C)
+        tl.store(partial + t * C, tl.sum(tl.where(there, sums[t % K * K + t // K], 0.0), 0), mask=c < C)
     tl.store(partial + K * K * C, tl.sum(total, 0), mask=c < C)
 
 

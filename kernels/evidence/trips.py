@@ -38,9 +38,9 @@ COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
 }  # fmt: skip
 
-VALUE = re.compile(r"%[\w#]+")
-ASSIGNED = re.compile(r"^(%\w+)(?::\d+)? = (.*)$")
-FOR = re.compile(r"scf\.for (%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)(?: iter_args\((.*?)\) ->)?")
+VALUE = re.compile(r"%[\w.#]+")
+ASSIGNED = re.compile(r"^(%[\w.]+)(?::\d+)? = (.*)$")
+FOR = re.compile(r"scf\.for (%[\w.]+) = (%[\w.#]+) to (%[\w.#]+) step (%[\w.#]+)(?: iter_args\((.*?)\) ->)?")
 LOCATION = re.compile(r"loc\((#loc\d*|unknown|callsite\(.*\)|\".*\")\)\s*$")
 
 
@@ -122,7 +122,7 @@ class Walk:
     def _loop(self, statement: Statement, expression: str, weight: float) -> None:
         variable, *bounds, carried = FOR.match(expression).groups()
         first, last, step = (self._value(b) for b in bounds)
-        for name in re.findall(r"(%\w+) =", carried or ""):
+        for name in re.findall(r"(%[\w.]+) =", carried or ""):
             self.values[name] = None
         if None in (first, last, step) or step <= 0:
             count = self.assumed() / (step or 1)

@@ -58,11 +58,11 @@ module {
     %first = arith.remsi %pid, %c3 : i32 loc(#loc)
     %some = arith.cmpi sge, %pid, %c3 : i32 loc(#loc)
     scf.if %some {
-      %sum = scf.for %a = %c0 to %c10 step %c3 iter_args(%b = %c0) -> (i32)  : i32 {
-        %more = scf.for %d = %first to %n step %c1 iter_args(%e = %b) -> (i32)  : i32 {
+      %sum.1:2 = scf.for %a = %c0 to %c10 step %c3 iter_args(%b.0 = %c0, %b.1 = %c0) -> (i32, i32)  : i32 {
+        %more = scf.for %d.0 = %first to %n step %c1 iter_args(%e = %b.0) -> (i32)  : i32 {
           scf.yield %e : i32 loc(#loc2)
         } loc(#loc4)
-        scf.yield %more : i32 loc(#loc1)
+        scf.yield %more, %b.1 : i32, i32 loc(#loc1)
       } loc(#loc5)
     } loc(#loc)
     %length = tt.load %x : !tt.ptr<i32> loc(#loc)
