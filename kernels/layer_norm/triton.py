@@ -34,7 +34,7 @@ def _finish(acc, keep, real, place, x, x_row, y, n, w, b, C, live, eps):
     tl.store(n + place * C, value.to(n.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "tokens"])
 def _conv_norm(
     x, taps, bias, norm_weight, norm_bias, y, n, eps, H, W, C, tokens, x_batch, x_row,
     K: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr,
@@ -57,7 +57,7 @@ def _conv_norm(
     _finish(acc3, inside & (first + 3 < H), real, place + 3 * W, x, x_row, y, n, w, b, C, live, eps)
 
 
-@triton.jit(do_not_specialize=["rows_total", "programs"])
+@triton.jit(do_not_specialize=["rows_total", "tokens", "programs"])
 def _norm_backward(
     x, dn, dy, norm_weight, dx, partial, eps, rows_total, tokens, C, programs,
     x_batch, x_row, dn_batch, dn_row, dy_batch, dy_row,
