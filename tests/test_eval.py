@@ -39,6 +39,7 @@ def published(model, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_an_authors_file_and_a_recipe(published, command, model):
     status, out, err = command("eval", *RECIPE, f"ckpt={published}")
     assert status == 0, err
@@ -61,6 +62,7 @@ def test_our_own_names_and_no_recipe(model, tmp_path, command):
     assert "reproduced" not in out and "loss" in out
 
 
+@pytest.mark.full
 def test_evaluation_needs_no_training_images(published, command, tmp_path):
     for label in range(10):
         folder = tmp_path / "images" / "val" / f"class{label}"
@@ -74,6 +76,7 @@ def test_evaluation_needs_no_training_images(published, command, tmp_path):
     assert status == 2 and "no folder" in err and "train" in err
 
 
+@pytest.mark.full
 def test_a_model_with_another_option_of_its_attention(command, tmp_path):
     model = create_model("biformer_tiny", num_classes=10, lepe_kernel=3, **SHAPE)
     torch.save({"model": export(model.state_dict(), "biformer_tiny", lepe_kernel=3, **SHAPE)}, tmp_path / "theirs.pth")
@@ -117,6 +120,7 @@ def test_a_file_alone_is_not_enough(published, command):
     assert "no configuration" in refused(command, f"ckpt={published}", "model=biformer_tiny")
 
 
+@pytest.mark.full
 def test_files_that_are_not_the_models(published, command, tmp_path, model):
     path = tmp_path / "davit.pth"
     torch.save(create_model("davit_tiny", dims=[32] * 4, depths=[1] * 4, num_heads=[1] * 4).state_dict(), path)
@@ -151,6 +155,7 @@ def test_wrong_recipes(published, command, tmp_path):
     assert "the recipe davit/tiny_in1k is for davit_tiny, the checkpoint holds vit_32px; give the recipe" in err
 
 
+@pytest.mark.full
 def test_several_checkpoints_and_sizes_in_one_command(command, tmp_path):
     torch.manual_seed(0)
     save_file(create_model("vit_32px", num_classes=10).state_dict(), tmp_path / "w.safetensors")

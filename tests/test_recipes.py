@@ -186,6 +186,7 @@ def test_fine_tuning_begins_with_the_weights_that_are_given(command, tmp_path):
     assert json.loads((ckpt.parent / "metrics.json").read_text())["reproduced"] is None
 
 
+@pytest.mark.full
 def test_a_recipe_in_a_sweep_from_another_folder_with_overrides(command, tmp_path):
     names = "davit/tiny_in1k,davit/small_in1k"
     fake = ("data=fake", "data.source.train_images=16", "data.source.val_images=4", "run.name=sweep")
@@ -297,6 +298,7 @@ def evaluation(*overrides: str, name: str = "biformer/tiny_in1k") -> dict:
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
 
 
+@pytest.mark.full
 def test_nothing_is_reproduced_by_another_protocol(monkeypatch):
     monkeypatch.setattr(verdict, "compose_run", compose_once)
     name, whole = "biformer/tiny_in1k", (50_000, 50_000)

@@ -107,6 +107,7 @@ def test_the_default_learns_digits(command, tmp_path, epochs, top1):
     assert json.loads((tmp_path / "outputs/learn/metrics.json").read_text())["best/val/top1"] >= top1
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_without_a_key_wandb_logs_offline(command, tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
@@ -296,6 +297,7 @@ def test_eval_names_what_is_wrong(command, tmp_path):
     assert status == 2 and "nothing at this path" in err
 
 
+@pytest.mark.full
 @pytest.mark.case(26)
 def test_eval_reads_another_root_and_compares_its_classes(command, tmp_path):
     for root, names in [("one", "abc"), ("two", "abd")]:
@@ -324,6 +326,7 @@ def test_eval_reads_another_root_and_compares_its_classes(command, tmp_path):
     assert [row.split(",")[:2] for row in images[1:]] == [["b/0.png", "b"], ["b/1.png", "b"]]
 
 
+@pytest.mark.full
 def test_eval_takes_another_size_and_no_other_attention(command, tmp_path):
     assert command("train", *SMALL, "trainer.max_epochs=1", "run.name=e")[0] == 0
     ckpt = f"ckpt={tmp_path / 'outputs/e/checkpoints/best'}"

@@ -67,6 +67,7 @@ def test_a_process_that_hangs_ends_the_run_with_its_files(image_tree):
         read(loader, lambda number, loader: kill(loader, signal.SIGSTOP, slice(2)))
 
 
+@pytest.mark.full
 @pytest.mark.case(42)
 def test_a_class_that_cannot_be_read_ends_the_run(image_tree, tmp_path):
     root = image_tree(train=8)

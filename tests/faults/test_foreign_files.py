@@ -269,6 +269,7 @@ def test_an_evaluation_writes_and_reads_nothing_outside(forge, tmp_path):
     assert not list(tmp_path.rglob("escaped*")) and list((tmp_path / "evaluation").glob("*escaped*"))
 
 
+@pytest.mark.full
 @pytest.mark.case(32)
 def test_a_model_that_is_larger_than_its_weights_is_not_built(forge, tmp_path):
     for key, value in (("depth", 2**20), ("dim", 2**18)):

@@ -127,6 +127,7 @@ def test_no_memory_is_one_sentence(tmp_path, method, error, place):
     assert "data.batch_size=8 trainer.accumulate_grad_batches=2 | task.gradient_checkpointing=true" in said
 
 
+@pytest.mark.full
 def test_no_memory_in_an_evaluation(tmp_path):
     assert run(tmp_path, "run.name=a", *TINY, "trainer.max_epochs=1")[0] == 0
     before = MEMORY.format(file="base", kind="Task", method="validation_step", call=1, error=NONE_LEFT)
@@ -167,6 +168,7 @@ def test_processes_agree_on_what_is_left_out(tmp_path):
     assert json.loads((tmp_path / "outputs/a/non_finite/step-00000003.json").read_text())["rank"] == 1
 
 
+@pytest.mark.full
 def test_a_loss_that_jumps_is_said(tmp_path):
     settings = ("callbacks.spikes.window=8", "callbacks.spikes.factor=5", "schedule.sched=constant")
     hook = BAD_LOSS.format(factor="50", calls=[20])

@@ -104,6 +104,7 @@ pathlib.Path.open, torch.optim.AdamW.step = _full, _stepped
 """
 
 
+@pytest.mark.full
 @pytest.mark.case(17)
 def test_the_disk_is_full_for_all_but_checkpoints(tmp_path):
     """The run goes on, says each file once, and what was logged is there when there is room again."""

@@ -214,6 +214,7 @@ def test_help_and_wrong_arguments_do_not_wait_for_torch():
     assert done.returncode == 0 and done.stdout.startswith("usage: python -m models.checkpoints export"), done.stderr
 
 
+@pytest.mark.full
 def test_the_command_as_a_program(tmp_path):
     output = str(tmp_path / "a.pth")
     done = python("-m", "models.checkpoints", "export", str(tmp_path / "none.pth"), "--model=davit_tiny", "-o", output)

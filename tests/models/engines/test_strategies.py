@@ -115,5 +115,6 @@ def norms_of_two(folder: Path) -> None:
     assert type(shared[1]) is nn.BatchNorm2d
 
 
+@pytest.mark.full
 def test_synced_norms_are_those_of_the_whole_batch(tmp_path):
     pair(tmp_path, f"{__name__}:norms_of_two")

@@ -95,6 +95,7 @@ def test_layers_by_number_and_name(swin):
         chosen_layers("x", create_model("davit_32px", num_classes=5), 1)
 
 
+@pytest.mark.full
 def test_from_the_command_line(command, tmp_path):
     """A report of the user's picture and of images of validation, without another file."""
     save_file(create_model("swin_32px", num_classes=10).state_dict(), tmp_path / "w.safetensors")

@@ -24,6 +24,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.full
 def test_a_folder_and_a_list(command, photos, tmp_path, image_tree):
     root = image_tree(("ant", "bee", "cat"))
     model = create_model("vit_32px", num_classes=3)

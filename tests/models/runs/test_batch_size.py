@@ -37,6 +37,7 @@ def test_the_number_makes_up_the_step(size, images, processes, wanted):
     assert rounded(size, {"global_batch": images}, processes) == wanted
 
 
+@pytest.mark.full
 def test_a_trial_leaves_no_trace():
     model = create_model("vit_32px", num_classes=4, dim=16, depth=1, num_heads=2, patch_size=8)
     task = Classification(model, {"opt": "adamw", "lr": 1e-3, "reference_batch": 512}, {}, 4)

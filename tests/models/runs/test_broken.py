@@ -25,6 +25,7 @@ def test_the_tensor_is_named():
         refuse_broken(model, "eval: the weights of a")
 
 
+@pytest.mark.full
 def test_no_figures_and_no_training_from_such_weights(tmp_path):
     assert run(tmp_path, "run.name=a", *TINY, "trainer.max_epochs=1")[0] == 0
     load = "from safetensors.torch import load_file, save_file\np = 'outputs/a/checkpoints/last/model.safetensors'\n"

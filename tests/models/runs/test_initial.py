@@ -207,6 +207,7 @@ def test_the_other_blocks_of_a_convnet_keep_their_mlp(tmp_path):
         assert torch.equal(own[f"stages.2.blocks.0.{ours}"], state[f"stages.2.blocks.0.{theirs}"])
 
 
+@pytest.mark.full
 def test_weights_of_another_model(command, tmp_path):
     torch.save({"model": {"stem.weight": torch.zeros(3), "head.weight": torch.zeros(3)}}, tmp_path / "other.pth")
     text = refused(command, "model=vit_32px", "init=other.pth")

@@ -48,6 +48,7 @@ def test_no_pictures_no_page(tmp_path):
     assert page("t", ["", table([["a"], ["1"]])]).count("<tr>") == 2
 
 
+@pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_shows_every_picture(written, tmp_path):
     watched = written.with_name("watched.html")

@@ -154,6 +154,7 @@ def test_the_code_of_another_repository_is_not_taken_for_ours(tmp_path, monkeypa
         revision.revision.cache_clear()
 
 
+@pytest.mark.full
 def test_the_last_weights_are_measured_wherever_the_steps_end(command, tmp_path):
     """In the middle of an epoch, and between two validations; a run that goes on from there is that of more steps."""
     free = [setting for setting in SMALL if not setting.startswith("trainer.max")]

@@ -58,6 +58,7 @@ def test_export_says_that_it_folds(run, tmp_path, capsys):
     assert "blocks.0.attn.qkv.weight" in torch.load(tmp_path / "theirs.pth")["model"]
 
 
+@pytest.mark.full
 def test_a_head_for_other_classes_starts_anew_with_its_norm(run, tmp_path):
     last, _ = run("first", "reparam=sigma")
     _, out = run("second", *STILL, "reparam=sigma", "data.num_classes=7", f"init={last}")

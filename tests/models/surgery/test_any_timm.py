@@ -121,6 +121,7 @@ def test_gradient_checkpointing_where_there_is_none():
         make("vgg11").set_gradient_checkpointing(True)
 
 
+@pytest.mark.full
 def test_a_run_from_a_file_and_its_evaluation(command, tmp_path):
     torch.manual_seed(0)
     plain = timm.create_model("test_vit", num_classes=7)

@@ -253,6 +253,7 @@ def test_the_picture_has_a_row_for_every_class(tmp_path):
     assert len(dark) > 20 and (rows[dark[0] : dark[-1]] < 10).all() and rows[dark[0] - 10] > 245
 
 
+@pytest.mark.full
 def test_the_recogniser_knows_real_digits_from_others(monkeypatch):
     """All of its 250 steps give 99 %; a third of them, here, measured 97 %."""
     monkeypatch.setattr(recogniser, "STEPS", 80)

@@ -64,6 +64,7 @@ def test_runs_are_computed_side_by_side_on_a_cpu(sweep, tmp_path):
     assert "2 of 2 runs" in output and (tmp_path / "outputs/s/runs.csv").exists()
 
 
+@pytest.mark.full
 def test_gpus_are_shared_out_and_a_run_that_fails_does_not_end_the_others(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "gpus_here", lambda: list("0123"))
     given = ("hydra.launcher.gpus=4", "hydra.launcher.per_run=2", "attention=moh,softmax,agent")

@@ -57,6 +57,7 @@ def train(launch):
     return lambda *arguments: launch(PROGRAM, job, "hydra/launcher=slurm", *arguments)
 
 
+@pytest.mark.full
 @pytest.mark.case(13)
 def test_a_run_is_submitted_once_and_queued_again_when_its_time_is_over(train, queue, tmp_path):
     given = ("run.name=a", "seed=9", "hydra.launcher.partition=gpu", "trainer=gpu", "hydra.launcher.hours=2")
