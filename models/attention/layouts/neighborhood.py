@@ -9,7 +9,6 @@ with its K² keys, so that 2·N·K²·C numbers are gathered where no kernel fin
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from conf import values
 from conf.errors import UserError
+from kernels.neighborhood_attention.rule import keys_along
 from models.attention.contract import Grid, Refused, Site
 from models.attention.contract.layout import SURROUNDING, Around, Groups, Layout
 from models.attention.contract.options import check_flags, for_stage
@@ -147,18 +147,3 @@ def gathered(t_BMND: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tenso
     cells = t_BMND.unflatten(2, grid[:2]).index_select(2, rows.flatten()).index_select(3, columns.flatten())
     cells_BMHhWwD = cells.unflatten(3, columns.shape).unflatten(2, rows.shape)
     return cells_BMHhWwD.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(0, 2)
-
-
-def keys_along(length: int, kernel: int, stride: int, dilation: int, device: Any = None) -> Tensor:
-    """The rule along one axis of at least kernel·dilation cells: what each cell sees, (length, kernel).
-
-    A cell p of the n in its residue class has the keys around the leader of its block of `stride` cells, moved inwards.
-    """
-    cell = torch.arange(length, device=device)
-    residue, p = cell % dilation, cell // dilation
-    n = (length - residue + dilation - 1) // dilation
-    left, right = kernel // 2, kernel // 2 + kernel % 2 - 1
-    leader = torch.minimum(p // stride * stride + stride // 2, n - 1)
-    centre = torch.minimum(leader.clamp_min(left), n - 1 - right)
-    first = (centre - left)[:, None] + torch.arange(kernel, device=device)
-    return first * dilation + residue[:, None]

@@ -6,6 +6,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
+from kernels.neighborhood_attention import neighborhood_attention as operation
 from models import create_model
 from models.attention import Grid, Refused, Site, build
 from models.attention.biases.relative import relative
@@ -48,6 +49,35 @@ def test_equals_the_authors_kernels(name: str) -> None:
         return mixer(x_BHWC.flatten(1, 2), Grid(*x_BHWC.shape[1:3])).x.view_as(x_BHWC)
 
     parity.check(name, recorded(name), ours, call)
+
+
+class Alone(nn.Module):
+    """The authors' module around the operation of kernels/, in PyTorch."""
+
+    def __init__(self, dim: int, heads: int, sides: list[tuple[int, int]], names: set[str]) -> None:
+        super().__init__()
+        self.heads, self.sides = heads, sides
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, "qkv.bias" in names), nn.Linear(dim, dim)
+        self.rpb = nn.Parameter(torch.zeros(heads, *(2 * k - 1 for k in sides[0]))) if "rpb" in names else None
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        kernel, stride, dilation = self.sides
+        o_BNC = operation(
+            self.qkv(x_BHWC).flatten(1, 2), x_BHWC.shape[1:3], self.heads, kernel,
+            stride=stride, dilation=dilation, rpb=self.rpb, backend="torch",
+        )  # fmt: skip
+        return self.proj(o_BNC).view_as(x_BHWC)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in reference.cases("module") if n.startswith(("nat/na2d", "gna/")) and "_pad_" not in n]
+)
+def test_the_operation_alone_equals_the_authors_kernels(name: str) -> None:
+    case = reference.info(name)
+    given = case["hparams"]
+    sides = [pair(given.get(key, 1)) for key in ("kernel_size", "stride", "dilation")]
+    ours = Alone(given.get("dim") or given["embed_dim"], given["num_heads"], sides, set(case["state"]))
+    parity.check(name, ours, lambda theirs: theirs, lambda module, x_BHWC: module(x_BHWC))
 
 
 @pytest.mark.parametrize("length", [5, 7, 12, 13])
