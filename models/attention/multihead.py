@@ -34,7 +34,7 @@ class Core(nn.Module):
 
     One whose `runs` is fused has `fused(qkv_BNC, grid, num_heads, ...) -> o_BNC`, which computes the same from the
     packed projection (B, N, 3·M·D). Where its kernel finds the windows by itself, that also takes `window`, `shift` and
-    the `padding` that completes the map; where it weights the heads, `gates`.
+    the `padding` that completes the map; where it finds neighbourhoods, `around`; where it weights the heads, `gates`.
 
     One that is `flexible` has a `bias` of offsets, or None, and `flex(q_BMND, k_BMSD, v_BMSD, grid, around) -> o_BMND`,
     which computes the same with PyTorch's FlexAttention on the map, in the neighbourhoods `around` or without.
@@ -43,6 +43,7 @@ class Core(nn.Module):
         keys: what its keys may be beside its queries, see `models.attention.contract.layout`.
         masks, places: see above.
         finds_windows: whether the kernel finds the windows of a map.
+        finds_neighbors: whether a kernel finds neighbourhoods on it.
         reads_tokens: whether both ways of computing also take what `context` gives, as keywords.
         reads_stream: whether that is read from the input of the block, before its norm, instead of that of the layer.
         adds: whether it gives more than `finished(matrix @ valued(v))`, such as a convolution.
@@ -55,6 +56,7 @@ class Core(nn.Module):
     masks = False
     places = False
     finds_windows = False
+    finds_neighbors = False
     reads_tokens = False
     reads_stream = False
     adds = False
@@ -164,6 +166,8 @@ class MultiHead(Resizable, Mixer):
 
     def runs(self, gated: bool = False) -> Runs:
         """See `models.attention.Mixer`."""
+        if self._finds_neighbors():
+            return Runs("neighborhood_attention", True)
         if self.backend != "torch" and (reason := self._flex()) is not None:
             return Runs(flex.WHO, False, reason)
         window = self.layout.window_on(self.grid)
@@ -171,6 +175,11 @@ class MultiHead(Resizable, Mixer):
         if (reason := self._unfused()) is None:
             return runs
         return Runs(type(self.core).__name__ if runs.fused else runs.operation, False, reason)
+
+    def _finds_neighbors(self) -> bool:
+        """Whether a kernel computes the heads in the neighbourhoods of the layout."""
+        alone = self.transform is None and self.value is None and self.head_dim <= WIDEST_HEAD
+        return self.layout.around is not None and self.core.finds_neighbors and alone
 
     def _flex(self) -> str | None:
         """What FlexAttention computes here; None where it does not."""
@@ -273,10 +282,13 @@ class MultiHead(Resizable, Mixer):
             windows = {"window": window, "shift": self.shift, "padding": self.qkv.bias}
             o_BNC = self.layout.restore(self.core.fused(self.qkv(x), arranged, self.num_heads, **windows), grid)
             return self.proj(gated_heads(o_BNC, gates_BNM))
-        if self._gates_heads(gates_BNM) and self.core.runs(window, gated=True).operation == "moh_attention":
+        if (around := self.layout.around) is not None:
+            local, given = self.layout.between(grid), {"around": around}
+        elif self._gates_heads(gates_BNM) and self.core.runs(window, gated=True).operation == "moh_attention":
             return self.proj(self.core.fused(self.qkv(x_BNC), grid, self.num_heads, gates=gates_BNM))
-        x, local = self.layout.split(x_BNC, grid), self.layout.local(grid)
-        o_BNC = self.core.fused(self.qkv(x), local, self.num_heads, **self._context(x_BNC, stream_BNC, grid))
+        else:
+            local, given = self.layout.local(grid), self._context(x_BNC, stream_BNC, grid)
+        o_BNC = self.core.fused(self.qkv(self.layout.split(x_BNC, grid)), local, self.num_heads, **given)
         gates = None if gates_BNM is None else self.layout.split(gates_BNM, grid)
         return self.layout.merge(self.proj(gated_heads(o_BNC, gates)), grid)
 

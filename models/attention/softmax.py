@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.moh_attention import moh_attention
+from kernels.neighborhood_attention import neighborhood_attention
 from kernels.window_attention import added_to_logits, window_attention
 from kernels.window_attention import definition as softmax_heads
 from models.attention import flex
 from models.attention.assemble import Composition, assemble
 from models.attention.biases.relative import RelativePositionBias
+from models.attention.biases.rpb import NeighborBias
 from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
 from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING, Around
@@ -138,6 +140,7 @@ class SoftmaxCore(Core):
         self.row_stochastic = factor is None and getattr(weights, "row_stochastic", weights is None)
         placed = [part for part in (bias, factor) if part is not None]
         self.flexible = not self.explicit and not lepe and (bias is None or hasattr(bias, "at"))
+        self.finds_neighbors = self.flexible and not qk_norm and (bias is None or isinstance(bias, NeighborBias))
         lost = {SCATTERED} if placed else set()
         lost |= {SURROUNDING} if any(not hasattr(part, "at") for part in placed) else set()
         self.keys = KEYS - lost
@@ -171,9 +174,14 @@ class SoftmaxCore(Core):
         window: tuple[int, int] | None = None,
         shift: tuple[int, int] = (0, 0),
         padding: Tensor | None = None,
+        around: Around | None = None,
         gates: Tensor | None = None,
     ) -> Tensor:
         """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
+        if around is not None:
+            near = {"kernel": around.kernel, "stride": around.stride, "dilation": around.dilation}
+            rpb = None if self.bias is None else self.bias.table
+            return neighborhood_attention(qkv_BNC, grid[:2], num_heads, **near, rpb=rpb, scale=self.scale)
         if window is None:
             return moh_attention(qkv_BNC, gates.float(), num_heads, scale=self.scale)
         window_grid = Grid(*window)

@@ -19,6 +19,7 @@ from models.attention.conv import conv
 from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
+from models.attention.mixers.neighborhood import neighborhood_attention
 from models.attention.moh import MoHAttention
 from models.attention.multi_window import multi_window_attention
 from models.attention.softmax import softmax_attention
@@ -51,6 +52,14 @@ MECHANISMS = {
     "inline in stripes": lambda site: inline_attention(site, stripe=3, lepe=True),
     "inline without residual": lambda site: inline_attention(site, residual=False),
     "windows of each head": lambda site: multi_window_attention(site, windows=[3, 4], shift=True),
+    "neighborhoods": lambda site: neighborhood_attention(site, kernel=3, dilation=2),
+    "completed neighborhoods": lambda site: neighborhood_attention(site, kernel=[7, 3], stride=[2, 1]),
+    "heads in neighborhoods routed": lambda site: MoHAttention(
+        site._replace(num_heads=4),
+        core=lambda site: neighborhood_attention(site, kernel=3, relative_position_bias=False),
+        shared_heads=1,
+        routed_heads=2,
+    ),
     "axes": AxialAttention,
     "conv": conv,
     "heads of neighbours routed": lambda site: MoHAttention(
@@ -104,7 +113,7 @@ def quick(names, chosen) -> list:
 ALIKE = {
     *("agents in windows", "focused in windows", "focused in stripes", "inline in windows", "inline in stripes"),
     *("heads of neighbours routed", "routed, no lepe", "windows of each head", "axes"),
-    *("agents in stripes", "heads of agents routed"),
+    *("agents in stripes", "heads of agents routed", "neighborhoods", "heads in neighborhoods routed"),
 }
 
 

@@ -65,24 +65,32 @@ def test_the_gradient_of_a_table_flows_through_what_is_added() -> None:
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4)
 
 
+def near(site: Site = SITE, **parts: object) -> torch.nn.Module:
+    """Neighbourhoods with a bias that the kernel of neighbourhoods does not know."""
+    return neighborhood_attention(site, relative_position_bias=False, bias=relative, **parts)
+
+
 def test_what_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.attention.backend.INTERPRETED", False)
     cuda = torch.device("cuda")
     line = describe_backend(create_model("vit_32px", "neighborhood"), cuda)
+    assert line == "attention: neighborhood_attention in Triton"
+    line = describe_backend(create_model("vit_32px", layout="neighborhood", bias="relative"), cuda)
     assert line == "attention: flex_attention in PyTorch (neighbourhoods are a mask of blocks)"
     line = describe_backend(create_model("vit_32px", bias="relative"), cuda)
     assert line == "attention: flex_attention in PyTorch (RelativePositionBias is a table of offsets)"
-    written = neighborhood_attention(SITE, backend="torch").runs()
+    written = near(backend="torch").runs()
     assert written.operation == "scaled_dot_product_attention" and "gathered" in written.reason
-    narrow = neighborhood_attention(SITE._replace(num_heads=4)).runs()  # 8 channels per head
+    narrow = near(SITE._replace(num_heads=4)).runs()  # 8 channels per head
     assert narrow.operation == "scaled_dot_product_attention"
     assert softmax_attention(SITE).runs().operation == "scaled_dot_product_attention"
+    check(neighborhood_attention(SITE, backend="triton"), SITE)
     with pytest.raises(Refused, match=r"flex_attention has no Triton kernel: neighbourhoods are a mask of blocks"):
-        check(neighborhood_attention(SITE, backend="triton"), SITE)
+        check(near(backend="triton"), SITE)
 
 
 def test_what_must_be_the_same_every_time_has_no_table() -> None:
-    biased, plain = neighborhood_attention(SITE), neighborhood_attention(SITE, relative_position_bias=False)
+    biased, plain = near(), neighborhood_attention(SITE, relative_position_bias=False, qk_norm=True)
     torch.use_deterministic_algorithms(True)
     try:
         assert biased.runs().operation == "scaled_dot_product_attention" and plain.runs().operation == flex.WHO
@@ -94,7 +102,7 @@ def test_what_must_be_the_same_every_time_has_no_table() -> None:
 def test_a_gpu_takes_it_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr("models.attention.multihead.is_fused", lambda who, *_: taken.append(who))
-    neighborhood_attention(SITE, kernel=3)(torch.randn(1, MAP.tokens, 32), MAP)
+    near(kernel=3)(torch.randn(1, MAP.tokens, 32), MAP)
     assert not taken
 
 
