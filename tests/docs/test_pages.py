@@ -84,15 +84,14 @@ def composes(given: tuple[str, ...]) -> None:
 
 
 def check_module(name: str, given: list[str], where: str) -> None:
-    """A module with a command line, every option of which stands in its sources."""
+    """A module with a command line, every option of which stands in the sources of its package."""
     if name == "pytest":
         missing = [word for word in given if word.startswith("tests") and not (ROOT / word).exists()]
         assert not missing, where
         return
     folder = ROOT / name.replace(".", "/")
     assert (folder / "__main__.py").exists() or folder.with_suffix(".py").exists(), where
-    sources = [*folder.parent.glob("*.py"), *folder.glob("*.py")]
-    text = "".join(path.read_text() for path in sources)
+    text = "".join(path.read_text() for path in (ROOT / name.split(".")[0]).rglob("*.py"))
     assert not [word for word in given if word.startswith("--") and f'"{word}"' not in text], where
 
 
