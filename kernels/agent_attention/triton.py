@@ -18,6 +18,7 @@ from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, precision
 from kernels.device.memory import load_tile
 from kernels.device.softmax import LOG2E, online_softmax
 
+SIZES = ["H", "W", "P", "N"]  # of the map, by which is only divided
 WHOLE = 256  # tokens up to which one program does everything for an image and a head
 
 
@@ -107,7 +108,7 @@ def _answer(
     tl.store(out + place, o.to(out.dtype.element_ty), mask=(t < N)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "P"])
 def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
           BT: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """One agent: the mean of its bin."""
@@ -127,7 +128,7 @@ def _pool(qkv, pooled, M, H, W, P, batch, row, D: tl.constexpr, DOWN: tl.constex
     tl.store(pooled + (pair * (DOWN * ACROSS) + a) * D + d, mean.to(pooled.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", *SIZES, "share"])
 def _gather(
     qkv, tables, taps, conv_bias, pooled, gathered, lse, out, pairs, M, H, W, P, N, scale, share, batch, row,
     D: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, POOL: tl.constexpr, ANSWER: tl.constexpr,
@@ -214,7 +215,7 @@ def _combine(parts, part_lse, gathered, lse, pairs, splits, D: tl.constexpr, A: 
     tl.store(lse + pair * A + a, highest + tl.log2(weights), mask=a < A)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scatter(
     qkv, tables, taps, conv_bias, pooled, gathered, out, M, H, W, P, N, scale, batch, row,
     D: tl.constexpr, A: tl.constexpr, BIAS2: tl.constexpr, K: tl.constexpr, CONV_BIAS: tl.constexpr,

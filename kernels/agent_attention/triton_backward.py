@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.agent_attention.triton import (
+    SIZES,
     choose,
     padded_tables,
     splits,
@@ -52,7 +53,7 @@ def _fold(parts, db1, db2, groups, M, N, A: tl.constexpr, BIAS1: tl.constexpr, B
         tl.store(db2 + place, total.to(db2.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "H", "W", "N", "share"])
 def _agent_gradients(
     grad, qkv, tables, pooled, gathered, lse, dgathered, dpooled, delta, pairs, M, H, W, N, scale, share,
     grad_batch, grad_row, batch, row,
@@ -115,7 +116,7 @@ def _agent_gradients(
     tl.store(dpooled + part * A * D + place, dagents.to(dpooled.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "images"])
+@triton.jit(do_not_specialize=["B", *SIZES, "images"])
 def _token_gradients(
     grad, qkv, tables, taps, pooled, gathered, lse, dgathered, dpooled, delta, dqkv, dtables,
     B, M, H, W, P, N, scale, images, grad_batch, grad_row, batch, row,
