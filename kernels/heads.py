@@ -10,9 +10,13 @@ from torch import Tensor
 
 
 def split_heads(x_BNC: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts·M·D) → `parts` tensors (B, M, N, D)."""
+    """(B, N, parts·M·D) → `parts` tensors (B, M, N, D), views of it.
+
+    Their gradients are put side by side in one pass, where those of `unbind` would be stacked and then copied.
+    """
     head_dim = x_BNC.shape[2] // (parts * num_heads)
-    return x_BNC.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind()
+    slices = (x_BNC,) if parts == 1 else x_BNC.split(num_heads * head_dim, 2)
+    return tuple(part.unflatten(2, (num_heads, head_dim)).transpose(1, 2) for part in slices)
 
 
 def merge_heads(x_BMND: Tensor) -> Tensor:

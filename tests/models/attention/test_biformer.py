@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.routed_attention import gathered
+from kernels.heads import merge_heads, split_heads
+from kernels.routed_attention import _mostly_open, gathered
+from kernels.routed_attention import definition as routed_regions
 from models.attention import Accepts, Grid, Refused, Site, check
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.lepe import ConvMixer, LePEAttention
@@ -292,3 +294,29 @@ def test_dense_attention_without_lepe_is_softmax_attention() -> None:
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in module.qkv(x).chunk(3, dim=-1))
     o = (q @ k.mT / 4).softmax(-1) @ v  # 32 channels, 2 heads
     torch.testing.assert_close(module(x, place.grid).x, module.proj(o.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    ("regions", "topk", "cells", "keys"), [(9, 9, 4, 4), (9, 9, 40, 10), (8, 2, 4, 1), (8, 3, 1, 1)]
+)
+def test_masked_pairs_are_those_of_gathered_regions(regions, topk, cells, keys):
+    """Where most regions are open, what is computed without copies of keys equals what the routes say."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2 * regions, n, 12) for n in (cells, keys, keys))
+    q, k, v = (torch.randn(shape, generator=generator).double().requires_grad_() for shape in shapes)
+    routes = torch.rand(2, regions, regions, generator=generator).argsort(-1)[..., :topk]
+    assert _mostly_open(routes, q)
+    found = routed_regions(q, k, v, routes, 3, scale=0.3)
+    heads = (split_heads(t, 1, 3)[0] for t in (q, gathered(k, routes), gathered(v, routes)))
+    wanted = merge_heads(torch.nn.functional.scaled_dot_product_attention(*heads, scale=0.3))
+    assert torch.allclose(found, wanted, atol=1e-12)
+    direction = torch.randn(found.shape, generator=generator).double()
+    gradients = (torch.autograd.grad(o, (q, k, v), direction) for o in (found, wanted))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+def test_few_routes_are_gathered():
+    """And all where nothing is computed but counted: a model's multiply-adds are those of its routes."""
+    few, third = (torch.zeros(1, 49, topk, dtype=torch.long) for topk in (4, 16))
+    assert not _mostly_open(few, torch.empty(49, 16, 8)) and not _mostly_open(third, torch.empty(49, 64, 8))
+    assert _mostly_open(third, torch.empty(49, 4, 8)) and not _mostly_open(third, torch.empty(49, 4, 8, device="meta"))
