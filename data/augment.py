@@ -22,7 +22,8 @@ class Augment:
     without `scale` the whole image is resized and its centre taken. `shift`: the largest displacement in each
     direction, as a share of the image size, black outside. `hflip`: probability of a mirror image.
     `rand_augment`: a timm policy, e.g. `rand-m9-mstd0.5-inc1`. `color_jitter`: strength for brightness,
-    contrast and saturation; usual policies replace it.
+    contrast and saturation; usual policies replace it. `draft`: decode JPEGs no larger than the crop needs; faster
+    where the image size is small, and pixels differ a little (`data.draft`).
 
     `erasing`: probability of erasing a rectangle, filled with noise. `mixup` and `cutmix`: Beta parameters, 0
     switches off; `mix_probability` per batch, `switch_probability` of cutmix when both are on. Mixed targets are
@@ -39,6 +40,7 @@ class Augment:
     hflip: float = 0.0
     rand_augment: str | None = None
     color_jitter: float = 0.0
+    draft: bool = False
 
     erasing: float = 0.0
     mixup: float = 0.0
@@ -80,8 +82,9 @@ class Augment:
             found.append(f"interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
         if not isinstance(self.repeated, int) or isinstance(self.repeated, bool) or self.repeated < 1:
             found.append(f"repeated={self.repeated!r}, expected a whole number from 1")
-        if not isinstance(self.erase_mixed, bool):
-            found.append(f"erase_mixed={self.erase_mixed!r}, expected true or false")
+        for name in ("erase_mixed", "draft"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name}={getattr(self, name)!r}, expected true or false")
         if self.rand_augment is not None and not str(self.rand_augment).startswith("rand-"):
             found.append(f"rand_augment={self.rand_augment!r}, expected a policy such as rand-m9-mstd0.5-inc1")
         return found

@@ -66,6 +66,7 @@ def _form_problems(data: "ImageData") -> list[str]:
     for key, value, neutral in (
         ("augment.rand_augment", augment.rand_augment, "null"),
         ("augment.color_jitter", augment.color_jitter or None, "0"),
+        ("augment.draft", augment.draft or None, "false"),
         ("data.token_labels", data.token_labels, "null"),
     ):
         if value is not None:
@@ -167,9 +168,11 @@ def token_label_problems(data: "ImageData") -> list[str]:
     for name, why in (
         ("mixup", "token labels are mixed in boxes of whole tokens (augment.cutmix)"),
         ("shift", "label maps do not follow it"),
+        ("draft", "label maps are cut from the box of the whole image"),
     ):
-        if getattr(data.augment, name) > 0:
-            found.append(f"augment.{name}: got {getattr(data.augment, name)}, but {why}; set augment.{name}=0")
+        if value := getattr(data.augment, name):
+            off = "false" if value is True else "0"
+            found.append(f"augment.{name}: got {str(value).lower()}, but {why}; set augment.{name}={off}")
     return found + LabelMaps(data.token_labels, data.source.train, data.num_classes).problems()
 
 

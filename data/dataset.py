@@ -18,7 +18,7 @@ from data.batch import Batch, Sample, collate
 from data.order.randomness import AUGMENT, preserved, seed_all
 from data.order.sampler import Draw
 from data.sources import Split
-from data.sources.decode import MEND, UnreadableImage
+from data.sources.decode import MEND, UnreadableImage, before_decoding
 from data.sources.form import RGB, Form, as_image, fitted
 from data.token_labels import LabelMaps
 from data.transforms import TrainTransform
@@ -99,7 +99,7 @@ class Samples(Dataset[Sample | None]):
     ) -> None:
         self.form = form
         self.split, self.transform, self.seed, self.skips = split, transform, seed, skips
-        self.label_maps = label_maps
+        self.label_maps, self._look = label_maps, getattr(transform, "look", None)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -117,7 +117,8 @@ class Samples(Dataset[Sample | None]):
     def _image(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """In the form of the run: an image for 8-bit RGB, else an array."""
         if self.form.plain:
-            image, label = self.split[index]
+            with before_decoding(self._look):
+                image, label = self.split[index]
             return as_image(image), label
         read = getattr(self.split, "read", None)
         if read is not None:

@@ -20,6 +20,8 @@ from torchvision.transforms.v2 import functional as F
 
 from conf.values import is_whole
 from data.augment import INTERPOLATIONS, Augment, checked, plain
+from data.draft import DraftCover, DraftCrop
+from data.sources.decode import Look
 from data.sources.form import RGB, Form, from_float, to_tensor
 
 
@@ -113,10 +115,14 @@ class TrainTransform:
         mode, size = InterpolationMode(augment.interpolation), sides(image_size)
         self.size, self.form = size, form
         steps: list[Callable[[Image.Image], Image.Image]] = []
+        self.look: Look | None = None  # at an image before it is decoded (`data.sources.decode.before_decoding`)
         if augment.scale is not None:
-            steps.append(v2.RandomResizedCrop(size, augment.scale, augment.ratio, mode))
+            crop = v2.RandomResizedCrop(size, augment.scale, augment.ratio, mode)
+            steps.append(DraftCrop(crop) if augment.draft else crop)
         else:
             steps.append(functools.partial(resize_and_crop, size=size, mode=mode))
+        if augment.draft:
+            self.look = (steps[0] if augment.scale is not None else DraftCover(size)).look
         if augment.shift > 0:
             steps.append(functools.partial(shift, pixels=tuple(round(augment.shift * side) for side in size)))
         if augment.hflip > 0:

@@ -6,6 +6,9 @@ first frame is taken. The EXIF orientation is ignored, as timm and torchvision d
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 from PIL import Image
@@ -19,6 +22,20 @@ from data.sources.formats import image_of
 MAX_RATIO = 256  # of the sides: resized to a square's height, a thinner picture would fill the memory
 
 MEND = "mend or remove the file, or set data.on_error=skip to leave such images out of training"
+
+
+Look = Callable[[Image.Image], None]
+_look: ContextVar[Look | None] = ContextVar("look", default=None)
+
+
+@contextmanager
+def before_decoding(look: Look | None) -> Iterator[None]:
+    """Inside, `look` is called with every RGB image of a file that is open and not decoded; whatever the source."""
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
 
 
 class UnreadableImage(UserError):
@@ -48,6 +65,8 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None, form: F
             if max(image.size) > MAX_RATIO * min(image.size):
                 width, height = image.size
                 raise ValueError(f"{width} × {height} pixels, one side more than {MAX_RATIO} times the other")
+            if (look := _look.get()) is not None:
+                look(image)
             return to_rgb(image)
     except Exception as error:  # decoders raise whatever a broken file makes them stumble on
         raise UnreadableImage(

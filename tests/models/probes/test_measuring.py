@@ -10,7 +10,7 @@ import torch
 from conf.errors import UserError
 from models import create_model
 from models.cost import multiply_adds, parameters
-from models.probes import Subject, doctor, throughput
+from models.probes import Subject, doctor, loader, throughput
 from models.probes.cost import cost
 
 
@@ -87,3 +87,17 @@ def test_the_doctor_says_what_helps(monkeypatch, tmp_path):
 def test_the_word_doctor(command):
     status, out, err = command("eval", "doctor", "probe.check_kernels=false")
     assert status == 0 and "constraints.txt" in out, err
+
+
+def test_a_loader_is_measured_beside_pillow_and_torchvision(tmp_path):
+    report = loader.loader(sizes=[16, 24], images=3, rounds=1)
+    first, second = report.tables["loader"]
+    assert (first["size"], second["size"]) == (16, 24) and min(first.values()) > 0
+    assert list(first)[1:] == ["training", "training with augment.draft", "evaluation", "Pillow", "torchvision"]
+    assert report.figures["24/Pillow"] == second["Pillow"] and "3 500 x 375 JPEGs, generated" in report.lines[0]
+    for part in ("train/a", "val/a"):
+        loader.generate(tmp_path / part, 1)
+    own = loader.loader(sizes=16, images=5, rounds=1, root=str(tmp_path))
+    assert f"1 images of {tmp_path}" in own.lines[0]
+    with pytest.raises(UserError, match=r"loader: images must be a whole number of at least 1, got 0; set probe"):
+        loader.loader(images=0)
