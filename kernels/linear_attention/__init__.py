@@ -121,7 +121,7 @@ def focused_definition(
     """`focused_linear_attention` of heads, (B, M, N, D), whose keys may come from a smaller map than the queries."""
     with full_precision(q_BMND.device):
         q, k = focused_features(q_BMND, k_BMSD, power, scale_C, position_MSD)
-        state_BMDD = k.mT @ (v_BMSD.to(k.dtype) / k.shape[2])
+        state_BMDD = k.mT @ v_BMSD.to(k.dtype) / k.shape[2]
         o_BMND = q @ state_BMDD / (q @ k.mean(2, keepdim=True).mT + EPS)
     o_BMND = o_BMND.to(v_BMSD.dtype)
     convolutions = [(w, b) for w, b in ((weight, bias), (lepe_weight, lepe_bias)) if w is not None]
@@ -145,8 +145,9 @@ def focus(x_BMND: Tensor, power: float) -> Tensor:
     range of the number format: p = 32 or a token of 1e-6 in every channel give 0 / 0 otherwise.
     """
     peak = x_BMND.detach().amax((1, 3), keepdim=True)
-    sharp = (x_BMND / peak) ** power
-    return sharp * (_norm(x_BMND / peak) * peak / _norm(sharp))
+    below_one = x_BMND / peak
+    sharp = below_one**power
+    return sharp * (_norm(below_one) * peak / _norm(sharp))
 
 
 def _norm(x_BMND: Tensor) -> Tensor:
@@ -194,8 +195,8 @@ def inline_definition(
     with full_precision(q_BMND.device):
         q, k, v = wide(q_BMND), wide(k_BMSD), wide(v_BMSD)
         mean_v = v.mean(2, keepdim=True)
-        covariance_BMDD = (k - k.mean(2, keepdim=True)).mT @ ((v - mean_v) / k.shape[2])
-        o_BMND = (mean_v + scale * q @ covariance_BMDD).to(v_BMSD.dtype)
+        covariance_BMDD = (k - k.mean(2, keepdim=True)).mT @ (v - mean_v) / k.shape[2]
+        o_BMND = (mean_v + q @ (scale * covariance_BMDD)).to(v_BMSD.dtype)
     if dynamic_weight_BC33 is None and lepe_weight is None:
         return o_BMND
     return o_BMND + inline_local(v_BMSD, grid, kv_grid, dynamic_weight_BC33, lepe_weight, lepe_bias)
@@ -214,12 +215,15 @@ def inline_local(
     if tuple(kv_grid[:2]) != tuple(grid[:2]):
         v_BCHW = F.interpolate(v_BCHW, size=grid[:2], mode="bilinear")
     B, C = v_BCHW.shape[:2]
-    total_BCHW = v_BCHW.new_zeros(()).expand_as(v_BCHW)
+    total_BCHW = None
     if lepe_weight is not None:
         weight, bias = (p if p is None else p.to(v_BCHW.dtype) for p in (lepe_weight, lepe_bias))
         total_BCHW = F.conv2d(v_BCHW, weight, bias, padding=1, groups=C)
     if dynamic_weight_BC33 is not None and B:  # conv2d refuses no groups
-        total_BCHW = total_BCHW + _of_each_image(v_BCHW, dynamic_weight_BC33.to(v_BCHW.dtype))
+        dynamic_BCHW = _of_each_image(v_BCHW, dynamic_weight_BC33.to(v_BCHW.dtype))
+        total_BCHW = dynamic_BCHW if total_BCHW is None else total_BCHW + dynamic_BCHW
+    if total_BCHW is None:
+        total_BCHW = torch.zeros_like(v_BCHW)
     return map_to_heads(total_BCHW, v_BMSD.shape[1], sum(grid[2:]))
 
 
