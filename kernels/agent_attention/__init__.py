@@ -16,6 +16,7 @@ eq. 2 to 6. Where the authors' code is followed: prefix tokens are no agents, an
 output projection.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -126,8 +127,15 @@ def attend_through(
 ) -> Tensor:
     """`softmax(Q Aᵀ + B2) (softmax(A Kᵀ + B1) V)`, (B, M, N, D), for any agents; scales are 1 / √D without others."""
     gather, scatter = (b if b is None else b.to(q_BMND.dtype) for b in (gather_bias, scatter_bias))
-    gathered_BMAD = F.scaled_dot_product_attention(agents_BMAD, k_BMSD, v_BMSD, gather, scale=gather_scale)
-    return F.scaled_dot_product_attention(q_BMND, agents_BMAD, gathered_BMAD, scatter, scale=scatter_scale)
+    gathered_BMAD = _softmax_attention(agents_BMAD, k_BMSD, v_BMSD, gather, gather_scale)
+    return _softmax_attention(q_BMND, agents_BMAD, gathered_BMAD, scatter, scatter_scale)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """Written out where PyTorch has no fused kernel, on a CPU with a bias that learns: less work than what it does."""
+    if q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return ((q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def local(

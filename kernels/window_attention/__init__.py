@@ -97,8 +97,11 @@ def definition(
 def _written_out(
     q_WMTD: Tensor, k_WMTD: Tensor, bias_MTT: Tensor, mask_RTT: Tensor | None, scale: float | None
 ) -> Tensor:
-    """The weights (W, M, T, T). PyTorch has no fused kernel on a CPU where the bias learns; what it does instead scales
-    queries and keys, looks for rows that see nothing, and takes a bias and a mask as one tensor of all windows."""
+    """The weights (W, M, T, T).
+
+    PyTorch has no fused kernel on a CPU where the bias learns; what it does instead scales queries and keys, looks for
+    rows that see nothing, and takes a bias and a mask as one tensor of all windows.
+    """
     scale = q_WMTD.shape[-1] ** -0.5 if scale is None else scale
     logits = (q_WMTD * scale) @ k_WMTD.mT + bias_MTT.to(q_WMTD.dtype)
     if mask_RTT is not None:
