@@ -23,6 +23,16 @@ def online_softmax(s, top, total, EMPTY: tl.constexpr):
 
 
 @triton.jit
+def scaled_softmax(s, scale, top, total):
+    """`online_softmax` of `s · scale`, scale > 0: an instruction for each weight less. The maximum is one of s."""
+    higher = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher * scale)
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(top * scale - base)
+    return p, shrink, higher, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
 def row_products(a, b):
     """Σ a b of each row in float32; of an output and its gradient: what the softmax's derivative subtracts."""
     return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.depthwise_conv import triton as depthwise_conv
 from kernels.device.launch import launch, power_of_2, precision, rows
 from kernels.device.memory import load_rows, store_rows
-from kernels.device.softmax import LOG2E, online_softmax
+from kernels.device.softmax import LOG2E, online_softmax, scaled_softmax
 
 
 @triton.jit
@@ -143,13 +143,14 @@ def _attend(
 
 
 @triton.jit
-def open_regions(routes, region, R, K, BM: tl.constexpr):
-    """The routes of a query's region as bits."""
-    word = tl.zeros([BM], tl.int64)
-    for i in range(K):
-        target = tl.load(routes + region * K + i, mask=region < R, other=0)
-        word = word | (tl.full([BM], 1, tl.int64) << target)
-    return word
+def open_regions(routes, region, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """The routes of a query's region as bits; none for a region that does not exist. Worked out once per region."""
+    source = tl.arange(0, BR)[:, None]
+    place = tl.arange(0, BK)[None, :]
+    there = (source < R) & (place < K)
+    target = tl.load(routes + source * K + place, mask=there, other=0)
+    words = tl.sum(tl.where(there, tl.full([BR, BK], 1, tl.int64) << target, 0), 1)
+    return tl.where(region < R, tl.gather(words, tl.minimum(region, BR - 1), 0), 0)
 
 
 @triton.jit
@@ -161,36 +162,78 @@ def all_cells(start, H, W, R, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr
     flat = start + tl.arange(0, BN)
     region = flat // (h * w)
     token, inside = token_of(region, flat % (h * w), H, W, GW, h, w)
-    return token, inside & (region < R), region - start // (h * w)
+    ahead = region - start // (h * w)
+    if BN % (h * w) == 0:
+        ahead = tl.arange(0, BN) // (h * w)  # the same in every step
+    return token, inside & (region < R), ahead
+
+
+@triton.jit
+def are_open(word, start, ahead, h: tl.constexpr, w: tl.constexpr):
+    """Whether the cells of a step are in regions that the rows are routed to."""
+    here = (word >> (start // (h * w))).to(tl.int32)
+    return here[:, None] & (1 << ahead)[None, :] != 0
+
+
+@triton.jit
+def _dense_step(
+    q, k_base, v_base, row, word, start, scale, top, total, acc, H, W, R, GW: tl.constexpr, h: tl.constexpr,
+    w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """The softmax so far with the next BN cells in it."""
+    other, there, ahead = all_cells(start, H, W, R, GW, h, w, BN)
+    k = load_rows(k_base, other, row, there, DQ, BQ)
+    v = load_rows(v_base, other, row, there, DV, BV)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if not FOLD:
+        s *= scale
+        scale = 1.0
+    s = tl.where(are_open(word, start, ahead, h, w), s, float("-inf"))
+    p, shrink, top, total = scaled_softmax(s, scale, top, total)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return top, total, acc
 
 
 @triton.jit
 def _attend_dense(
-    qkv, out, lse, routes, scale, H, W, R, M, K, qk_dim, qkv_batch, qkv_row, out_row,
-    GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, out, lse, routes, scale, H, W, M, qk_dim, qkv_batch, qkv_row, out_row, R: tl.constexpr, K: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr,
+    DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    image = (tl.program_id(0) // M).to(tl.int64)
-    head = tl.program_id(0) % M
-    token, inside, region = all_cells(0, H, W, R, GW, h, w, BM)
-    word = open_regions(routes + image * R * K, region, R, K, BM)
+    cells: tl.constexpr = R * h * w
+    parts: tl.constexpr = (cells + BM - 1) // BM
+    part = tl.program_id(0) % parts
+    head = tl.program_id(0) // parts % M
+    image = (tl.program_id(0) // (parts * M)).to(tl.int64)
+    token, inside, _ahead = all_cells(part * BM, H, W, R, GW, h, w, BM)
+    region = (part * BM + tl.arange(0, BM)) // (h * w)
+    word = open_regions(routes + image * R * K, region, R, K, BR, BK)
     qkv += image * qkv_batch
+    k_base = qkv + qk_dim + head * DQ
+    v_base = qkv + 2 * qk_dim + head * DV
     q = load_rows(qkv + head * DQ, token, qkv_row, inside, DQ, BQ)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
-    for start in range(0, R * h * w, BN):
-        other, there, ahead = all_cells(start, H, W, R, GW, h, w, BN)
-        k = load_rows(qkv + qk_dim + head * DQ, other, qkv_row, there, DQ, BQ)
-        v = load_rows(qkv + 2 * qk_dim + head * DV, other, qkv_row, there, DV, BV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        here = (word >> (start // (h * w))).to(tl.int32)
-        s = tl.where((here[:, None] >> ahead[None, :]) & 1 != 0, s, float("-inf"))
-        p, shrink, top, total = online_softmax(s, top, total, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    whole: tl.constexpr = cells // BN * BN if BT < BN else (cells + BN - 1) // BN * BN
+    for start in range(0, whole, BN):
+        top, total, acc = _dense_step(
+            q, k_base, v_base, qkv_row, word, start, scale, top, total, acc, H, W, R, GW, h, w, DQ, DV, BN, BQ, BV,
+            PRECISION, FOLD,
+        )  # fmt: skip
+    if whole < cells:
+        top, total, acc = _dense_step(
+            q, k_base, v_base, qkv_row, word, whole, scale, top, total, acc, H, W, R, GW, h, w, DQ, DV, BT, BQ, BV,
+            PRECISION, FOLD,
+        )  # fmt: skip
+    if not FOLD:
+        scale = 1.0
     total = tl.where(inside, total, 1.0)
-    store_rows(out + image * H * W * out_row + head * DV, token, out_row, inside, acc / total[:, None], DV, BV)
-    tl.store(lse + (image * M + head) * H * W + token, top + tl.log2(total), mask=inside)
+    o = acc * (1.0 / total)[:, None]
+    store_rows(out + image * H * W * out_row + head * DV, token, out_row, inside, o, DV, BV)
+    tl.store(lse + (image * M + head) * H * W + token, top * scale + tl.log2(total), mask=inside)
 
 
 def is_dense(regions: int, cells: int, widest: int) -> bool:
@@ -198,14 +241,22 @@ def is_dense(regions: int, cells: int, widest: int) -> bool:
     return cells < 16 and regions < 64 and power_of_2(regions * cells) * power_of_2(widest) <= 8192
 
 
-def dense_tiles(tokens: int, small: bool) -> tuple[int, int, int]:
-    """Rows, columns of a step, and warps of a program that holds all queries of a head; `small` steps for the backward
-    pass and exact float32 products.
+def dense_tiles(
+    tokens: int, cells: int, widest: int, dtype: torch.dtype, backward: bool
+) -> tuple[int, int, int, int | None]:
+    """Rows, columns of a step, warps, and registers of a thread at most.
 
-    With 256 rows, two programs fit the registers of a multiprocessor: 16 warps of 64 forward, 8 of 128 backward.
+    Forward, 128 rows have 8 warps and 64 keys in a step, a smaller one for what is left of the keys: two programs fit a
+    multiprocessor, and sums are shrunk once for 64 keys. Backwards a program has all queries of a head.
+    Exact float32 products hold their operands in registers: 256 rows take 16 keys. A step has at most 32 regions.
     """
     rows = power_of_2(tokens)
-    return rows, 16 if small else 32, max(4, rows // (32 if small else 16))
+    if backward or dtype == torch.float32:
+        return rows, 16, max(4, rows // 32), None
+    rows = min(128, rows)
+    narrow = widest <= 32
+    step = min(64 if narrow and cells > 1 else 32, power_of_2(tokens))
+    return rows, step, max(4, rows // 16), 128 if narrow else None
 
 
 def tiles(cells: int, widest: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
@@ -236,13 +287,14 @@ class Plan:
         self.dense = is_dense(self.R, h * w, max(DQ, DV))
         self.G, BM, BN, self.warps = tiles(h * w, max(DQ, DV), qkv.dtype, backward)
         if self.dense:
-            BM, BN, self.warps = dense_tiles(self.R * h * w, backward or qkv.dtype == torch.float32)
+            BM, BN, self.warps, self.registers = dense_tiles(self.R * h * w, h * w, max(DQ, DV), qkv.dtype, backward)
         self.groups = triton.cdiv(self.R, self.G)
         self.programs = self.groups * triton.cdiv(self.G * h * w, BM)
         self.constants = {
             "GW": triton.cdiv(W, w), "h": h, "w": w, "DQ": DQ, "DV": DV, "BM": BM, "BN": BN, "BQ": power_of_2(DQ),
             "BV": power_of_2(DV), "PRECISION": precision(qkv.dtype),
         }  # fmt: skip
+        self.routes_of_dense = {"R": self.R, "K": self.K, "BR": power_of_2(self.R), "BK": power_of_2(self.K, least=2)}
 
     def lists(self, *, backward: bool) -> list:
         """Where each group of regions is routed to, and, for the backward pass, from where."""
@@ -276,9 +328,12 @@ def forward(
     lse = torch.empty(B, heads, N, dtype=torch.float32, device=qkv.device)
     tensors, strides = (qkv, out, lse, plan.routes), (qkv.stride(0), qkv.stride(1), out.stride(1))
     if plan.dense:
+        BM, BN = plan.constants["BM"], plan.constants["BN"]
+        tokens = plan.R * region[0] * region[1]
         launch(
-            _attend_dense, (B * heads,), *tensors, plan.scale * LOG2E.value, *plan.size, plan.K, qk_dim, *strides,
-            **plan.constants, warps=plan.warps,
+            _attend_dense, (B * heads * triton.cdiv(tokens, BM),), *tensors, plan.scale * LOG2E.value, *grid, heads,
+            qk_dim, *strides, **plan.routes_of_dense, **plan.constants, BT=min(BN, power_of_2(tokens % BN or BN)),
+            FOLD=plan.scale > 0, warps=plan.warps, stages=1, maxnreg=plan.registers,
         )  # fmt: skip
     else:
         launch(

@@ -9,7 +9,7 @@ from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.launch import launch, rows
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, row_products
-from kernels.routed_attention.triton import Plan, all_cells, listed, open_regions, own_tile, place_of_program
+from kernels.routed_attention.triton import Plan, all_cells, are_open, listed, open_regions, own_tile, place_of_program
 
 
 @triton.jit
@@ -105,14 +105,15 @@ def _differentiate(
 
 @triton.jit
 def _differentiate_dense(
-    grad, qkv, out, lse, d_qkv, routes, scale, H, W, R, M, K, qk_dim, grad_batch, grad_row, qkv_batch, qkv_row, d_row,
-    out_row, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    grad, qkv, out, lse, d_qkv, routes, scale, H, W, M, qk_dim, grad_batch, grad_row, qkv_batch, qkv_row, d_row,
+    out_row, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, GW: tl.constexpr, h: tl.constexpr,
+    w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // M).to(tl.int64)
     head = tl.program_id(0) % M
-    token, inside, region = all_cells(0, H, W, R, GW, h, w, BM)
-    word = open_regions(routes + image * R * K, region, R, K, BM)
+    token, inside, _ahead = all_cells(0, H, W, R, GW, h, w, BM)
+    word = open_regions(routes + image * R * K, tl.arange(0, BM) // (h * w), R, K, BR, BK)
     qkv += image * qkv_batch
     d_qkv += image * H * W * d_row
     q = load_rows(qkv + head * DQ, token, qkv_row, inside, DQ, BQ)
@@ -127,8 +128,7 @@ def _differentiate_dense(
         # loaded in every step to free registers, which an A100 would spill
         norm = tl.load(lse + (image * M + head) * H * W + token, mask=inside, other=0.0)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale - norm[:, None])
-        here = (word >> (start // (h * w))).to(tl.int32)
-        p = tl.where((here[:, None] >> ahead[None, :]) & 1 != 0, p, 0.0)
+        p = tl.where(are_open(word, start, ahead, h, w), p, 0.0)
         dv = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
         store_rows(d_qkv + 2 * qk_dim + head * DV, other, d_row, there, dv, DV, BV)
         ds = (p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(k.dtype)
@@ -158,8 +158,8 @@ def backward(
     strides = (grad.stride(0), grad.stride(1), qkv.stride(0), qkv.stride(1), d_qkv.stride(1), out.stride(1))
     if plan.dense:
         launch(
-            _differentiate_dense, (qkv.shape[0] * heads,), *tensors, plan.scale, *plan.size, plan.K, qk_dim, *strides,
-            **plan.constants, warps=plan.warps, stages=1,
+            _differentiate_dense, (qkv.shape[0] * heads,), *tensors, plan.scale, *grid, heads, qk_dim, *strides,
+            **plan.routes_of_dense, **plan.constants, warps=plan.warps, stages=1, maxnreg=plan.registers,
         )  # fmt: skip
     else:
         launch(

@@ -82,6 +82,23 @@ def test_large_logits_of_either_sign_stay_finite(region, poisoned):
     same(inputs, 1e-4)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_need_not_be_positive(scale, poisoned):
+    same(shaped(region=(2, 2), topk=3) | {"scale": scale})
+
+
+@pytest.mark.parametrize(
+    ("grid", "region"),
+    [((12, 12), (2, 2)), ((8, 10), (2, 2)), ((6, 7), (1, 1))],
+    ids=["two parts", "a smaller last step", "as many regions as a step has cells"],
+)
+def test_small_regions_in_steps_of_half_precision(grid, region, poisoned):
+    """Half precision takes other tiles than float32; 1% is four roundings of bfloat16."""
+    inputs = shaped(grid=grid, region=region, topk=3, dim=16)
+    inputs["qkv_BNC"] = inputs["qkv_BNC"].detach().bfloat16().requires_grad_()
+    same(inputs, 0.01)
+
+
 def test_takes_other_integers_as_routes():
     inputs = shaped()
     wanted = routed_attention(**inputs)
