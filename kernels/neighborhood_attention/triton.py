@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device.launch import launch, power_of_2, precision, rows
+from kernels.device.launch import launch, power_of_2, precision, rows, turns
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E
 from kernels.neighborhood_attention import rule
@@ -160,7 +160,72 @@ def _forward(
     # rows outside of the map have no keys
     total = tl.where(inside, tl.sum(sums, 1), 1.0)
     store_rows(out + image * (H * W * C) + first, token, C, inside, o / total[:, None], D, BD)
-    tl.store(lse + (image * M + head) * (H * W) + token, top * LOG2E + tl.log2(total), mask=inside)
+    # by way of a tile like o: by itself, its layout would be that of all maxima, which would be computed twice
+    statistic = tl.where(tl.arange(0, BD)[None, :] == 0, (top * LOG2E + tl.log2(total))[:, None], float("-inf"))
+    statistic = tl.max(tl.maximum(statistic, tl.minimum(o, float("-inf"))), 1)
+    tl.store(lse + (image * M + head) * (H * W) + token, statistic, mask=inside)
+
+
+@triton.jit
+def added_to(middle, py, px, ky, kx, ny, nx, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+             TX: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """The bias of pairs of queries from (py, px) and keys from (ky, kx), -inf where a query does not have the key."""
+    i = tl.arange(0, BM)
+    j = tl.arange(0, BN)
+    y = py + i // TX
+    x = px + i % TX
+    key_y = ky + j // COLS
+    key_x = kx + j % COLS
+    from_y, from_x = first_keys(y, x, ny, nx, KH, KW, SY, SX)
+    entries = middle - (y * (2 * KW - 1) + x) + (ky * (2 * KW - 1) + kx)
+    return logits(
+        tl.zeros([BM, BN], tl.float32), from_y[:, None], from_x[:, None], key_y[None, :], key_x[None, :],
+        entries[:, None] + offsets_in(COLS, KW, BN)[None, :], 1.0, KH, KW, BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
+def weights_of(s):
+    """Weights of rows of logits before they are divided by their sum, that sum, and log2(e) times the maximum."""
+    top = tl.max(s, 1)
+    above = tl.where(top == float("-inf"), 0.0, top * LOG2E)
+    p = tl.exp2(s * LOG2E - above[:, None])
+    total = tl.sum(p, 1)
+    return p, tl.where(total == 0.0, 1.0, total), above
+
+
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
+def _forward_whole(
+    qkv, rpb, out, lse, turns, B, M, H, W, DY, DX, batch, row, scale,
+    D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    TY: tl.constexpr, TX: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    RAGGED: tl.constexpr, BIAS: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """Classes that fit a tile, every `splits`-th of them."""
+    C = M * D
+    head = tl.program_id(0) % M
+    first = head * D
+    middle = middle_of(rpb, head, KH, KW)
+    if not RAGGED:
+        added = added_to(middle, 0, 0, 0, 0, H // DY, W // DX, KH, KW, SY, SX, TX, TX, BM, BM, BIAS)
+    for turn in range(0, turns):
+        place = tl.program_id(0) // M + turn * (tl.num_programs(0) // M)
+        ry, rx, ny, nx, image = residue_of(place, H, W, DY, DX)
+        # 0, but the compiler has to find places anew every turn, where it would keep all of them in registers
+        zero = turn >> 30
+        _y, _x, token, inside = cells(zero, 0, ry, rx, ny, nx, W, DY, DX, TY, TX, BM)
+        inside = inside & (place < B * DY * DX)
+        base = qkv + image * batch + first
+        q = load_rows(base, token, row, inside, D, BD)
+        k = load_rows(base + C, token, row, inside, D, BD)
+        v = load_rows(base + 2 * C, token, row, inside, D, BD)
+        if RAGGED:
+            added = added_to(middle, zero, 0, zero, 0, ny, nx, KH, KW, SY, SX, TX, TX, BM, BM, BIAS)
+        s = tl.dot(q, tl.trans(k), input_precision=IP) * scale + added
+        p, total, above = weights_of(s)
+        o = tl.dot(p.to(v.dtype), v, input_precision=IP) * (1.0 / total)[:, None]
+        store_rows(out + image * (H * W * C) + first, token, C, inside, o, D, BD)
+        tl.store(lse + (image * M + head) * (H * W) + token, above + tl.log2(total), mask=inside)
 
 
 def forward(
@@ -175,12 +240,18 @@ def forward(
 ) -> None:
     """Writes `out` and the statistics `lse`; `sides` are kernel, stride and dilation."""
     qkv, tiles = rows(qkv), tiles_of(grid, *sides)
-    programs = len(qkv) * classes(sides) * tiles.count[0] * tiles.count[1] * heads
-    table = qkv if rpb is None else rpb.contiguous()
-    launch(
-        _forward, (programs,), qkv, table, out, lse, heads, *grid, *sides[2], qkv.stride(0), qkv.stride(1), scale,
-        **owned(qkv, heads, sides, tiles), **visited(tiles.keys, "BN"), BIAS=rpb is not None,
-    )  # fmt: skip
+    B, table, bias = len(qkv), qkv if rpb is None else rpb.contiguous(), rpb is not None
+    given, sizes = (qkv, table, out, lse), (heads, *grid, *sides[2], qkv.stride(0), qkv.stride(1), scale)
+    constants, work = owned(qkv, heads, sides, tiles), B * classes(sides)
+    if tiles.whole:
+        each = turns(work * heads, 8)
+        launch(
+            _forward_whole, (triton.cdiv(work, each) * heads,), *given, each, B, *sizes,
+            RAGGED=ragged(grid, sides), BIAS=bias, **constants,
+        )  # fmt: skip
+        return
+    programs = work * tiles.count[0] * tiles.count[1] * heads
+    launch(_forward, (programs,), *given, *sizes, **constants, **visited(tiles.keys, "BN"), BIAS=bias)
 
 
 def owned(qkv: Tensor, heads: int, sides: tuple, tiles: Tiles, block: str = "BM") -> dict:
@@ -206,6 +277,11 @@ def visited(step: tuple[int, int, int], block: str) -> dict:
 
 def classes(sides: tuple) -> int:
     return sides[2][0] * sides[2][1]
+
+
+def ragged(grid: tuple[int, int], sides: tuple) -> bool:
+    """Whether classes differ in size."""
+    return any(length % step for length, step in zip(grid, sides[2], strict=True))
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, row_products
 from kernels.neighborhood_attention.triton import (
     Tiles,
+    added_to,
     cells,
     class_of,
     classes,
@@ -21,10 +22,12 @@ from kernels.neighborhood_attention.triton import (
     middle_of,
     offsets_in,
     owned,
+    ragged,
     residue_of,
     step_of,
     tiles_of,
     visited,
+    weights_of,
 )
 
 
@@ -36,21 +39,6 @@ def queries_of(p, n, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
     key = tl.minimum(p + T, n) - 1
     last = tl.where(key >= n - K, n, tl.minimum((key + K // 2 - S // 2) // S * S + S, n))
     return first, last - first
-
-
-@triton.jit
-def added_to(middle, py, ny, nx, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-            TX: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """The bias of all pairs of a class, -inf where a query does not have the key."""
-    r = tl.arange(0, BM)
-    y = py + r // TX
-    x = r % TX
-    from_y, from_x = first_keys(y, x, ny, nx, KH, KW, SY, SX)
-    entries = (middle - (y * (2 * KW - 1) + x))[:, None] + offsets_in(TX, KW, BM)[None, :]
-    zeros = tl.zeros([BM, BM], tl.float32)
-    return logits(
-        zeros, from_y[:, None], from_x[:, None], y[None, :], x[None, :], entries, 1.0, KH, KW, BIAS
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["turns"])
@@ -70,11 +58,10 @@ def _backward_whole(
     if SUM:
         sums = tl.zeros([BM, BM], tl.float32)
     if not RAGGED:
-        added = added_to(middle, 0, H // DY, W // DX, KH, KW, SY, SX, TX, BM, BIAS)
+        added = added_to(middle, 0, 0, 0, 0, H // DY, W // DX, KH, KW, SY, SX, TX, TX, BM, BM, BIAS)
     for turn in range(0, turns):
         place = split + turn * splits
         ry, rx, ny, nx, image = residue_of(place, H, W, DY, DX)
-        # 0, but the compiler has to find places anew every turn, where it would keep all of them in registers
         zero = turn >> 30
         _y, _x, token, inside = cells(zero, 0, ry, rx, ny, nx, W, DY, DX, TY, TX, BM)
         inside = inside & (place < B * DY * DX)
@@ -84,13 +71,10 @@ def _backward_whole(
         v = load_rows(base + 2 * C, token, row, inside, D, BD)
         do = load_rows(grad + image * grad_batch + first, token, grad_row, inside, D, BD)
         if RAGGED:
-            added = added_to(middle, zero, ny, nx, KH, KW, SY, SX, TX, BM, BIAS)
+            added = added_to(middle, zero, 0, zero, 0, ny, nx, KH, KW, SY, SX, TX, TX, BM, BM, BIAS)
         s = tl.dot(q, tl.trans(k), input_precision=IP) * scale + added
-        top = tl.max(s, 1)
-        above = tl.where(top == float("-inf"), 0.0, top * LOG2E)
-        p = tl.exp2(s * LOG2E - above[:, None])
-        total = tl.sum(p, 1)
-        p *= tl.where(inside, 1.0 / tl.where(total == 0.0, 1.0, total), 0.0)[:, None]
+        p, total, _above = weights_of(s)
+        p *= tl.where(inside, 1.0 / total, 0.0)[:, None]
         to = dqkv + image * (3 * H * W * C) + first
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=IP)
         store_rows(to + 2 * C, token, 3 * C, inside, dv, D, BD)
@@ -205,7 +189,8 @@ def _backward_bias(
     grad, qkv, rpb, lse, delta, shares, turns, B, M, H, W, DY, DX, grad_batch, grad_row, batch, row, scale,
     D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     TY: tl.constexpr, TX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACROSS: tl.constexpr,
-    STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, IP: tl.constexpr,
+    STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each pair of a tile of queries and a step of its keys, over a share of images and classes."""
     C = M * D
@@ -221,13 +206,16 @@ def _backward_bias(
     px = tile % across * TX
     # the same place in all classes: that of the shortest
     ky, kx = step_of(pair % STEPS, first_key(py, H // DY, KH, SY), first_key(px, W // DX, KW, SX), ROWS, COLS, ACROSS)
+    middle = middle_of(rpb, head, KH, KW)
+    if not RAGGED:
+        added = added_to(middle, py, px, ky, kx, H // DY, W // DX, KH, KW, SY, SX, TX, COLS, BM, BN, True)
     sums = tl.zeros([BM, BN], tl.float32)
     for turn in range(0, turns):
         place = split + turn * splits
         ry, rx, ny, nx, image = residue_of(place, H, W, DY, DX)
         there = place < B * DY * DX
-        y, x, token, inside = cells(py, px, ry, rx, ny, nx, W, DY, DX, TY, TX, BM)
-        key_y, key_x, key, inside_key = cells(ky, kx, ry, rx, ny, nx, W, DY, DX, ROWS, COLS, BN)
+        _y, _x, token, inside = cells(py, px, ry, rx, ny, nx, W, DY, DX, TY, TX, BM)
+        _ky, _kx, key, inside_key = cells(ky, kx, ry, rx, ny, nx, W, DY, DX, ROWS, COLS, BN)
         inside = inside & there
         inside_key = inside_key & there
         base = qkv + image * batch + first
@@ -238,12 +226,9 @@ def _backward_bias(
         statistic = (image * M + head) * (H * W) + token
         log = tl.load(lse + statistic, mask=inside, other=float("inf"))
         change = tl.load(delta + statistic, mask=inside, other=0.0)
-        from_y, from_x = first_keys(y, x, ny, nx, KH, KW, SY, SX)
-        entries = middle_of(rpb, head, KH, KW) - (y * (2 * KW - 1) + x) + (ky * (2 * KW - 1) + kx)
-        s = logits(
-            tl.dot(q, tl.trans(k), input_precision=IP), from_y[:, None], from_x[:, None], key_y[None, :],
-            key_x[None, :], entries[:, None] + offsets_in(COLS, KW, BN)[None, :], scale, KH, KW, True,
-        )  # fmt: skip
+        if RAGGED:
+            added = added_to(middle, py, px, ky, kx, ny, nx, KH, KW, SY, SX, TX, COLS, BM, BN, True)
+        s = tl.dot(q, tl.trans(k), input_precision=IP) * scale + added
         dp = tl.dot(do, tl.trans(v), input_precision=IP)
         sums += tl.exp2(s * LOG2E - log[:, None]) * (dp - change[:, None])
     # (splits, M, tiles, steps, BM, BN)
@@ -337,13 +322,13 @@ def _backward_of_tiles(
     """Writes `dqkv`; gives what sums up to the gradient of each pair of cells with `summed`."""
     heads, B = sizes[0], len(dqkv)
     work = B * classes(sides)
-    each = turns(work * heads, work) if summed else 1
-    splits = triton.cdiv(work, each)
+    splits = triton.cdiv(work, turns(work * heads, work)) if summed else work
+    each = triton.cdiv(work, max(splits, 1))
     constants = owned(dqkv, heads, sides, tiles)
     shares = partial_sums(dqkv, splits, heads, constants["BM"], constants["BM"]) if summed else dqkv
     launch(
         _backward_whole, (splits * heads,), *given, dqkv, shares, each, B, *sizes,
-        RAGGED=sizes[1] % sizes[3] + sizes[2] % sizes[4] > 0, BIAS=bias, SUM=summed, **constants,
+        RAGGED=ragged(sizes[1:3], sides), BIAS=bias, SUM=summed, **constants,
     )  # fmt: skip
     return shares
 
@@ -363,11 +348,11 @@ def _backward_in_passes(
     if not summed:
         return None
     pairs, work = of_class * tiles.key_steps, B * classes(sides)
-    each = turns(work * pairs * heads, work)
-    splits = triton.cdiv(work, each)
+    splits = triton.cdiv(work, turns(work * pairs * heads, work))
+    each = triton.cdiv(work, max(splits, 1))
     shares = partial_sums(dqkv, splits, heads, pairs, queries["BM"], queries["BN"])
     launch(
         _backward_bias, (splits * pairs * heads,), *given, lse, delta, shares, each, B, *sizes,
-        STEPS=tiles.key_steps, **queries,
+        STEPS=tiles.key_steps, RAGGED=ragged(sizes[1:3], sides), **queries,
     )  # fmt: skip
     return shares
