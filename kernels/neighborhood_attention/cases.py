@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.neighborhood_attention import WHO, bias_of, gathered, neighborhood_attention
-from kernels.neighborhood_attention.rule import keys_along
+from kernels.neighborhood_attention import WHO, neighborhood_attention
 from kernels.operation import Cost, Operation, in_pytorch
 
 
@@ -114,19 +113,6 @@ STAGES = {
 }
 
 
-def _official(
-    qkv_BNC: Tensor, grid: tuple[int, int], num_heads: int, kernel: tuple[int, int], *, stride, dilation, rpb
-) -> Tensor:
-    """As the authors' unfused kernels do it: queries, keys and values apart, logits and weights of T keys in memory."""
-    q, k, v = qkv_BNC.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    axes = [keys_along(*along, q.device) for along in zip(grid, kernel, stride, dilation, strict=True)]
-    logits = ((q * q.shape[-1] ** -0.5).unsqueeze(3) * gathered(k, grid, *axes)).sum(-1)
-    if rpb is not None:
-        logits = logits + bias_of(rpb, axes, kernel, dilation).to(q.dtype)
-    o = (logits.softmax(-1).unsqueeze(-1) * gathered(v, grid, *axes)).sum(3)
-    return o.transpose(1, 2).reshape(*qkv_BNC.shape[:2], -1)
-
-
 def _dense(qkv_BNC: Tensor, grid: tuple[int, int], num_heads: int, *_, **__) -> Tensor:
     """Attention over the whole map."""
     q, k, v = qkv_BNC.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -140,5 +126,6 @@ OPERATION = Operation(
     checks=CHECKS,
     stages=STAGES,
     cost=cost,
-    baselines={"official": _official, "pytorch": in_pytorch(neighborhood_attention), "sdpa": _dense},
+    # the authors' kernels are not PyTorch's, and have no eager form
+    baselines={"pytorch": in_pytorch(neighborhood_attention), "sdpa": _dense},
 )
