@@ -6,7 +6,8 @@ Along each axis, the keys of a token are those around it in its residue class mo
 the neighbourhood is moved inwards, so that every token has exactly T keys. The tokens of a block of `stride` have the
 keys of the block's middle one. Even kernels lean to the left and top. Offsets j - i are counted within the class. The
 map must hold kernel·dilation tokens along each axis: what completes a smaller one is the caller's (NAT's authors pad
-with zeros before the projection).
+with zeros before the projection). Fused, a value that is not finite also reaches tokens nearby that do not see it: the
+keys of a tile are visited together, with weights of zero.
 
 Source: Neighborhood Attention Transformer, Hassani et al., CVPR 2023, arXiv:2204.07143, equations 1 to 3; dilation:
 DiNAT, Hassani and Shi, 2022, arXiv:2209.15001; stride: Generalized Neighborhood Attention, Hassani et al., 2025,
