@@ -1,10 +1,12 @@
 """Triton kernels of `kernels.routed_attention`: attention along routes; its gradients and the routing are files beside.
 
-Queries and keys are taken where the projection left them, in tiles of one of two kinds:
+Queries and keys are taken where the projection left them, in tiles of one of three kinds:
 - lists (`_attend`, `_differentiate`): a tile holds the cells of a region, or several small regions. It visits the
   regions that any of its own are routed to, or for the gradients of keys those that are routed to any of its own. An
   entry of these lists is a region (16 bits) and which regions of the tile it concerns (16 bits); `_list_routes` makes
   them, each in increasing order, from the routes alone. A single region attends along its routes as they are.
+- batched (`triton_batched`): regions of 16 or 32 cells in half precision, each with the keys of its own routes alone;
+  the gradients of keys go along lists.
 - dense (`_attend_dense`, `_differentiate_dense`): few tokens in tiny regions. A program holds all queries of a head,
   with the routes of a query as the bits of one 64-bit word, and passes once over all keys. Its backward pass reads and
   writes everything once.
@@ -20,6 +22,7 @@ from kernels.depthwise_conv import triton as depthwise_conv
 from kernels.device.launch import launch, power_of_2, precision, rows
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, online_softmax, scaled_softmax
+from kernels.routed_attention.triton_batched import attend_batched
 
 
 @triton.jit
@@ -274,6 +277,15 @@ def tiles(cells: int, widest: int, dtype: torch.dtype, backward: bool) -> tuple[
     return regions, rows, 64 if widest <= (32 if backward else 64) else 32, max(2, rows // 16)
 
 
+def batched(cells: int, topk: int, widest: int, step: int, dtype: torch.dtype) -> int:
+    """Regions whose keys are a step of a batch; 0 where tiles go along lists: exact products, and wide heads, whose
+    batches do not fit the registers.
+    """
+    if dtype == torch.float32 or cells not in (16, 32) or widest > 64:
+        return 0
+    return min(step // cells, triton.next_power_of_2(topk))
+
+
 class Plan:
     """Sizes, tiles and lists that forward and backward share."""
 
@@ -288,6 +300,7 @@ class Plan:
         self.G, BM, BN, self.warps = tiles(h * w, max(DQ, DV), qkv.dtype, backward)
         if self.dense:
             BM, BN, self.warps, self.registers = dense_tiles(self.R * h * w, h * w, max(DQ, DV), qkv.dtype, backward)
+        self.J = 0 if self.dense else batched(h * w, self.K, max(DQ, DV), BN, qkv.dtype)
         self.groups = triton.cdiv(self.R, self.G)
         self.programs = self.groups * triton.cdiv(self.G * h * w, BM)
         self.constants = {
@@ -299,7 +312,7 @@ class Plan:
     def lists(self, *, backward: bool) -> list:
         """Where each group of regions is routed to, and, for the backward pass, from where."""
         B, R, K, G, device = self.B, self.R, self.K, self.G, self.routes.device
-        forward, size = G > 1, min(R, G * K)
+        forward, size = G > 1 and not self.J, min(R, G * K)
         if not forward and not backward:
             return [None, None]
         routed = torch.empty(B, self.groups, size if forward else 0, dtype=torch.int32, device=device)
@@ -334,6 +347,12 @@ def forward(
             _attend_dense, (B * heads * triton.cdiv(tokens, BM),), *tensors, plan.scale * LOG2E.value, *grid, heads,
             qk_dim, *strides, **plan.routes_of_dense, **plan.constants, BT=min(BN, power_of_2(tokens % BN or BN)),
             FOLD=plan.scale > 0, warps=plan.warps, stages=1, maxnreg=plan.registers,
+        )  # fmt: skip
+    elif plan.J:
+        sizes = {name: plan.constants[name] for name in ("GW", "h", "w", "DQ", "DV", "BQ", "BV")}
+        launch(
+            attend_batched, (B * heads * plan.groups,), *tensors, plan.scale * LOG2E.value, *plan.size, qk_dim,
+            plan.groups, *strides, K=plan.K, G=plan.G, J=plan.J, **sizes, warps=plan.warps,
         )  # fmt: skip
     else:
         launch(

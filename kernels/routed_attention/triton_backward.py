@@ -10,6 +10,7 @@ from kernels.device.launch import launch, rows
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, row_products
 from kernels.routed_attention.triton import Plan, all_cells, are_open, listed, open_regions, own_tile, place_of_program
+from kernels.routed_attention.triton_batched import query_gradients_batched
 
 
 @triton.jit
@@ -68,8 +69,8 @@ def _key_gradients(
 def _differentiate(
     grad, qkv, out, lse, d_qkv, routes, routed, routed_count, routing, routing_count, scale, H, W, R, M, qk_dim, groups,
     routed_size, grad_batch, grad_row, qkv_batch, qkv_row, d_row, out_row, K: tl.constexpr, G: tl.constexpr,
-    GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    J: tl.constexpr, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first half of the programs of a head own queries, the second half keys: they share what they read in L2."""
     image, head, role, group, part = place_of_program(M, groups, G, h, w, BM, 2)
@@ -89,6 +90,11 @@ def _differentiate(
         _key_gradients(
             grad, q, k, v, out, lse, dk, dv, routing + place_of_list * R, count, scale, token, inside, place, H, W,
             grad_row, qkv_row, d_row, out_row, G, GW, h, w, DQ, DV, BM, BK, BQ, BV, PRECISION,
+        )  # fmt: skip
+    elif J > 0:
+        query_gradients_batched(
+            grad, q, k, v, out, lse, dq, routes + image * R * K, group, scale, H, W, R, grad_row, qkv_row, d_row,
+            out_row, K, G, GW, h, w, DQ, DV, J, BQ, BV,
         )  # fmt: skip
     elif G == 1:
         _query_gradients(
@@ -165,7 +171,7 @@ def backward(
         launch(
             _differentiate, (qkv.shape[0] * heads * 2 * plan.programs,), *tensors, *plan.lists(backward=True),
             plan.scale, *plan.size, qk_dim, plan.groups, min(plan.R, plan.G * plan.K), *strides,
-            K=plan.K, G=plan.G, BK=min(32, plan.constants["BN"]), **plan.constants, warps=plan.warps,
+            K=plan.K, G=plan.G, J=plan.J, BK=min(32, plan.constants["BN"]), **plan.constants, warps=plan.warps,
         )  # fmt: skip
     return d_qkv
 

@@ -99,6 +99,18 @@ def test_small_regions_in_steps_of_half_precision(grid, region, poisoned):
     same(inputs, 0.01)
 
 
+@pytest.mark.parametrize(
+    ("grid", "region", "topk"),
+    [((7, 9), (4, 4), 2), ((12, 8), (4, 4), 5), ((8, 8), (4, 8), 2)],
+    ids=["padded", "a smaller last step", "32 cells"],
+)
+def test_regions_of_16_and_32_cells_as_batches(grid, region, topk, poisoned):
+    """Only in half precision; 1% is four roundings of bfloat16."""
+    inputs = shaped(grid=grid, region=region, topk=topk, dim=24)
+    inputs["qkv_BNC"] = inputs["qkv_BNC"].detach().bfloat16().requires_grad_()
+    same(inputs, 0.01)
+
+
 def test_takes_other_integers_as_routes():
     inputs = shaped()
     wanted = routed_attention(**inputs)
