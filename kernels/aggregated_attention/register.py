@@ -15,12 +15,13 @@ def _forward(qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, toke
 
 
 def _backward(
-    grad, qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, token_bias, gates, lse, height, width, window
-):
+    grad, qkv, kv_pool, scale, embedding, local_bias, pool_bias, tokens, token_bias, gates, lse, height, width, window,
+    needed,
+):  # fmt: skip
     from kernels.aggregated_attention import triton_backward as fused
 
     parameters = (scale, embedding, local_bias, pool_bias, tokens, token_bias, gates)
-    return fused.backward(grad, qkv, kv_pool, parameters, lse, (height, width), window)
+    return fused.backward(grad, qkv, kv_pool, parameters, lse, (height, width), window, needed)
 
 
 def _fake_forward(qkv, kv_pool, scale, *_):
@@ -31,7 +32,10 @@ def _fake_forward(qkv, kv_pool, scale, *_):
 def _fake_backward(grad, qkv, kv_pool, *others):
     *parameters, gates = others[: len(PARAMETERS)]
     gates = qkv.new_empty(0) if gates is None else gates.new_empty(gates.shape)
-    return (*(t.new_empty(t.shape) for t in (qkv, kv_pool, *parameters)), gates)
+    needed = others[-1]
+    left_out = {1: not any(needed[1:3]), 5: not needed[5]}
+    tensors = (qkv, kv_pool, *parameters)
+    return (*(t.new_empty(0 if left_out.get(i) else t.shape) for i, t in enumerate(tensors)), gates)
 
 
 def _flops(qkv, kv_pool, *others, out_shape=None, **__):
@@ -40,7 +44,7 @@ def _flops(qkv, kv_pool, *others, out_shape=None, **__):
 
 
 def _flops_backward(grad, qkv, kv_pool, *others, out_shape=None, **__):
-    window = others[-1]
+    window = others[-2]
     return 2 * qkv[0] * qkv[1] * qkv[2] // 3 * (5 * kv_pool[1] + 8 * window**2)
 
 
@@ -53,11 +57,12 @@ forward_op = define(
     f"aggregated_attention_forward({_TENSORS}, {_SIZES}) -> (Tensor, Tensor)", _forward, _fake_forward, _flops
 )
 backward_op = define(
-    f"aggregated_attention_backward(Tensor grad, {_TENSORS}, Tensor lse, {_SIZES}) -> ({', '.join(['Tensor'] * 9)})",
+    f"aggregated_attention_backward(Tensor grad, {_TENSORS}, Tensor lse, {_SIZES}, bool[] needed) "
+    f"-> ({', '.join(['Tensor'] * 9)})",
     _backward,
     _fake_backward,
     _flops_backward,
 )
 attend = differentiable(
-    forward_op, backward_op, lambda arguments, results: (*arguments[:-3], results[1], *arguments[-3:])
+    forward_op, backward_op, lambda arguments, results: (*arguments[:-3], results[1], *arguments[-3:]), selective=True
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.aggregated_attention import aggregated_attention, triton, triton_backward
+from kernels.aggregated_attention import aggregated_attention, triton, triton_backward, triton_pool
 from kernels.aggregated_attention.cases import OPERATION, inputs
 
 reference = OPERATION.reference
@@ -86,7 +86,7 @@ def test_what_is_far_is_seen_through_the_pool_only(backend):
 
 def test_sums_over_several_tiles_and_images(monkeypatch, poisoned):
     """A program of the passes over the pooled map takes several tiles, or images, and the last one has less to do."""
-    monkeypatch.setattr(triton_backward, "turns", lambda work, most: min(2, most))
+    monkeypatch.setattr(triton_pool, "turns", lambda work, most: min(2, most))
     assert_equals_reference(inputs("cpu", torch.float32, **{**SMALL, "batch": 3, "grid": (1, 33), "window": 1}))
 
 
@@ -148,10 +148,60 @@ def test_parameters_may_have_a_dtype_of_their_own():
     torch.testing.assert_close(found["pool_bias_MNP"].float(), wanted["pool_bias_MNP"], rtol=0.01, atol=1e-4)
 
 
-def test_a_tile_covers_the_map_with_the_fewest():
-    assert triton.shape_of_tile((56, 56), 64) == (8, 8)
-    assert triton.shape_of_tile((28, 28), 64) in ((4, 16), (16, 4))
-    assert triton.shape_of_tile((14, 14), 32) == (2, 16)
+def test_a_block_covers_the_map_with_the_fewest():
+    assert triton.shape_of_block((56, 56), 4) == (2, 2)
+    assert triton.shape_of_block((28, 28), 4) in ((4, 1), (1, 4))
+    assert triton.shape_of_block((5, 5), 1) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("patches", "shape"),
+    [
+        pytest.param(4, {"grid": (6, 9), "pool": 3, "head_dim": 12}, id="four patches, which the map cuts"),
+        pytest.param(2, {"grid": (3, 9), "pool": 35, "head_dim": 36}, id="two patches"),
+        pytest.param(1, {"grid": (5, 6), "pool": 2, "head_dim": 8, "window": 7}, id="7x7 window"),
+        pytest.param(1, {"grid": (3, 5), "pool": 2, "head_dim": 72}, id="one patch"),
+    ],
+)
+def test_patches_and_their_halos_give_every_window(patches, shape, monkeypatch, poisoned):
+    """As many at once as of 16-bit numbers, though these are exact."""
+    usual = triton.constants_of
+
+    def constants_of(activations, heads, grid, *others):
+        return usual(activations, heads, grid, *others) | dict(
+            zip(("GY", "GX"), triton.shape_of_block(grid, patches), strict=True)
+        )
+
+    for module in (triton, triton_backward):
+        monkeypatch.setattr(module, "constants_of", constants_of)
+    assert_equals_reference(inputs("cpu", torch.float32, **{**SMALL, **shape}))
+
+
+def test_rows_at_odd_places_are_read(poisoned):
+    """16 bytes at once only where every row begins at a multiple of them."""
+    given = inputs("cpu", torch.float32, **SMALL)
+    for name, extra in (("qkv_BNC", 1), ("kv_pool_BPC", 2)):
+        wide = torch.randn(*given[name].shape[:2], given[name].shape[2] + extra)
+        given[name] = wide[..., extra:].detach().requires_grad_()
+    strides = triton.constants_of((given["qkv_BNC"], given["kv_pool_BPC"]), 1, (3, 4), 3, False)
+    assert strides["ALIGN"] == 1
+    assert_equals_reference(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_and_tiny_keys_stay_finite_in_half_precision(dtype, poisoned):
+    """Norms are factors of products in float32, and directions are what a 16-bit product takes."""
+    given = inputs("cpu", dtype, **SMALL)
+    with torch.no_grad():
+        given["qkv_BNC"][:, 1] *= 1e3
+        given["qkv_BNC"][:, 2] *= 1e-3
+        given["qkv_BNC"][:, 3] = 0
+        given["kv_pool_BPC"][:, 1] *= 1e-3
+    found, wanted = gradients(aggregated_attention, given), gradients(reference, double(given))
+    eager = gradients(reference, given)
+    for name in wanted:
+        error, allowed = ((t[name].double() - wanted[name]).norm() / wanted[name].norm() for t in (found, eager))
+        assert error <= max(2 * allowed, torch.finfo(dtype).eps), name
 
 
 @pytest.mark.parametrize("name", ["official", "pytorch"])

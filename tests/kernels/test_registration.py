@@ -19,6 +19,8 @@ FROZEN = {
     "routed, LePE": ("routed_attention", 0, "parameters", {"_differentiate", "_list_routes", "_gradients, input"}),
     "routed, qkv": ("routed_attention", 0, "activations", {"_gradients, input"}),
     "window, qkv": ("window_attention", "12x12, bias", "activations", {"_backward_bias"}),
+    "aggregated, qkv": ("aggregated_attention", 0, "activations", {"_backward_pool", "_backward_bias"}),
+    "aggregated, parameters": ("aggregated_attention", "one token", "parameters", {"_backward_keys"}),
     "window, bias": ("window_attention", "12x12, bias", "parameters", {"_backward_keys"}),
     "agent, qkv": ("agent_attention", 0, "activations", {"_gradients"}),
     "focused, qkv": ("focused_linear_attention", 0, "activations", {"_gradients"}),
@@ -26,7 +28,7 @@ FROZEN = {
     "norm, x": ("conv_norm", 0, "activations", {"_gradients, input"}),
     "norm, parameters": ("conv_norm", 0, "parameters", {"_gradients, input"}),
 }
-LONG = ("window, qkv", "window, bias", "inline, qkv")
+LONG = ("aggregated, qkv", "window, qkv", "window, bias", "inline, qkv")
 
 
 @contextmanager
