@@ -69,9 +69,11 @@ def region_means(x: Tensor, grid: tuple[int, int], region: tuple[int, int]) -> T
     out = torch.empty(B, R, C, dtype=torch.float32, device=x.device)
     BC = min(128, power_of_2(C))
     BT = min(2048 // BC, power_of_2(h * w, least=1))
+    warps = max(1, min(4, BT * BC // 512))  # with 16 elements of a thread: two loads of 16 bytes
     launch(
-        _means, (B * R, triton.cdiv(C, BC)), x, out, H, W, C, R, x.stride(0), x.stride(1), GW, h=h, w=w, BT=BT, BC=BC
-    )
+        _means, (B * R, triton.cdiv(C, BC)), x, out, H, W, C, R, x.stride(0), x.stride(1), GW,
+        h=h, w=w, BT=BT, BC=BC, warps=warps,
+    )  # fmt: skip
     return out
 
 
