@@ -17,7 +17,7 @@ from torchvision.ops import deform_conv2d
 
 from models.layers.downsample import reduced
 from models.layers.norm import TokenBatchNorm
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import completed, to_map, to_tokens
 
 SIDE = 2  # of the kernel, and its stride
 
@@ -40,7 +40,7 @@ class DeformableDownsample(nn.Module):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
-        x_BCHW = F.pad(to_map(x_BNC, grid), (0, grid.width % SIDE, 0, grid.height % SIDE))
+        x_BCHW = completed(to_map(x_BNC, grid), (0, grid.width % SIDE, 0, grid.height % SIDE))
         # torchvision has it for 32 bits and more alone
         exact = torch.promote_types(x_BCHW.dtype, torch.float32)
         parts = (x_BCHW, self.offset(x_BCHW), self.conv.weight, self.conv.bias)

@@ -7,7 +7,7 @@ Shapes: B = batch, N = H·W tokens, C = channels.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import completed, to_map, to_tokens
 
 
 def reduced(grid: tuple, stride: int = 2) -> tuple:
@@ -30,7 +30,7 @@ class PatchMerging(nn.Module):
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
         B, _, C = x_BNC.shape
         small = reduced(grid)
-        x = F.pad(x_BNC.view(B, *grid[:2], C), (0, 0, 0, grid.width % 2, 0, grid.height % 2))
+        x = completed(x_BNC.view(B, *grid[:2], C), (0, 0, 0, grid.width % 2, 0, grid.height % 2))
         x = (
             x.view(B, small.height, 2, small.width, 2, C)
             .permute(0, 1, 3, 4, 2, 5)
@@ -66,7 +66,7 @@ class ConvDownsample(nn.Module):
         self.out_norm = nn.Identity() if out_norm is None else out_norm
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
-        x_BCHW = F.pad(to_map(self.norm(x_BNC), grid), (0, grid.width % 2, 0, grid.height % 2))
+        x_BCHW = completed(to_map(self.norm(x_BNC), grid), (0, grid.width % 2, 0, grid.height % 2))
         return self.out_norm(to_tokens(self.conv(x_BCHW))), reduced(grid)
 
 

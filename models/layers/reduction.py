@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import completed, to_map, to_tokens
 
 
 class SpatialReduction(nn.Module):
@@ -51,7 +51,7 @@ class SpatialReduction(nn.Module):
         return found[0], found[1]
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
-        x_BCHW = F.pad(to_map(x_BNC, grid), (0, -grid.width % self.ratio, 0, -grid.height % self.ratio))
+        x_BCHW = completed(to_map(x_BNC, grid), (0, -grid.width % self.ratio, 0, -grid.height % self.ratio))
         return self.norm(to_tokens(self.conv(x_BCHW))), self.reduced(grid)
 
 

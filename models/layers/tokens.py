@@ -2,6 +2,10 @@
 
 import math
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from conf.errors import UserError
 from kernels.heads import to_map as to_map
 from kernels.heads import to_tokens as to_tokens
@@ -19,3 +23,8 @@ def square_side(count: int, what: str) -> int:
             f"a table for {count} {what} is resized only from a square, got no square number; resize it first"
         )
     return side
+
+
+def completed(x: Tensor, zeros: tuple[int, ...]) -> Tensor:
+    """`F.pad`, which copies all of x where there is nothing to add; in graphs a size is not asked about."""
+    return x if not torch.compiler.is_compiling() and not any(zeros) else F.pad(x, zeros)

@@ -8,7 +8,7 @@ from torch import nn
 from models.attention import Grid
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.position import ConvPosition, LearnedPosition
-from models.layers.tokens import to_map, to_tokens
+from models.layers.tokens import completed, to_map, to_tokens
 
 
 def test_tokens_of_a_map_are_row_major_after_the_prefix():
@@ -78,3 +78,9 @@ def test_conv_position_adds_to_the_map_alone():
     y = position(x, grid)
     assert torch.equal(y[:, :1], x[:, :1])
     torch.testing.assert_close(y[:, 1:], x[:, 1:] + to_tokens(position.proj(to_map(x, grid))))
+
+
+def test_a_map_is_copied_only_where_zeros_are_added():
+    x = torch.randn(1, 2, 4, 5)
+    assert completed(x, (0, 0, 0, 0)) is x
+    assert torch.equal(completed(x, (0, 1, 0, 2)), torch.nn.functional.pad(x, (0, 1, 0, 2)))
