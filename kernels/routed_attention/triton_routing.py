@@ -49,16 +49,16 @@ def _select(q, k, routes, R, C, K, scale, BM: tl.constexpr, BR: tl.constexpr, BC
         left = tl.load(q + row[:, None] * C + c[None, :], mask=(row < R)[:, None] & live[None, :], other=0.0)
         right = tl.load(k + column[None, :] * C + c[:, None], mask=live[:, None] & (column < R)[None, :], other=0.0)
         affinity += tl.dot(left.to(tl.float32) * scale, right.to(tl.float32), input_precision="ieee")
-    # ordered as integers: value first, then the lowest index; NaN counts as the largest, as in torch.sort
+    # ordered as integers; NaN counts as the largest, as in torch.sort, and the lowest integer is none of them
     affinity = tl.where(affinity == affinity, affinity, float("inf"))
     bits = tl.where(affinity == 0, 0.0, affinity).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    lowest = tl.full([BM, BR], -(2**63), tl.int64)
-    key = tl.where((column < R)[None, :], ordered * 65536 + (65535 - column)[None, :], lowest)
+    lowest = tl.full([BM, BR], -(2**31), tl.int32)
+    ordered = tl.where((column < R)[None, :], tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), lowest)
     for i in range(K):
-        best = 65535 - (tl.max(key, 1) & 65535).to(tl.int32)
+        highest = tl.max(ordered, 1)
+        best = tl.min(tl.where(ordered == highest[:, None], column[None, :], BR), 1)
         tl.store(routes + (image * R + row) * K + i, best.to(tl.int64), mask=row < R)
-        key = tl.where(column[None, :] == best[:, None], lowest, key)
+        ordered = tl.where(column[None, :] == best[:, None], lowest, ordered)
 
 
 def region_means(x: Tensor, grid: tuple[int, int], region: tuple[int, int]) -> Tensor:
