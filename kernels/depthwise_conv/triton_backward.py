@@ -157,8 +157,22 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, grid: tuple[int, in
     return _gradients_into(None, grad, x, weight, grid, None)
 
 
+def weight_gradient_of_images(grad: Tensor, x: Tensor, K: int, grid: tuple[int, int, int]) -> Tensor:
+    """The gradients (B, C, k, k) of weights that every image has of its own, in float32."""
+    partial = _launch_gradients(None, grad, x, None, K, grid, None, apart=True)
+    total = partial.unflatten(0, (len(x), len(partial) // max(1, len(x)))).sum(1)
+    return total[:, :-1].mT.unflatten(2, (K, K)).contiguous()
+
+
 def _gradients_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tensor]:
-    (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
+    C, K = x.shape[2], weight.shape[-1]
+    total = _launch_gradients(dx, grad, x, taps_table(weight), K, grid, other).sum(0)
+    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
+
+
+def _launch_gradients(dx, grad, x, taps, K: int, grid, other, *, apart: bool = False) -> Tensor:
+    """What columns and programs have summed up, (programs · across, K·K + 1, C); `apart`: each of one image."""
+    (B, _, C), (H, W, prefix) = x.shape, grid
     plan = Plan.of(grad, W, K, K + 2)
     tiles = plan.tiles(W, C)
     # as many programs as multiprocessors hold at once, by the registers that these take
@@ -168,19 +182,18 @@ def _gradients_into(dx, grad, x, weight, grid, other) -> tuple[Tensor, Tensor]:
     down = max(1, min(triton.cdiv(wanted, max(1, B)), H // 8))
     span = triton.cdiv(H, down)
     down = triton.cdiv(H, span)
-    programs = min(wanted, B * down)
+    programs = B * down if apart else min(wanted, B * down)
     grad, x = rows(grad)[:, prefix:], rows(x)[:, prefix:]
     added, to = other is not None, x if dx is None else dx[:, prefix:]
     other = rows(other)[:, prefix:] if added else to
     partial = partial_sums(x, programs * triton.cdiv(W, plan.columns), K * K + 1, C)
     launch(
-        _gradients, (programs * tiles,), grad, x, taps_table(weight), other, to, partial, B, H, W, programs, span,
+        _gradients, (programs * tiles,), grad, x, taps, other, to, partial, B, H, W, programs, span,
         grad.stride(0), *x.stride()[:2], *other.stride()[:2], *to.stride()[:2],
         K=K, C=C, ROW=grad.stride(1), BX=plan.columns, BC=plan.channels, AHEAD=plan.ahead, warps=plan.warps,
         PARTS=down > 1, INPUT=dx is not None, OTHER=added,
     )  # fmt: skip
-    total = partial.sum(0)
-    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
+    return partial
 
 
 def backward(

@@ -4,8 +4,8 @@ With a feature map φ, means over the N tokens of an image, and a depth-wise con
     focused   o = φ(q) S / (φ(q)·z + 1e-6) + conv(v),   S = mean φ(k)ᵀ v,   z = mean φ(k)
               φ(x) = ‖b‖ / ‖bᵖ‖ · bᵖ with b = (relu(x) + 1e-6) / scale, both norms over all C channels of a token
     inline    o = s q Cov(k, v) + mean v + conv(v),   Cov = mean (k - mean k)ᵀ (v - mean v)
-Features, states and quotients are in float32 for half precision. Forward moves q, k, v and o once and v once more for
-the convolution; kept for backward is, besides the input, the state and four numbers per token.
+Features, states and quotients are in float32 for half precision. Forward moves q, k, v and o once, and v and o once
+more for the convolution of "focused"; kept for backward is, besides the input, the state and four numbers per token.
 
 Source: FLatten Transformer, Han et al., ICCV 2023, arXiv:2308.00442, equations 4 to 7, where the authors' code is
 followed in its norms over C; Bridging the Divide (InLine), Han et al., NeurIPS 2024, arXiv:2412.06590, its subtraction

@@ -1,7 +1,9 @@
-"""Device functions of `kernels.linear_attention`: tokens and heads of a program, features, states, convolutions."""
+"""Device functions of `kernels.linear_attention`: tokens and heads of a program, features, products, states."""
 
 import triton
 import triton.language as tl
+
+from kernels.device.conv import widened
 
 
 @triton.jit
@@ -15,17 +17,40 @@ def place_of_program(N, span, chunks, groups, per, M):
 
 
 @triton.jit
-def load(x, n, row, c, mask):
-    return tl.load(x + n[:, None] * row + c[None, :], mask=mask, other=0.0).to(tl.float32)
+def operand(x, PRECISION: tl.constexpr):
+    """What adds up to x in a product: x itself, or with "pairs" its upper half in bfloat16 and what is left of it.
+
+    bfloat16 is its own upper half. Two of 8 bits each are more than the 11 of TF32, and take half the instructions.
+    """
+    if PRECISION == "ieee":
+        parts = (x.to(tl.float32),)
+    elif x.dtype == tl.bfloat16:
+        parts = (x,)
+    else:
+        x = x.to(tl.float32)
+        upper = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+        parts = (upper.to(tl.bfloat16), (x - upper).to(tl.bfloat16))
+    return parts
 
 
 @triton.jit
-def operand(x, PRECISION: tl.constexpr):
-    """Rounded to the 11 bits that tensor cores look at in TF32; they would cut the others off. NaN stays NaN."""
-    if PRECISION == "tf32":
-        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
-    return x
+def flipped(parts):
+    """Of every part its transpose."""
+    turned = ()
+    for i in tl.static_range(len(parts)):
+        turned += (tl.trans(parts[i]),)
+    return turned
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + the matrix product of two operands, without that of what both are short of."""
+    IP: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"  # for float32; parts in bfloat16 are exact
+    if len(a) == 2:
+        acc = tl.dot(a[1], b[0], acc, input_precision=IP)
+    if len(b) == 2:
+        acc = tl.dot(a[0], b[1], acc, input_precision=IP)
+    return tl.dot(a[0], b[0], acc, input_precision=IP)
 
 
 @triton.jit
@@ -36,20 +61,21 @@ def inverse_of(scale, c, live):
 
 @triton.jit
 def positive(x, inverse):
-    return (tl.where(x < 0.0, 0.0, x) + 1e-6) * inverse[None, :]
+    """b = (relu(x) + 1e-6) / scale."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) * inverse[None, :] + (1e-6 * inverse)[None, :]
 
 
 @triton.jit
 def _power(u, POWER: tl.constexpr):
     """u^POWER for u from 0 to 1."""
-    if POWER == 1.0:
+    if POWER == 0.0:
+        y = tl.full(u.shape, 1.0, tl.float32)
+    elif POWER == 1.0:
         y = u
     elif POWER == 2.0:
         y = u * u
     elif POWER == 3.0:
         y = u * u * u
-    elif POWER == 4.0:
-        y = u * u * (u * u)
     else:
         # the smallest constant that Triton 3.6 still takes for float32: below 2^-126 it computes in float64
         y = tl.exp2(POWER * tl.log2(tl.maximum(u, 1.2e-38)))
@@ -59,47 +85,43 @@ def _power(u, POWER: tl.constexpr):
 @triton.jit
 def focus(x, row, position, scale, stats, plane, start, stop, C: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
            POWER: tl.constexpr, POSITION: tl.constexpr):  # fmt: skip
-    """Of every token 1 / max(b) and ‖b‖ / ‖(b / max(b))^p‖: f(b) is the product of (b / max(b))^p and the latter."""
+    """Of every token s = 1 / max(b) and r = ‖s b‖ / ‖(s b)^p‖: f(b) is r (s b)^(p - 1) b."""
     c = tl.arange(0, BC)
     live = c < C
     inverse = inverse_of(scale, c, live)
     for first in range(start, stop, BP):
         n = first + tl.arange(0, BP)
         inside = (n < stop)[:, None] & live[None, :]
-        value = load(x, n, row, c, inside)
+        value = widened(tl.load(x + n[:, None] * row + c[None, :], mask=inside, other=0.0))
         if POSITION:
-            value += load(position, n, C, c, inside)
+            value += tl.load(position + n[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
         b = positive(value, inverse)
         shrink = 1.0 / tl.max(b, 1)
         u = b * shrink[:, None]
-        w = _power(u, POWER)
-        factor = tl.sqrt(tl.sum(u * u, 1) / tl.sum(w * w, 1)) / shrink
+        w = _power(u, POWER - 1.0) * u
+        ratio = tl.sqrt(tl.sum(u * u, 1) / tl.sum(w * w, 1))
         tl.store(stats + n, shrink, mask=n < stop)
-        tl.store(stats + plane + n, factor, mask=n < stop)
+        tl.store(stats + plane + n, ratio, mask=n < stop)
     tl.debug_barrier()
 
 
 @triton.jit
-def feature_of(x, inverse, stats, plane, n, there, FOCUSED: tl.constexpr, POWER: tl.constexpr):
-    """The feature of one head; "focused" gives 0 for tokens that are none."""
-    if FOCUSED:
-        shrink = tl.load(stats + n, mask=there, other=0.0)
-        factor = tl.load(stats + plane + n, mask=there, other=0.0)
-        x = _power(positive(x, inverse) * shrink[:, None], POWER) * factor[:, None]
-    return x
+def feature_of(x, inverse, stats, plane, n, there, POWER: tl.constexpr):
+    """b of one head, and its feature over b, which is 0 for tokens that are none."""
+    shrink = tl.load(stats + n, mask=there, other=0.0)
+    ratio = tl.load(stats + plane + n, mask=there, other=0.0)
+    b = positive(x, inverse)
+    return b, _power(b * shrink[:, None], POWER - 1.0) * ratio[:, None]
 
 
 @triton.jit
-def through_feature(grad, x, phi, b, pull, FOCUSED: tl.constexpr, POWER: tl.constexpr):
-    """Gradient of x from that of its feature; for "focused" also of log b.
+def through_feature(grad, x, b, slope, inverse, pull, POWER: tl.constexpr):
+    """Gradients of x and of log b, from POWER times that of the feature, which is slope · b.
 
-    pull is Σ grad·phi / ‖b‖² over all channels of the token.
+    pull is Σ gradient·feature / ‖b‖² over all channels of the token.
     """
-    log_b = grad
-    if FOCUSED:
-        log_b = POWER * phi * grad + pull[:, None] * (b * b - POWER * phi * phi)
-        grad = tl.where(x > 0.0, log_b / (x + 1e-6), 0.0)
-    return grad, log_b
+    of_b = slope * (grad - (POWER * pull)[:, None] * (slope * b)) + pull[:, None] * b
+    return tl.where(x > 0.0, of_b * inverse[None, :], 0.0), of_b * b
 
 
 @triton.jit
@@ -108,7 +130,7 @@ def state_of(state, h, D: tl.constexpr, BD: tl.constexpr, EXTRA: tl.constexpr, P
     d = tl.arange(0, BD)
     live = d < D
     state += h * (D + EXTRA) * D
-    S = load(state, d, D, d, live[:, None] & live[None, :])
+    S = tl.load(state + d[:, None] * D + d[None, :], mask=live[:, None] & live[None, :], other=0.0)
     z = tl.load(state + D * D + d, mask=live, other=0.0)
     m = z
     if EXTRA == 4:

@@ -30,11 +30,10 @@ def _fake_forward(
     B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     D = C // heads
     side = max((w.shape[-1] for w in (weight, lepe_weight) if w is not None), default=0)
-    images = (B,) if feature == "inline" else ()
     shapes = (
         (B, heads, D + (4 if feature == "inline" else 1), D),
         (4, B, N) if feature == "focused" else (0,),
-        (*images, side * side + 1, C) if side else (0,),
+        (side * side + 1, C) if side and feature == "focused" else (0,),
     )
     return qkv.new_empty(B, N, C), *(qkv.new_empty(s, dtype=torch.float32) for s in shapes)
 

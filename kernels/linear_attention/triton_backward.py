@@ -6,43 +6,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.depthwise_conv import triton_backward as depthwise_conv
-from kernels.device.conv import convolve
-from kernels.device.launch import MULTIPROCESSORS, launch, power_of_2, rows
+from kernels.device.conv import convolve, widened
+from kernels.device.launch import launch, rows
+from kernels.device.memory import load_tile, store_tile
 from kernels.linear_attention import EPS
 from kernels.linear_attention.features import (
     feature_of,
+    flipped,
     inverse_of,
-    load,
     operand,
     place_of_program,
-    positive,
+    product,
     state_of,
     through_feature,
 )
-from kernels.linear_attention.triton import constants_of, extra_rows, per_image, shares, side_of, tiles, whole
-
-
-@triton.jit
-def _query_gradient(phi, grad, S, z, eps, factor, FOCUSED: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradient of φ(q), that of φ(q) S, and minus that of φ(q) z."""
-    # S on the left, as forward if large: a warp holds some of its rows, but would hold all of a right factor
-    through = tl.trans(tl.dot(S, tl.trans(grad), input_precision=PRECISION))
-    if FOCUSED:
-        over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
-        pull = tl.sum(through * phi, 1) * over
-        through = (through - pull[:, None] * z[None, :]) * over[:, None]
-        grad *= over[:, None]
-        pull *= over
-    else:
-        through *= factor
-        grad *= factor
-        pull = tl.zeros_like(tl.sum(phi, 1))
-    return through, grad, pull
+from kernels.linear_attention.triton import constants_of, extra_rows, of_images, shares, tiles, weight_of, whole
 
 
 @triton.jit(do_not_specialize=["plane"])
 def _backward_q(
-    qkv, grad, scale, stats, state, pulls, dqkv, dstate, dscale, N, span, chunks, groups, per, batch, row, grad_batch,
+    q, grad, scale, stats, state, pulls, dq, dstate, dscale, N, span, chunks, groups, per, batch, row, grad_batch,
     grad_row, plane, eps, factor,
     M: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, FOCUSED: tl.constexpr, POWER: tl.constexpr,
     EXTRA: tl.constexpr, PRECISION: tl.constexpr,
@@ -54,62 +37,71 @@ def _backward_q(
     """
     image, chunk, start, stop, first, last = place_of_program(N, span, chunks, groups, per, M)
     C: tl.constexpr = M * D
-    q = qkv + image * batch
+    q += image * batch
     grad += image * grad_batch
-    dqkv += image * N * 3 * C
+    dq += image * N * 3 * C
     stats += image * N
     pulls += image * N
     state += image * M * (D + EXTRA) * D
     t = tl.arange(0, BT)
     d = tl.arange(0, BD)
     live = d < D
+    zero = tl.zeros([BT, BD], tl.float32)
     if FOCUSED:
         for n0 in tl.range(start, stop, BT):
             n = n0 + t
+            there = n < stop
             total = tl.zeros([BT], tl.float32)
             square = tl.zeros([BT], tl.float32)
             for h in tl.range(0, tl.minimum(groups * per, M), num_stages=1):
                 c = h * D + d
-                inside = (n < stop)[:, None] & live[None, :]
-                inverse = inverse_of(scale, c, live)
                 S, z, _unused = state_of(state, h, D, BD, EXTRA, PRECISION)
-                x = load(q, n, row, c, inside)
-                phi = feature_of(x, inverse, stats, plane, n, n < stop, FOCUSED, POWER)
-                g = load(grad, n, grad_row, c, inside)
-                _unused, g, pull = _query_gradient(phi, g, S, z, eps, factor, FOCUSED, PRECISION)
-                b = positive(x, inverse)
-                total += pull
+                x = widened(load_tile(q, n, row, c, there, live))
+                g = load_tile(grad, n, grad_row, c, there, live)
+                b, slope = feature_of(x, inverse_of(scale, c, live), stats, plane, n, there, POWER)
+                phi = slope * b
+                through = product(operand(g, PRECISION), flipped(S), zero, PRECISION)
+                over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
+                total += tl.sum(through * phi, 1) * over * over
                 square += tl.sum(b * b, 1)
-            tl.store(pulls + n, eps * total / square, mask=n < stop)
+            tl.store(pulls + n, eps * total / square, mask=there)
         tl.debug_barrier()
     for h in range(first, last):
         c = h * D + d
-        inverse = live
         if FOCUSED:
             inverse = inverse_of(scale, c, live)
         S, z, _unused = state_of(state, h, D, BD, EXTRA, PRECISION)
+        S = flipped(S)
         acc = tl.zeros([BD, BD], tl.float32)
-        below = tl.zeros([BD], tl.float32)
+        below = tl.zeros([BD], tl.float32)  # sums of a column: a sum for each token would not fit in the registers
         scales = tl.zeros([BD], tl.float32)
         for n0 in range(start, stop, BT):
             n = n0 + t
-            inside = (n < stop)[:, None] & live[None, :]
-            x = load(q, n, row, c, inside)
-            phi = feature_of(x, inverse, stats, plane, n, n < stop, FOCUSED, POWER)
-            g = load(grad, n, grad_row, c, inside)
-            if not FOCUSED:
-                below += tl.sum(g, 0)
-            dphi, g, pull = _query_gradient(phi, g, S, z, eps, factor, FOCUSED, PRECISION)
+            there = n < stop
+            x = load_tile(q, n, row, c, there, live)
+            g = load_tile(grad, n, grad_row, c, there, live)
+            through = product(operand(g, PRECISION), S, zero, PRECISION)
             if FOCUSED:
-                below -= tl.sum(pull[:, None] * phi, 0)
-            b = x
-            if FOCUSED:
-                b = positive(x, inverse)
-                pull = tl.load(pulls + n, mask=n < stop, other=0.0)
-            dx, log_b = through_feature(dphi, x, phi, b, pull, FOCUSED, POWER)
-            scales += tl.sum(log_b, 0)
-            tl.store(dqkv + n[:, None] * 3 * C + c[None, :], dx.to(dqkv.dtype.element_ty), mask=inside)
-            acc = tl.dot(tl.trans(operand(phi, PRECISION)), operand(g, PRECISION), acc, input_precision=PRECISION)
+                x = widened(x)
+                b, slope = feature_of(x, inverse, stats, plane, n, there, POWER)
+                phi = slope * b
+                over = 1.0 / (tl.sum(phi * z[None, :], 1) + eps)
+                lost = tl.sum(through * phi, 1) * over
+                pull = tl.load(pulls + n, mask=there, other=0.0)
+                through = (through - lost[:, None] * z[None, :]) * (POWER * over)[:, None]
+                through, log_b = through_feature(through, x, b, slope, inverse, pull, POWER)
+                scales += tl.sum(log_b, 0)
+                phi *= over[:, None]
+                below -= tl.sum(lost[:, None] * phi, 0)
+                left = operand(phi, PRECISION)
+            else:
+                through *= factor
+                below += tl.sum(widened(g), 0)
+                left = operand(x, PRECISION)
+            store_tile(dq, n, 3 * C, c, there, live, through)
+            acc = product(flipped(left), operand(g, PRECISION), acc, PRECISION)
+        if not FOCUSED:
+            acc *= factor
         out = dstate + ((image * chunks + chunk) * M + h) * (D + 1) * D
         tl.store(out + d[:, None] * D + d[None, :], acc, mask=live[:, None] & live[None, :])
         tl.store(out + D * D + d, below, mask=live)
@@ -119,111 +111,87 @@ def _backward_q(
 
 @triton.jit(do_not_specialize=["plane"])
 def _backward_k(
-    qkv, grad, scale, position, stats, state, dstate, taps, dqkv, dscale, N, W, H, prefix, chunks, groups, per, batch,
-    row, grad_batch, grad_row, plane, taps_batch, inverse_N,
+    k, v, grad, scale, position, stats, state, dstate, taps, pulls, dk, dv, dscale, N, W, H, prefix, span, chunks,
+    groups, per, batch, row, grad_batch, grad_row, plane, inverse_N,
     M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, FOCUSED: tl.constexpr,
     POWER: tl.constexpr, POSITION: tl.constexpr, EXTRA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values of one tile, and that of the scale."""
-    image, chunk, start, stop, first, last = place_of_program(N, BT, chunks, groups, per, M)
+    """Gradients of keys and values of a share of the tokens, and that of the scale."""
+    image, chunk, start, stop, first, last = place_of_program(N, span, chunks, groups, per, M)
     C: tl.constexpr = M * D
-    k = qkv + image * batch + C
-    v = k + C
-    grad += image * grad_batch
-    dk = dqkv + image * N * 3 * C + C
+    k += image * batch
+    v += image * batch
+    dk += image * N * 3 * C
+    dv += image * N * 3 * C
     stats += 2 * plane + image * N
+    pulls += image * N
     state += image * M * (D + EXTRA) * D
     dstate += image * M * (D + 1) * D
     if K > 0:
-        taps += image * taps_batch
-    n = start + tl.arange(0, BT)
-    there = n < stop
+        grad += image * grad_batch
+        taps += image * K * K * C
+    t = tl.arange(0, BT)
     d = tl.arange(0, BD)
     live = d < D
-    inside = there[:, None] & live[None, :]
-    pull = tl.zeros([BT], tl.float32)
+    zero = tl.zeros([BT, BD], tl.float32)
     if FOCUSED:
-        square = tl.zeros([BT], tl.float32)
-        for h in range(0, tl.minimum(groups * per, M)):
-            c = h * D + d
-            inverse = inverse_of(scale, c, live)
-            dS, dz, _unused = state_of(dstate, h, D, BD, 1, PRECISION)
-            key = load(k, n, row, c, inside)
-            if POSITION:
-                key += load(position, n, C, c, inside)
-            phi = feature_of(key, inverse, stats, plane, n, there, FOCUSED, POWER)
-            value = load(v, n, row, c, inside)
-            dphi = tl.dot(value, tl.trans(dS), input_precision=PRECISION) + dz[None, :]
-            b = positive(key, inverse)
-            pull += tl.sum(dphi * phi, 1) * inverse_N
-            square += tl.sum(b * b, 1)
-        pull /= square
+        for n0 in tl.range(start, stop, BT):
+            n = n0 + t
+            there = n < stop
+            total = tl.zeros([BT], tl.float32)
+            square = tl.zeros([BT], tl.float32)
+            for h in tl.range(0, tl.minimum(groups * per, M), num_stages=1):
+                c = h * D + d
+                dS, dz, _unused = state_of(dstate, h, D, BD, 1, PRECISION)
+                key = widened(load_tile(k, n, row, c, there, live))
+                if POSITION:
+                    key += load_tile(position, n, C, c, there, live).to(tl.float32)
+                value = load_tile(v, n, row, c, there, live)
+                b, slope = feature_of(key, inverse_of(scale, c, live), stats, plane, n, there, POWER)
+                dphi = product(operand(value, PRECISION), flipped(dS), zero, PRECISION) + dz[None, :]
+                total += tl.sum(dphi * (slope * b), 1)
+                square += tl.sum(b * b, 1)
+            tl.store(pulls + n, total / square * inverse_N, mask=there)
+        tl.debug_barrier()
     for h in range(first, last):
         c = h * D + d
-        inverse = live
+        dS, dz, _unused = state_of(dstate, h, D, BD, 1, PRECISION)
         if FOCUSED:
             inverse = inverse_of(scale, c, live)
-        dS, dz, _unused = state_of(dstate, h, D, BD, 1, PRECISION)
-        key = load(k, n, row, c, inside)
-        value = load(v, n, row, c, inside)
-        if POSITION:
-            key += load(position, n, C, c, inside)
-        if not FOCUSED:
-            _unused, k_mean, v_mean = state_of(state, h, D, BD, EXTRA, PRECISION)
-            value = operand(value - v_mean[None, :], PRECISION)
-            phi = key - k_mean[None, :]
         else:
-            phi = feature_of(key, inverse, stats, plane, n, there, FOCUSED, POWER)
-        dphi = tl.dot(value, tl.trans(dS), input_precision=PRECISION)
+            _unused, k_mean, v_mean = state_of(state, h, D, BD, EXTRA, PRECISION)
+        scales = tl.zeros([BT, BD], tl.float32)
+        for n0 in range(start, stop, BT):
+            n = n0 + t
+            there = n < stop
+            key = widened(load_tile(k, n, row, c, there, live))
+            value = load_tile(v, n, row, c, there, live)
+            if FOCUSED:
+                if POSITION:
+                    key += load_tile(position, n, C, c, there, live).to(tl.float32)
+                b, slope = feature_of(key, inverse, stats, plane, n, there, POWER)
+                phi = slope * b
+                pull = tl.load(pulls + n, mask=there, other=0.0)
+                dphi = product(operand(value, PRECISION), flipped(dS), zero, PRECISION) + dz[None, :]
+                dphi *= POWER * inverse_N
+                dkey, log_b = through_feature(dphi, key, b, slope, inverse, pull, POWER)
+                scales += log_b
+            else:
+                value = widened(value) - v_mean[None, :]
+                phi = key - k_mean[None, :]
+                dkey = product(operand(value, PRECISION), flipped(dS), zero, PRECISION) * inverse_N
+            store_tile(dk, n, 3 * C, c, there, live, dkey)
+            dvalue = product(operand(phi, PRECISION), dS, zero, PRECISION)
+            if not FOCUSED:
+                dvalue += dz[None, :]
+            dvalue *= inverse_N
+            if K > 0:
+                dvalue += convolve(
+                    grad + h * D, grad_row, taps + h * D, n, there, d, D, W, H, prefix, C, K, BT, BD, True
+                )
+            store_tile(dv, n, 3 * C, c, there, live, dvalue)
         if FOCUSED:
-            dphi += dz[None, :]
-        b = key
-        if FOCUSED:
-            b = positive(key, inverse)
-        dkey, log_b = through_feature(dphi * inverse_N, key, phi, b, pull, FOCUSED, POWER)
-        tl.store(dk + n[:, None] * 3 * C + c[None, :], dkey.to(dqkv.dtype.element_ty), mask=inside)
-        if FOCUSED:
-            log_b = tl.where(inside, log_b, 0.0)
-            tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(log_b, 0) * inverse, mask=live)
-        if BD > 64:  # read again: two forms of it at once would not fit in shared memory
-            dS, dz, _unused = state_of(dstate, h, D, BD, 1, PRECISION)
-        dvalue = tl.dot(operand(phi, PRECISION), dS, input_precision=PRECISION)
-        if not FOCUSED:
-            dvalue += dz[None, :]
-        dvalue *= inverse_N
-        if K > 0:
-            dvalue += convolve(grad + h * D, grad_row, taps + h * D, n, there, d, D, W, H, prefix, C, K, BT, BD, True)
-        tl.store(dk + n[:, None] * 3 * C + C + c[None, :], dvalue.to(dqkv.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize_on_alignment=["splits"])
-def _correlate(grad, v, partial, N, W, H, prefix, C, splits, grad_batch, grad_row, v_batch, v_row,
-               BT: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """One row of the 3×3 weight gradient of one image over a share of its tokens: (B, splits, C, 9)."""
-    dy = tl.program_id(0) % 3
-    split = tl.program_id(0) // 3 % splits
-    image = (tl.program_id(0) // 3 // splits).to(tl.int64)
-    grad += image * grad_batch
-    v += image * v_batch
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    live = c < C
-    acc0 = tl.zeros([BT, BC], tl.float32)
-    acc1 = tl.zeros([BT, BC], tl.float32)
-    acc2 = tl.zeros([BT, BC], tl.float32)
-    for n0 in range(prefix + split * BT, N, splits * BT):
-        n = n0 + tl.arange(0, BT)
-        y = (n - prefix) // W + dy - 1
-        x = (n - prefix) % W
-        there = (n < N) & (y >= 0) & (y < H)
-        near = n + (dy - 1) * W
-        g = load(grad, n, grad_row, c, there[:, None] & live[None, :])
-        acc0 += g * load(v, near - 1, v_row, c, (there & (x > 0))[:, None] & live[None, :])
-        acc1 += g * load(v, near, v_row, c, there[:, None] & live[None, :])
-        acc2 += g * load(v, near + 1, v_row, c, (there & (x < W - 1))[:, None] & live[None, :])
-    out = partial + ((image * splits + split) * C + c) * 9 + dy * 3
-    tl.store(out, tl.sum(acc0, 0).to(partial.dtype.element_ty), mask=live)
-    tl.store(out + 1, tl.sum(acc1, 0).to(partial.dtype.element_ty), mask=live)
-    tl.store(out + 2, tl.sum(acc2, 0).to(partial.dtype.element_ty), mask=live)
+            tl.store(dscale + (image * chunks + chunk) * C + c, -tl.sum(scales, 0) * inverse, mask=live)
 
 
 def backward(
@@ -236,54 +204,71 @@ def backward(
     Those of the convolutions, the last four, are empty too where none of them is `needed`.
     """
     qkv, grad = rows(qkv), rows(grad)
-    B, N, C = grad.shape
-    H, W, prefix = grid
-    D, together = C // M, feature == "focused"
-    dqkv = torch.empty(B, N, 3 * C, dtype=qkv.dtype, device=qkv.device)
-    common = constants_of(qkv, M, feature, constant) | {"EXTRA": extra_rows(feature)}
-    strides = (qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), B * N)
-    tile, tile_k = tiles("backward_q", D, N), tiles("backward_k", D, N)
-    span, chunks, groups, per = shares(B, N, M, tile["BT"], max(8 * D, 512), together)
-    chunks_k = triton.cdiv(N, tile_k["BT"])
-    partial = torch.empty(B, chunks, M, D + 1, D, dtype=torch.float32, device=qkv.device)
-    pulls = torch.empty((B, N) if together else 0, dtype=torch.float32, device=qkv.device)
-    dscale = torch.empty((B * (chunks + chunks_k), C) if together else 0, dtype=torch.float32, device=qkv.device)
-    launch(
-        _backward_q, (B * chunks * groups,), qkv, grad, scale, stats, state, pulls, dqkv, partial, dscale, N, span,
-        chunks, groups, per, *strides, EPS, constant, **common,
-        **tile,
-    )  # fmt: skip
-    dstate = partial.sum(1) if chunks > 1 else partial
-    _, _, groups, per = shares(B, N, M, tile_k["BT"], tile_k["BT"], together)
-    launch(
-        _backward_k, (B * chunks_k * groups,), qkv, grad, scale, whole(position), stats, state, dstate, taps, dqkv,
-        dscale[B * chunks :], N, W, H, prefix, chunks_k, groups, per, *strides, per_image(taps), 1 / N,
-        stages=1, K=side_of(weight, lepe_weight), POSITION=position is not None, **common, **tile_k,
-    )  # fmt: skip
-    convolutions = (weight, bias, lepe_weight, lepe_bias) if any(needed[3:]) else [None] * 4
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dscale = _token_gradients(dqkv, grad, qkv, state, stats, scale, position, weight, grid, M, feature, constant)
+    C = grad.shape[2]
     dposition = _none(qkv) if position is None else dqkv[:, :, C : 2 * C].sum(0, dtype=torch.float32)
+    parameters = (weight, bias, lepe_weight, lepe_bias)
     return (
         dqkv,
         _none(qkv) if scale is None else dscale.sum(0).to(scale.dtype),
         dposition if position is None else dposition.to(position.dtype),
-        *_weight_gradients(grad, qkv[..., 2 * C :], *convolutions, grid, feature),
+        *_through_convolution(grad, qkv[..., 2 * C :], taps, dqkv[..., 2 * C :], grid, *parameters, any(needed[3:])),
     )
+
+
+def _token_gradients(
+    dqkv: Tensor, grad: Tensor, qkv: Tensor, state: Tensor, stats: Tensor, scale: Tensor | None,
+    position: Tensor | None, weight: Tensor | None, grid: tuple[int, int, int], M: int, feature: str, constant: float,
+) -> Tensor:  # fmt: skip
+    """Writes dqkv, without what passes through a convolution that all images share; shares of the scale's gradient."""
+    (q, k, v), (dq, dk, dv) = qkv.chunk(3, -1), dqkv.chunk(3, -1)
+    (B, N, C), (H, W, prefix) = grad.shape, grid
+    D, together = C // M, feature == "focused"
+    common = constants_of(qkv, M, feature, constant) | {"EXTRA": extra_rows(feature)}
+    strides = (qkv.stride(0), qkv.stride(1), grad.stride(0), grad.stride(1), B * N)
+    tile, tile_k = tiles("backward_q", D, N), tiles("backward_k", D, N)
+    span, chunks, groups, per = shares(B, N, M, tile["BT"], max(8 * D, 512), together)
+    span_k, chunks_k, groups_k, per_k = shares(B, N, M, tile_k["BT"], 4 * tile_k["BT"], together)
+    partial = torch.empty(B, chunks, M, D + 1, D, dtype=torch.float32, device=qkv.device)
+    pulls = torch.empty((B, N) if together else 0, dtype=torch.float32, device=qkv.device)
+    dscale = torch.empty((B * (chunks + chunks_k), C) if together else 0, dtype=torch.float32, device=qkv.device)
+    launch(
+        _backward_q, (B * chunks * groups,), q, grad, scale, stats, state, pulls, dq, partial, dscale, N, span,
+        chunks, groups, per, *strides, EPS, constant, stages=1, **common, **tile,
+    )  # fmt: skip
+    dstate = partial.sum(1) if chunks > 1 else partial
+    apart = together or weight is None
+    launch(
+        _backward_k, (B * chunks_k * groups_k,), k, v, k if apart else grad, scale, whole(position), stats, state,
+        dstate, k if apart else of_images(weight), pulls, dk, dv, dscale[B * chunks :], N, W, H, prefix, span_k,
+        chunks_k, groups_k, per_k, *strides, 1 / N, stages=1, K=0 if apart else weight.shape[-1],
+        POSITION=position is not None, **common, **tile_k,
+    )  # fmt: skip
+    return dscale
 
 
 def _none(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=like.device)
 
 
-def _weight_gradients(grad, v, weight, bias, lepe_weight, lepe_bias, grid, feature: str) -> tuple[Tensor, ...]:
-    """Of weight, bias, and those of the second convolution: parts and sums over heads of one gradient per channel."""
+def _through_convolution(
+    grad: Tensor, v: Tensor, taps: Tensor, dv: Tensor, grid: tuple[int, int, int], weight: Tensor | None,
+    bias: Tensor | None, lepe_weight: Tensor | None, lepe_bias: Tensor | None, trained: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Adds to the gradient of the values; those of weight, bias, and of the second convolution.
+
+    They are parts and sums over heads of one gradient per channel; or of each image, without taps.
+    """
     parameters = (weight, bias, lepe_weight, lepe_bias)
-    if weight is None and lepe_weight is None:
-        return tuple(_none(v) for _ in parameters)
-    if feature == "inline":
-        return _dynamic_gradient(grad, v, weight, grid), _none(v), _none(v), _none(v)
-    larger = max((w for w in (weight, lepe_weight) if w is not None), key=lambda w: w.shape[-1])
-    total, total_bias = depthwise_conv.weight_gradient(grad, v, larger, grid)
-    return tuple(_none(v) if p is None else _part(total if p.dim() == 4 else total_bias, p) for p in parameters)
+    if taps.numel():
+        sums = depthwise_conv.gradients(grad, v, weight_of(taps), dv, grid, other=dv, trained=trained)
+        if trained:
+            return tuple(_none(v) if p is None else _part(sums[p.dim() < 4], p) for p in parameters)
+    elif weight is not None and trained:
+        sums = depthwise_conv.weight_gradient_of_images(grad, v, weight.shape[-1], grid)
+        return sums.to(weight.dtype), *(_none(v) for _ in parameters[1:])
+    return tuple(_none(v) for _ in parameters)
 
 
 def _part(total: Tensor, parameter: Tensor) -> Tensor:
@@ -292,19 +277,3 @@ def _part(total: Tensor, parameter: Tensor) -> Tensor:
         edge = (total.shape[-1] - parameter.shape[-1]) // 2
         total = total[:, :, edge : total.shape[-1] - edge, edge : total.shape[-1] - edge]
     return total.unflatten(0, (-1, parameter.shape[0])).sum(0).to(parameter.dtype)
-
-
-def _dynamic_gradient(grad: Tensor, v: Tensor, weight: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    B, N, C = grad.shape
-    H, W, prefix = grid
-    BC = min(128, power_of_2(C))
-    BT = 1024 // BC
-    blocks = triton.cdiv(C, BC)
-    splits = max(1, min(4 * MULTIPROCESSORS // max(1, 3 * B * blocks), triton.cdiv(N, 4 * BT)))
-    dtype = weight.dtype if splits == 1 else torch.float32
-    partial = torch.empty(B, splits, C, 9, dtype=dtype, device=grad.device)
-    launch(
-        _correlate, (3 * B * splits, blocks), grad, v, partial, N, W, H, prefix, C, splits,
-        grad.stride(0), grad.stride(1), v.stride(0), v.stride(1), BT=BT, BC=BC,
-    )  # fmt: skip
-    return (partial.sum(1).to(weight.dtype) if splits > 1 else partial).view(weight.shape)

@@ -23,8 +23,8 @@ FROZEN = {
     "aggregated, parameters": ("aggregated_attention", "one token", "parameters", {"_backward_keys"}),
     "window, bias": ("window_attention", "12x12, bias", "parameters", {"_backward_keys"}),
     "agent, qkv": ("agent_attention", 0, "activations", {"_gradients"}),
-    "focused, qkv": ("focused_linear_attention", 0, "activations", {"_gradients"}),
-    "inline, qkv": ("inline_attention", 0, "activations", {"_correlate"}),
+    "focused, qkv": ("focused_linear_attention", 0, "activations", {"_gradients, input"}),
+    "inline, qkv": ("inline_attention", 0, "activations", {"_gradients"}),
     "norm, x": ("conv_norm", 0, "activations", {"_gradients, input"}),
     "norm, parameters": ("conv_norm", 0, "parameters", {"_gradients, input"}),
 }

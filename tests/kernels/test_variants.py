@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 PARTS = {
     "agent_attention": ["_agent_gradients", "_agent_gradients", "_combine", "_gather", "_pool"],
     "channel_attention": [*["_finish_sums"] * 2, *["_part_outputs"] * 2, *["_part_sums"] * 2],
-    "inline_attention": ["_correlate"],
     "window_attention": ["_backward_whole", "_forward_whole"],
 }
 SCRIPT = """
