@@ -9,7 +9,7 @@ from kernels.depthwise_conv import triton_backward as depthwise_conv
 from kernels.device.launch import launch, rows
 from kernels.device.memory import load_rows, store_rows
 from kernels.device.softmax import LOG2E, row_products
-from kernels.routed_attention.triton import Plan, all_cells, are_open, listed, open_regions, own_tile, place_of_program
+from kernels.routed_attention.triton import Plan, all_cells, listed, own_tile, place_of_program
 from kernels.routed_attention.triton_batched import query_gradients_batched
 
 
@@ -119,7 +119,11 @@ def _differentiate_dense(
     image = (tl.program_id(0) // M).to(tl.int64)
     head = tl.program_id(0) % M
     token, inside, _ahead = all_cells(0, H, W, R, GW, h, w, BM)
-    word = open_regions(routes + image * R * K, tl.arange(0, BM) // (h * w), R, K, BR, BK)
+    region = tl.arange(0, BM) // (h * w)
+    word = tl.zeros([BM], tl.int64)
+    for i in range(K):  # row by row, for the registers: two programs fit a multiprocessor of sm_90
+        target = tl.load(routes + (image * R + region) * K + i, mask=region < R, other=0)
+        word = word | (tl.full([BM], 1, tl.int64) << target)
     qkv += image * qkv_batch
     d_qkv += image * H * W * d_row
     q = load_rows(qkv + head * DQ, token, qkv_row, inside, DQ, BQ)
@@ -134,7 +138,8 @@ def _differentiate_dense(
         # loaded in every step to free registers, which an A100 would spill
         norm = tl.load(lse + (image * M + head) * H * W + token, mask=inside, other=0.0)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale - norm[:, None])
-        p = tl.where(are_open(word, start, ahead, h, w), p, 0.0)
+        here = (word >> (start // (h * w))).to(tl.int32)
+        p = tl.where((here[:, None] >> ahead[None, :]) & 1 != 0, p, 0.0)
         dv = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
         store_rows(d_qkv + 2 * qk_dim + head * DV, other, d_row, there, dv, DV, BV)
         ds = (p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])).to(k.dtype)
