@@ -21,6 +21,7 @@ KNOWN = {
     ("_state", "stats", STORED_ALIKE): _SHARED,
     ("_output", "stats", STORED_ALIKE): _SHARED,
     ("_backward_q", "pulls", STORED_ALIKE): _SHARED,
+    ("_backward_k", "pulls", STORED_ALIKE): _SHARED,
 }
 
 
