@@ -307,7 +307,6 @@ class Plan:
             "GW": triton.cdiv(W, w), "h": h, "w": w, "DQ": DQ, "DV": DV, "BM": BM, "BN": BN, "BQ": power_of_2(DQ),
             "BV": power_of_2(DV), "PRECISION": precision(qkv.dtype),
         }  # fmt: skip
-        self.routes_of_dense = {"R": self.R, "K": self.K, "BR": power_of_2(self.R), "BK": power_of_2(self.K, least=2)}
 
     def lists(self, *, backward: bool) -> list:
         """Where each group of regions is routed to, and, for the backward pass, from where."""
@@ -345,7 +344,8 @@ def forward(
         tokens = plan.R * region[0] * region[1]
         launch(
             _attend_dense, (B * heads * triton.cdiv(tokens, BM),), *tensors, plan.scale * LOG2E.value, *grid, heads,
-            qk_dim, *strides, **plan.routes_of_dense, **plan.constants, BT=min(BN, power_of_2(tokens % BN or BN)),
+            qk_dim, *strides, R=plan.R, K=plan.K, BR=power_of_2(plan.R), BK=power_of_2(plan.K, least=2),
+            **plan.constants, BT=min(BN, power_of_2(tokens % BN or BN)),
             FOLD=plan.scale > 0, warps=plan.warps, stages=1, maxnreg=plan.registers,
         )  # fmt: skip
     elif plan.J:

@@ -112,9 +112,9 @@ def _differentiate(
 @triton.jit
 def _differentiate_dense(
     grad, qkv, out, lse, d_qkv, routes, scale, H, W, M, qk_dim, grad_batch, grad_row, qkv_batch, qkv_row, d_row,
-    out_row, R: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, GW: tl.constexpr, h: tl.constexpr,
-    w: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr,
+    out_row, R: tl.constexpr, K: tl.constexpr, GW: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    DQ: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // M).to(tl.int64)
     head = tl.program_id(0) % M
@@ -170,7 +170,7 @@ def backward(
     if plan.dense:
         launch(
             _differentiate_dense, (qkv.shape[0] * heads,), *tensors, plan.scale, *grid, heads, qk_dim, *strides,
-            **plan.routes_of_dense, **plan.constants, warps=plan.warps, stages=1, maxnreg=plan.registers,
+            R=plan.R, K=plan.K, **plan.constants, warps=plan.warps, stages=1, maxnreg=plan.registers,
         )  # fmt: skip
     else:
         launch(
