@@ -16,13 +16,13 @@ eq. 2 to 6. Where the authors' code is followed: prefix tokens are no agents, an
 output projection.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.agent_attention.register import attend
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 from kernels.heads import heads_to_map, map_to_heads, merge_heads, split_heads
+from kernels.precision import is_written_out
 
 WHO = "agent_attention"
 MOST_AGENTS = 256
@@ -132,8 +132,7 @@ def attend_through(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """Written out where PyTorch has no fused kernel, on a CPU with a bias that learns: less work than what it does."""
-    if q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+    if is_written_out(q, bias):
         return ((q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 

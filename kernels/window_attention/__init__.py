@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels import windows
 from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
 from kernels.heads import merge_heads, split_heads
+from kernels.precision import is_written_out
 from kernels.window_attention.register import attend
 
 WHO = "window_attention"
@@ -88,7 +89,7 @@ def definition(
         mask_RTT: of the R windows of a map: bool, True where a pair may attend, or numbers that are added.
         scale: of the logits; None for D^-1/2.
     """
-    if q_WMTD.device.type == "cpu" and bias_MTT is not None and bias_MTT.requires_grad and torch.is_grad_enabled():
+    if is_written_out(q_WMTD, bias_MTT):
         return _written_out(q_WMTD, k_WMTD, bias_MTT, mask_RTT, scale) @ v_WMTD
     added = added_to_logits(q_WMTD, bias_MTT, mask_RTT)
     return F.scaled_dot_product_attention(q_WMTD, k_WMTD, v_WMTD, added, scale=scale)
@@ -97,11 +98,7 @@ def definition(
 def _written_out(
     q_WMTD: Tensor, k_WMTD: Tensor, bias_MTT: Tensor, mask_RTT: Tensor | None, scale: float | None
 ) -> Tensor:
-    """The weights (W, M, T, T).
-
-    PyTorch has no fused kernel on a CPU where the bias learns; what it does instead scales queries and keys, looks for
-    rows that see nothing, and takes a bias and a mask as one tensor of all windows.
-    """
+    """The weights (W, M, T, T), with bias and mask added one after the other, never as one tensor of all windows."""
     scale = q_WMTD.shape[-1] ** -0.5 if scale is None else scale
     logits = (q_WMTD * scale) @ k_WMTD.mT + bias_MTT.to(q_WMTD.dtype)
     if mask_RTT is not None:

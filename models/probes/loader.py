@@ -21,6 +21,7 @@ from conf import values
 from data.augment import Augment
 from data.dataset import Samples
 from data.order.sampler import Draw
+from data.sources.formats import image_of
 from data.sources.imagefolder import FolderSplit, ImageFolder
 from data.transforms import Evaluation, EvaluationTransform, TrainTransform
 from models.probes import Report
@@ -106,7 +107,7 @@ def _ways(split: FolderSplit, size: int, scale: tuple[float, float]) -> dict[str
     usual, of_tensors = v2.Compose([*cut, v2.PILToTensor()]), v2.Compose(cut)
 
     def pillow(place: int) -> Tensor:
-        with Image.open(split.path(place)) as image:
+        with image_of(split.path(place)) as image:
             return usual(image.convert("RGB"))
 
     def torchvision(place: int) -> Tensor:
