@@ -162,12 +162,13 @@ def _mostly_open(routes_BRK: Tensor, q_WTC: Tensor) -> bool:
 def _masked(q_WTC: Tensor, k_WSC: Tensor, v_WSC: Tensor, routes_BRK: Tensor, num_heads: int, scale: float) -> Tensor:
     """What `definition` computes, region by region as it comes, with -inf for the pairs that no route joins."""
     (B, R, K), T, S = routes_BRK.shape, q_WTC.shape[1], k_WSC.shape[1]
-    (q,), (k,), (v,) = (split_heads(t.reshape(B, -1, t.shape[2]), 1, num_heads) for t in (q_WTC, k_WSC, v_WSC))
+    maps = (t.reshape(B, R * t.shape[1], t.shape[2]) for t in (q_WTC, k_WSC, v_WSC))
+    (q,), (k,), (v,) = (split_heads(t_BNC, 1, num_heads) for t_BNC in maps)
     mask = None
     if K < R:
         closed = torch.full((B, R, R), float("-inf"), dtype=q.dtype, device=q.device).scatter(-1, routes_BRK, 0.0)
         mask = closed[:, None, :, None, :, None].expand(B, 1, R, T, R, S).reshape(B, 1, R * T, R * S)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, mask, scale=scale)).reshape(B * R, T, -1)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, mask, scale=scale)).reshape(B * R, T, v_WSC.shape[2])
 
 
 def gathered(x_WSC: Tensor, routes_BRK: Tensor, weights_BRK: Tensor | None = None) -> Tensor:
