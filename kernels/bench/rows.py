@@ -81,7 +81,6 @@ class Row:
         checks = [
             ("official forward", faster("official", "forward"), t.forward),
             ("official training", faster("official", "training"), t.training),
-            ("compiled", faster("official compiled", "training"), t.compiled),
             ("pytorch", faster("pytorch", "training"), t.pytorch),
             ("memory", 1 / memory if memory else None, 1 / t.memory if t.memory else None),
             ("bandwidth", share, t.bandwidth),

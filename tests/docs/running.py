@@ -124,7 +124,7 @@ def _small(target: str, given: list[str], block: Block) -> list[str]:
     if any(word.startswith(LOOKING) for word in given) or given[:1] in (["list"], ["doctor"], ["probe=benchmark"]):
         return []
     added = [word for mark in block.marked("add ") for word in mark.split()]
-    if block.marked("status "):
+    if block.marked("status ") or "probe=loader" in given:  # which has no model and no batch
         return added
     if target == "train.py":
         return [*SMALL, *SHORT, *added]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.bench import command
+from kernels.bench import command, targets
 from kernels.bench.calls import call_of
 from kernels.bench.checking import problems
 from kernels.bench.counting import Counted, count
 from kernels.bench.environment import Budget
 from kernels.bench.report import Report, timed_table
 from kernels.bench.rows import counted_row, timed_row
-from kernels.bench.targets import TARGETS, Target, target_of
+from kernels.bench.targets import Target, caps_of_stages, target_of
 from kernels.bench.timing import Ceilings, Spread, measure
 from kernels.operation import Cost, Operation
 
@@ -273,24 +273,34 @@ def test_choices_may_differ_where_rounding_decides_and_nowhere_else():
 # Targets
 
 
-def test_targets_are_of_operations_and_stages_that_exist():
-    for name, targets in TARGETS.items():
-        stages = OPERATIONS[name].stages
-        assert all(any(text in stage for stage in stages) for text, _ in targets), name
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_targets_are_of_stages_that_exist_and_no_single_images(name):
+    """If stages have changed: python -m kernels.compile --caps."""
+    batches = {stage: shape["batch"] for stage, shape in OPERATIONS[name].stages.items()}
+    known = caps_of_stages().get(name, {})
+    assert known and set(known) <= {stage for stage, batch in batches.items() if batch > 1}
+    for stage, batch in batches.items():
+        assert (target_of(name, stage, batch) is None) == (stage not in known)
 
 
-def test_targets_depend_on_the_stage_and_leave_out_single_images():
-    assert str(target_of("routed_attention", "224 px stage 1", 128)) == (
-        "official 8/15, compiled 4, memory 1/5, bandwidth 60%"
-    )
-    assert str(target_of("routed_attention", "1024 px stage 1", 2)) == "official -/20, compiled 4, memory 1/30"
-    assert target_of("routed_attention", "224 px stage 1", 1) is None
+def test_no_target_is_above_what_full_issue_leaves_room_for():
+    for stages in caps_of_stages().values():
+        for caps in stages.values():
+            assert 0 < caps["bandwidth"] <= 0.85 and caps["bandwidth"] <= caps["cap"] <= 1
+
+
+def test_targets_are_the_caps_of_a_stage_and_leave_out_single_images(monkeypatch):
+    caps = {"bandwidth": 0.4, "cap": 0.6, "official forward": 8.0, "official training": 15.0, "memory": 0.2}
+    monkeypatch.setattr(targets, "caps_of_stages", lambda: {"op": {"224 px": caps}})
+    assert str(target_of("op", "224 px", 128)) == "official 8/15, memory 1/4.5, bandwidth 40%"
+    assert target_of("op", "224 px", 1) is None
+    assert target_of("op", "9 px", 128) is None
     assert target_of("doubled", "224 px", 128) is None
 
 
 def test_what_misses_its_target_is_named():
     row = row_of(operation_of())
-    row.target = Target(forward=2, training=4, memory=1 / 3, compiled=2)
+    row.target = Target(forward=2, training=4, memory=1 / 3)
     assert row.missed(CEILINGS) == ["official training 2 < 4", "memory 1 < 3"]
 
 
