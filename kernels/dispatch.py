@@ -108,3 +108,23 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)
+
+
+def check_neighbors(who: str, qkv: Tensor, grid: tuple[int, ...], heads: int) -> None:
+    """That a packed projection (B, N, 3C) is that of a map whose tokens see their neighbours.
+
+    Raises:
+        ValueError: prefix tokens, another map, or another width than that of the heads.
+    """
+    if len(grid) > 2 and grid[2]:
+        raise ValueError(
+            f"{who}: a neighbourhood has no prefix tokens, got {grid[2]}; pass the tokens of the map alone"
+        )
+    if qkv.dim() != 3 or qkv.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{who}: qkv must be (B, {grid[0]}*{grid[1]}, 3C), got {tuple(qkv.shape)}; pass the grid of this map"
+        )
+    if heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * heads):
+        raise ValueError(
+            f"{who}: qkv must be 3 x heads x head width wide, got {qkv.shape[2]} for {heads} heads; project to 3C"
+        )

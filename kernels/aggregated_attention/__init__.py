@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.aggregated_attention.constants import EPSILON
 from kernels.aggregated_attention.register import PARAMETERS, attend
-from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.dispatch import autocast, check_head_dim, check_neighbors, check_tensors, is_fused
 from kernels.heads import gated, merge_heads, split_heads
 from kernels.precision import full_precision, wide
 
@@ -141,18 +141,7 @@ def inside_map(grid: tuple[int, ...], window: int, device: torch.device) -> Tens
 def _check(
     qkv: Tensor, kv_pool: Tensor, parameters: tuple[Tensor | None, ...], grid: tuple[int, ...], heads: int, window: int
 ) -> None:
-    if len(grid) > 2 and grid[2]:
-        raise ValueError(
-            f"{WHO}: a neighbourhood has no prefix tokens, got {grid[2]}; pass the tokens of the map alone"
-        )
-    if qkv.dim() != 3 or qkv.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"{WHO}: qkv must be (B, {grid[0]}*{grid[1]}, 3C), got {tuple(qkv.shape)}; pass the grid of this map"
-        )
-    if heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * heads):
-        raise ValueError(
-            f"{WHO}: qkv must be 3 x heads x head width wide, got {qkv.shape[2]} for {heads} heads; project to 3C"
-        )
+    check_neighbors(WHO, qkv, grid, heads)
     B, N, D = *qkv.shape[:2], qkv.shape[2] // (3 * heads)
     if kv_pool.dim() != 3 or kv_pool.shape[0] != B or kv_pool.shape[2] != 2 * heads * D or not kv_pool.shape[1]:
         raise ValueError(

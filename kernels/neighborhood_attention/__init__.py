@@ -18,7 +18,7 @@ Shapes: B = batch, N = H·W tokens in row-major order, C = M·D channels, M = he
 import torch
 from torch import Tensor
 
-from kernels.dispatch import autocast, check_head_dim, check_tensors, is_fused
+from kernels.dispatch import autocast, check_head_dim, check_neighbors, check_tensors, is_fused
 from kernels.heads import merge_heads, split_heads
 from kernels.neighborhood_attention.register import attend
 from kernels.neighborhood_attention.rule import keys_along
@@ -128,18 +128,7 @@ def _are_windows(grid: tuple[int, ...], kernel: Pair, stride: Pair, dilation: Pa
 def _check(
     qkv: Tensor, grid: tuple[int, ...], heads: int, kernel: Pair, stride: Pair, dilation: Pair, rpb: Tensor | None
 ) -> None:
-    if len(grid) > 2 and grid[2]:
-        raise ValueError(
-            f"{WHO}: a neighbourhood has no prefix tokens, got {grid[2]}; pass the tokens of the map alone"
-        )
-    if qkv.dim() != 3 or qkv.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"{WHO}: qkv must be (B, {grid[0]}*{grid[1]}, 3C), got {tuple(qkv.shape)}; pass the grid of this map"
-        )
-    if heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * heads):
-        raise ValueError(
-            f"{WHO}: qkv must be 3 x heads x head width wide, got {qkv.shape[2]} for {heads} heads; project to 3C"
-        )
+    check_neighbors(WHO, qkv, grid, heads)
     for name, pair in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError(f"{WHO}: {name} must be two numbers of at least 1, got {pair}; give one for each axis")
