@@ -44,9 +44,15 @@ def main() -> None:
 
 
 def _reap(children: dict[int, str]) -> None:
-    """Writes the status of every child that has ended; a killed one has that of its signal, negative."""
+    """Writes the status of every child that has ended; a killed one has that of its signal, negative.
+
+    A child that ends meanwhile calls this once more inside of it: whichever is first has the status.
+    """
     for child in list(children):
-        done, status = os.waitpid(child, os.WNOHANG)
+        try:
+            done, status = os.waitpid(child, os.WNOHANG)
+        except ChildProcessError:
+            continue
         if done:
             place = Path(children.pop(child))
             place.with_suffix(".new").write_text(str(os.waitstatus_to_exitcode(status)))
