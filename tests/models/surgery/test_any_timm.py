@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from models import create_model, list_models
 from models.adapters.lora import lora
+from models.benchmark import partners
 from models.callbacks.freezing import Freezing
+from models.checkpoints import convert, load_weights
 from models.reparam import fold
 from models.surgery.any_timm import fitted
 from models.tasks.base import _optimizer
@@ -36,6 +38,24 @@ def test_it_is_timms_model_with_its_names():
     assert model.no_weight_decay() == plain.no_weight_decay() and "timm" not in list_models()
     for alike in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(alike(IMAGES), logits) and type(alike) is type(model)
+
+
+@pytest.mark.full
+@torch.no_grad()
+@pytest.mark.parametrize("ours", partners.USUAL)
+def test_a_file_gives_the_same_logits_as_timms_model_and_as_ours(ours, tmp_path):
+    torch.manual_seed(0)
+    plain = timm.create_model(partners.TIMM[ours], num_classes=7)
+    for parameter in plain.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    save_file(plain.state_dict(), tmp_path / "theirs.safetensors")
+    weights, size = load_weights(tmp_path / "theirs.safetensors"), plain.default_cfg["input_size"][-1]
+    theirs = create_model(f"timm/{partners.TIMM[ours]}", num_classes=7, image_size=size).eval()
+    theirs.load_state_dict(weights)
+    mine = create_model(ours, num_classes=7, image_size=size).eval()
+    mine.load_state_dict(convert(weights, ours, num_classes=7, image_size=size))
+    images = torch.randn(1, 3, size, size)
+    torch.testing.assert_close(mine(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
 def test_settings_reach_timm():
