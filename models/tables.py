@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +62,14 @@ def probe_sections() -> str:
 
 
 def family_table() -> str:
-    """Markdown, one line per paper: its families with the number of their models, and the range of parameters."""
+    """Markdown, two papers in a line: families with the number of their models, and the range of parameters."""
     by_paper: dict[str, dict[str, dict[str, dict]]] = {}
     for family, rows in _by_family().items():
         by_paper.setdefault(_paper(next(iter(rows.values()))), {})[family] = rows
-    head = ("paper", "families, and how many models", "parameters (M)")
-    return _table(head, (_paper_row(*papers) for papers in by_paper.items()))
+    rows = [_paper_row(*papers) for papers in by_paper.items()]
+    half = (len(rows) + 1) // 2
+    pairs = zip_longest(rows[:half], rows[half:], fillvalue=("", "", ""))
+    return _table(("paper", "families, and how many models", "parameters (M)") * 2, (a + b for a, b in pairs))
 
 
 def model_sections() -> str:
