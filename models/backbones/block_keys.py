@@ -134,7 +134,7 @@ def _not_parallel(block: nn.Module) -> str:
     """Why a block cannot be wired in parallel; "" where it can."""
     if not isinstance(block, Block):
         return f"{type(block).__name__} is no block of two branches with a norm of their own"
-    if block.post_norm:
+    if block.post_norm or block.branch_norm:
         return "the norms of its blocks stand behind the branches"
     if block.mlp is None or block.mlp_position is not None:
         return "its blocks have no MLP, or a position encoding between attention and MLP"

@@ -22,9 +22,10 @@ from models.layers.position import ConvPosition
 class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
 
-    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)); where `parallel` is set, x + mix(norm(x)) +
-    mlp(norm(x)), see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at` names: what
-    comes out of the mixer or of the MLP, or the block's output.
+    With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)); with `branch_norm` x + scale(norm(mix(x))), then
+    x + scale(norm(mlp(x))), as in Swin V2 (arXiv:2111.09883); where `parallel` is set, x + mix(norm(x)) + mlp(norm(x)),
+    see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at` names: what comes out of the
+    mixer or of the MLP, or the block's output.
 
     Args:
         dim: channels C.
@@ -37,6 +38,7 @@ class Block(nn.Module):
         position, mlp_position: modules `(x, grid) -> x` in front of the two branches, e.g. `ConvPosition`, or None.
         mlp_kernel: side of a depth-wise convolution inside the MLP, see `ConvMlp`; 0 for none.
         post_norm: norms after the residual sums.
+        branch_norm: norms at the ends of the branches, before their scales.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Block(nn.Module):
         mlp_position: nn.Module | None = None,
         mlp_kernel: int = 0,
         post_norm: bool = False,
+        branch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.post_norm, self.mlp_kernel = post_norm, mlp_kernel
+        self.post_norm, self.branch_norm, self.mlp_kernel = post_norm, branch_norm, mlp_kernel
         self.position, self.mlp_position = position, mlp_position
         self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=norm_eps), mixer, scale(dim, layer_scale)
         self.reads_stream = mixer.reads_stream
@@ -78,7 +81,7 @@ class Block(nn.Module):
         stream = {"stream_BNC": x} if self.reads_stream else {}
         mixed = self.attn(y, grid, **stream, **given(self.attn, carry))
         mixed, *kept = gated(self, "mixer", mixed.x, grid, mixed.losses, handed(self.attn, mixed, carry))
-        x = x + self.drop_path(self.scale1(mixed))
+        x = x + self.drop_path(self.scale1(self.norm1(mixed) if self.branch_norm else mixed))
         if self.post_norm:
             x = self.norm1(x)
         if self.mlp is None:
@@ -87,17 +90,18 @@ class Block(nn.Module):
             parallel = self.parallel  # then there is neither a position nor a norm between the branches
             x, y = (x, self.norm2(start)) if parallel else self._positioned(x, grid, self.mlp_position, self.norm2)
             hidden, *kept = gated(self, "mlp", self.mlp(y, grid) if self.mlp_kernel else self.mlp(y), grid, *kept)
-            x = x + self.drop_path(self.scale2(hidden))
+            x = x + self.drop_path(self.scale2(self.norm2(hidden) if self.branch_norm else hidden))
             x = self.norm2(x) if self.post_norm else x
         x, losses, on = gated(self, "block", x, grid, *kept)
         return (x, losses) if carry is None else (x, losses, on)
 
     def _positioned(self, x: Tensor, grid: tuple, position: nn.Module | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The tokens with their position, and what goes into a branch: these, or normalised first."""
-        if isinstance(position, ConvPosition) and type(norm) is nn.LayerNorm and not self.post_norm:
+        behind = self.post_norm or self.branch_norm
+        if isinstance(position, ConvPosition) and type(norm) is nn.LayerNorm and not behind:
             return position.with_norm(x, grid, norm)
         x = x if position is None else position(x, grid)
-        return x, (x if self.post_norm else norm(x))
+        return x, (x if behind else norm(x))
 
 
 class Stage(nn.Module):
