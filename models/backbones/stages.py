@@ -1,9 +1,13 @@
-"""Backbones of which some stages have attention: what each stage gets, and how many heads."""
+"""Stages: what each gets where only some have attention, how many heads, and those of equal depth."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
 
 from conf.errors import UserError
 from models.attention import AttentionFactory
+from models.layers.block import Stage
 
 
 def whole_heads(who: str, dim: int, head_dim: int) -> int:
@@ -39,3 +43,9 @@ def per_stage(
             f"{list(chosen)}, got {len(attention)} entries with mechanisms for {given}; change either list"
         )
     return list(attention)
+
+
+def quarters(blocks: Sequence[nn.Module]) -> nn.ModuleList:
+    """Four stages of equal depth, of a backbone with one map: a pyramid taps it behind each."""
+    taps = [round(len(blocks) * i / 4) for i in range(5)]
+    return nn.ModuleList(Stage(list(blocks[a:b])) for a, b in pairwise(taps))

@@ -6,7 +6,6 @@ Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from models.attention import AttentionFactory, Grid, Site, build
 from models.backbones.base import Backbone, check_counts, pair
 from models.backbones.classifier import classifier, init_weights
-from models.layers.block import Block, Stage, drop_path_rates
+from models.backbones.stages import quarters
+from models.layers.block import Block, drop_path_rates
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.position import LearnedPosition
 
@@ -60,8 +60,7 @@ class ViT(Backbone):
             for mixer, rate in zip(build(attention, sites), rates, strict=True)
         ]
         self.stem = TokenStem(PatchEmbed(in_channels, dim, patch_size), dim, grid)
-        taps = [round(depth * i / 4) for i in range(5)]
-        self.stages = nn.ModuleList(Stage(blocks[a:b]) for a, b in pairwise(taps))
+        self.stages = quarters(blocks)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = classifier(dim, num_classes)
         self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [grid] * 4
