@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from models.attention import Grid
 from models.backbones.furnish import PLACES, furnish
+from models.layers.block import Stage
 from models.layers.pooled import Pool, Pooled
 from models.layers.tokens import to_map
 
@@ -60,8 +61,9 @@ class Trunk(nn.Module, metaclass=Furnished):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block in the backward pass: less memory, about a third more time."""
-        for stage in self.stages:
-            stage.gradient_checkpointing = enabled
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.gradient_checkpointing = enabled
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that never decay besides biases and norms.
@@ -130,6 +132,11 @@ class Backbone(Trunk):
         """Whether `forward` has a loss more when it is given the labels."""
         return self.pooling is not None and self.pooling.learns_from_labels
 
+    @property
+    def pooled_grid(self) -> Grid:
+        """The map that is pooled at the training resolution, with the tokens in front of it."""
+        return self.grids[-1]
+
     @overload
     def forward(
         self, images: Tensor, return_losses: Literal[False] = False, labels: Tensor | None = None
@@ -146,8 +153,7 @@ class Backbone(Trunk):
         Those of the pool are among these; one with classifiers of its own trains them by labels (B,) or (B, K).
         """
         maps, losses = self._forward_stages(images)
-        x_BNC, grid = maps[-1]
-        logits, of_pool = self.classify_with_losses(self.norm(x_BNC), grid, labels)
+        logits, of_pool = self.classify_with_losses(*self.finished(*maps[-1]), labels)
         return (logits, stacked(losses) | of_pool) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:
@@ -156,8 +162,11 @@ class Backbone(Trunk):
         They are normalised where the norm of the family stands before the pooling (not in ConvNeXt and DaViT).
         """
         maps, losses = self._forward_stages(images)
-        x_BNC, grid = maps[-1]
-        return self.norm(x_BNC), grid, stacked(losses)
+        return (*self.finished(*maps[-1]), stacked(losses))
+
+    def finished(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """What is pooled, of the tokens that the last stage gives."""
+        return self.norm(x_BNC), grid
 
     def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Logits (B, num_classes) from what `forward_tokens` gives."""

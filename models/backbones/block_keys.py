@@ -13,12 +13,13 @@ from conf.errors import UserError
 from models.layers.activation import GATED, made, named, swiglu
 from models.layers.adaptive_block import AdaptiveBlock
 from models.layers.block import Block
+from models.layers.class_attention import ClassBlock
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 
-BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock)
+BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
@@ -71,7 +72,8 @@ def set_norm(model: nn.Module, kind: str) -> None:
     who = type(model).__name__
     _check(who, "norm", kind, tuple(NORMS))
     found = 0
-    for module in (*_blocks(model), *model.stages, model):
+    between = (getattr(block, "mlp_position", None) for block in _blocks(model))
+    for module in (*_blocks(model), *between, *model.stages, model):
         for name in (*OF_BLOCKS, "head_norm"):
             norm = getattr(module, name, None)
             if type(norm) in (*NORMS.values(), TokenBatchNorm):
@@ -126,7 +128,7 @@ def set_downsample(model: nn.Module, kind: str) -> None:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    for stage in model.stages:
+    for stage in (*model.stages, *filter(None, [getattr(model, "class_stage", None)])):
         yield from (module for module in stage.modules() if isinstance(module, BLOCKS))
 
 

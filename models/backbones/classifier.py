@@ -36,7 +36,7 @@ def put_pool_and_head(
         head: makes a head of (features, number of classes).
 
     Raises:
-        ValueError: the model is no classifier, or the pool brings a head of its own.
+        ValueError: the model is no classifier, its class attention has no use, or the pool brings a head of its own.
     """
     chosen = [name for name, part in (("pool", pool), ("head", head)) if part is not None]
     if not chosen:
@@ -45,7 +45,8 @@ def put_pool_and_head(
     dim, num_classes = model.channels[-1], getattr(model.head, "out_features", 0)
     width, own = dim, None
     if pool is not None:
-        model.pooling = pool(dim, model.grids[-1], num_classes)
+        model.pooling = pool(dim, model.pooled_grid, num_classes)
+        _check_used(model)
         width, own = model.pooling.out_dim, model.pooling.own_head(num_classes)
     if own is not None and head is not None:
         raise UserError(
@@ -67,4 +68,13 @@ def _check_classifies(model: nn.Module, what: str) -> None:
         raise UserError(
             f"{what}: it is part of a model that names the class of an image, got {type(model).__name__}, which "
             f"generates images; leave {what}= out, or choose another model"
+        )
+
+
+def _check_used(model: nn.Module) -> None:
+    """Refuses a pool of the map behind class attention, which makes of it what a class token asks for."""
+    if getattr(model, "class_stage", None) is not None and model.pooling.reads_map:
+        raise UserError(
+            f"pool: the class attention of {type(model).__name__} ends in a class token, got "
+            f"{type(model.pooling).__name__}, which reads the map; set model.class_token=false"
         )

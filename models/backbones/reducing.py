@@ -39,8 +39,9 @@ def put_reducers(model: nn.Module, reducer: Callable[..., Reducer | None] | None
 
 def _check(block: nn.Module, where: str) -> None:
     """Refuses a block that does something with the map."""
-    parts = {"attention": block.attn, "gate": getattr(block, "gate", None)}
-    for name, part in parts.items():
+    places = {"attn": "attention", "gate": "gate", "position": "position", "mlp_position": "position"}
+    for place, name in places.items():
+        part = getattr(block, place, None)
         if part is not None and not getattr(part, "ignores_grid", False):
             raise UserError(
                 f"reducer: behind it tokens make up no map, which the {name} needs, got it in {where}; {FIX}"

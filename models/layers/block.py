@@ -170,8 +170,8 @@ def scale(dim: int, initial: float | None) -> nn.Module:
     return nn.Identity() if initial is None else LayerScale(dim, init_values=initial)
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """From 0 at the first block to `rate` at the last, linearly."""
+def drop_path_rates(rate: float, depth: int, *, constant: bool = False) -> list[float]:
+    """From 0 at the first block to `rate` at the last, linearly; or `constant`, the same for all."""
     if isinstance(rate, str) or not 0 <= rate < 1:
         raise UserError(f"drop_path: must be a probability in [0, 1), got {rate!r}; set model.drop_path")
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+    return [rate] * depth if constant else [rate * i / max(depth - 1, 1) for i in range(depth)]

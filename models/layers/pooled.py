@@ -41,11 +41,13 @@ class Pool(nn.Module):
         undecayed: names of its parameters without weight decay, such as queries.
         learns_from_labels: whether `Pooled.logits` are to be trained.
         has_weights: whether it gives `Pooled.weights`.
+        reads_map: whether it reads the tokens of the map, or those in front of it alone.
     """
 
     undecayed: tuple[str, ...] = ()
     learns_from_labels = False
     has_weights = True
+    reads_map = True
 
     def __init__(self, out_dim: int) -> None:
         super().__init__()

@@ -1,9 +1,12 @@
 """Sines and cosines of numbers: the fixed position table of a map, and the features of a timestep.
 
 Source: Attention Is All You Need, Vaswani et al., 2017, arXiv:1706.03762, section 3.5; on maps as in MAE, He et al.,
-CVPR 2022, arXiv:2111.06377, and DiT, Peebles & Xie, ICCV 2023, arXiv:2212.09748, whose columns come before the rows.
+CVPR 2022, arXiv:2111.06377, and DiT, Peebles & Xie, ICCV 2023, arXiv:2212.09748, whose columns come before the rows;
+projected: the code of XCiT, El-Nouby et al., NeurIPS 2021, arXiv:2106.09681.
 Shapes: B = batch, N = H·W tokens, C = channels.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +66,31 @@ class FixedPosition(Resizable, nn.Module):
     def resized(self, name: str, value: Tensor) -> Tensor:
         """The table of this module in place of that of another map."""
         return position_table(*self.grid[:2], self.sinusoid.shape[2], value.device)
+
+
+class ProjectedPosition(nn.Module):
+    """Adds a Linear of sines and cosines of the place on the map, as a share of its sides, so that any map will do.
+
+    Row and column, counted from 1, over the side and times 2π are the angles; sines and cosines take turns, and the
+    rows come first.
+
+    Args:
+        dim: channels C.
+        count: frequencies of each axis.
+    """
+
+    def __init__(self, dim: int, count: int = 16) -> None:
+        super().__init__()
+        self.count, self.proj = count, nn.Linear(4 * count, dim)
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
+        rows, columns = (self._waves(side, x_BNC.device) for side in grid[:2])
+        shape = (*grid[:2], 2 * self.count)
+        waves_HWF = torch.cat([rows[:, None].expand(shape), columns[None].expand(shape)], dim=-1)
+        return x_BNC + self.proj(waves_HWF.flatten(0, 1).to(self.proj.weight.dtype))
+
+    def _waves(self, side: int, device: torch.device) -> Tensor:
+        """(side, 2·count) in float32."""
+        places = torch.arange(1, side + 1, dtype=torch.float32, device=device) / (side + 1e-6) * 2 * math.pi
+        angles = places[:, None] * frequencies(self.count, torch.float32, device)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)

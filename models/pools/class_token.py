@@ -24,6 +24,7 @@ class ClassToken(Pool):
     """
 
     has_weights = False
+    reads_map = False
 
     def __init__(self, dim: int, grid: Grid, num_classes: int) -> None:
         if not grid.prefix:

@@ -79,6 +79,11 @@ def followed(who: str, model: nn.Module, stages: str, stochastic: bool = False, 
         raise UserError(f"{who}: {type(model).__name__} has no attention; choose e.g. model=vit_tiny")
     if getattr(model, "reducers", None) is not None:
         raise UserError(f"{who}: the tokens that are left make up no map, got a reducer; choose a model without one")
+    if getattr(model, "class_stage", None) is not None:
+        raise UserError(
+            f"{who}: behind the last layer class attention reads the map, which is not followed, got "
+            f"{type(model).__name__}; choose e.g. probe=normgrad, or a model with class_token=false"
+        )
     names = list(mixers) if stages == "all" else _on_the_last_map(mixers)
     for name in names:
         if (lack := _lack(mixers[name], stochastic)) is not None:
