@@ -122,6 +122,7 @@ SMALL = {
         "attention.routed_heads=2",
         *PIXELS,
     ),
+    "xcit/nano_12_p16_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "dit/s_2_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *PIXELS),
 }
 

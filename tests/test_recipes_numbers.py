@@ -25,7 +25,7 @@ from tests.compositions import compose_once
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
 NAMES = [name for name in recipes.names() if name.endswith("_in1k")]  # published; the others are ours
-PAPERS = ("agent", "biformer", "davit", "dit", "flatten", "inline", "moh")
+PAPERS = ("agent", "biformer", "davit", "dit", "flatten", "inline", "moh", "xcit")
 FIXED = {"_convert_", "attention", "image_size", "in_channels", "num_classes"}  # of what every model is given
 IMAGES = 1_281_167  # for training, in ImageNet-1k
 
@@ -120,6 +120,20 @@ moh/transnext_small_75      224 128   0.001   1e-06   1e-05    300  0  5  0.05  
 moh/transnext_small_80      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.7
 moh/transnext_base_50       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.7
 moh/transnext_base_75       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.9
+xcit/large_24_p16           224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.25     24  224     0.99996 82.9
+xcit/large_24_p8            224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.25     24  224     0.99996 84.4
+xcit/medium_24_p16          224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.15     24  224     0.99996 82.7
+xcit/medium_24_p8           224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.15     24  224     0.99996 83.7
+xcit/nano_12_p16            224 128   0.001   1e-06   1e-05    400  0  5  0.05    -    0     12  224     0.99996 69.9
+xcit/nano_12_p8             224 128   0.001   1e-06   1e-05    400  0  5  0.05    -    0     12  224     0.99996 73.8
+xcit/small_12_p16           224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.05     12  224     0.99996 82.0
+xcit/small_12_p8            224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.05     12  224     0.99996 83.4
+xcit/small_24_p16           224 128   0.001   1e-06   1e-05    400  0  5  0.05    -  0.1     24  224     0.99996 82.6
+xcit/small_24_p8            224 128   0.001   1e-06   1e-05    400  0  5  0.05    -  0.1     24  224     0.99996 83.9
+xcit/tiny_12_p16            224 128   0.001   1e-06   1e-05    400  0  5  0.05    -    0     12  224     0.99996 77.1
+xcit/tiny_12_p8             224 128   0.001   1e-06   1e-05    400  0  5  0.05    -    0     12  224     0.99996 79.7
+xcit/tiny_24_p16            224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.05     24  224     0.99996 79.4
+xcit/tiny_24_p8             224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.05     24  224     0.99996 81.9
 """
 
 # FID of 50,000 samples, thousands of steps before them, and the scale of their guidance. The rest is alike.
@@ -254,7 +268,7 @@ def test_fine_tuning_names_what_it_starts_from():
 
 # Learning rates
 
-LATE = ("biformer/", "moh/")
+LATE = ("biformer/", "moh/", "xcit/")
 
 
 def rates(name: str, epochs: list[float]) -> list[float]:
@@ -276,7 +290,8 @@ def rates(name: str, epochs: list[float]) -> list[float]:
 def test_learning_rates(name):
     """Linear from warmup_lr to lr, then a cosine to min_lr that began at the start, then the cooldown at min_lr.
 
-    BiFormer's and MoH's change after each epoch, one epoch late; the last of 300 epochs has the rate of epoch 298.
+    BiFormer's, MoH's and XCiT's change after each epoch, one epoch late; the last of 300 epochs has the rate of epoch
+    298.
     """
     row, late = ROWS[name], int(name.startswith(LATE))
 
@@ -317,7 +332,10 @@ def test_drop_path_of_every_block(name):
     row = ROWS[name]
     dropping = [module.drop_path for module in model_of(name).modules() if hasattr(module, "drop_path")]
     found = [getattr(drop, "drop_prob", 0.0) for drop in dropping]
-    assert found == pytest.approx([row.path * i / (row.blocks - 1) for i in range(row.blocks)])
+    if name.startswith("xcit/"):  # the same everywhere, and once more for what lies between two branches
+        assert found == [row.path] * (2 * row.blocks)
+    else:
+        assert found == pytest.approx([row.path * i / (row.blocks - 1) for i in range(row.blocks)])
 
 
 # Decayed although their names end in "bias" or "scale", or they are tables; by paper and backbone.
@@ -335,10 +353,12 @@ DECAYED = {
     "flatten/cswin": FOCUS,
     "inline/pvt": {"position.table"},
     "moh/transnext": {"core.learnable_tokens", "core.learnable_bias"},
+    "xcit/xcit": {"core.temperature"},
 }
 SPARED = {
     "deit": {"stem.class_token", "position.table"},
     "swin": {"bias.table"},
+    "xcit": {"downsample.class_token"},
     "transnext": {"core.query_embedding", "core.relative_pos_bias_local", "core.temperature"},
 }
 SPARED_MATRICES = {"transnext": {"cpb_fc1.weight", "cpb_fc2.weight"}}
@@ -355,7 +375,8 @@ def test_weight_decay(name):
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {decay[id(p)] for p in trained.values()} == {0.0, row.decay}
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
-    family = next((f for f in ("deit", "cswin", "swin", "pvt_v2", "pvt", "transnext") if f in name), "")
+    families = ("deit", "cswin", "swin", "pvt_v2", "pvt", "transnext", "xcit")
+    family = next((f for f in families if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
     assert {last_two(key) for key in tables & spared} == SPARED.get(family, set())
@@ -388,16 +409,16 @@ def test_training_images(name):
     assert augment.erase_mixed == (paper == "davit")
     assert (augment.erasing, augment.cutmix, augment.mix_probability, augment.switch_probability) == (0.25, 1, 1, 0.5)
     assert augment.mixup == (0 if "token_labels" in name else 0.8)
-    assert augment.repeated == (3 if paper in ("biformer", "moh") else 1)
+    assert augment.repeated == (3 if paper in ("biformer", "moh", "xcit") else 1)
     assert cfg.task.token_weight == (0.5 if "token_labels" in name else 0)
 
 
 @EVERY
 def test_evaluation_images(name):
-    """The shorter side (BiFormer, DaViT, MoH), or both, to the published number of pixels, bicubic; then the centre."""
+    """The shorter side (BiFormer, DaViT, MoH, XCiT), or both, to the published number of pixels, bicubic; then the centre."""
     (cfg, _), row = composed(name), ROWS[name]
     transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
-    squashes = name.partition("/")[0] not in ("biformer", "davit", "moh")
+    squashes = name.partition("/")[0] not in ("biformer", "davit", "moh", "xcit")
     assert transform.target == [row.side] * (2 if squashes else 1) and transform.mode == InterpolationMode.BICUBIC
     assert transform(Image.new("RGB", (640, 480))).shape == (3, row.px, row.px)
     assert list(cfg.data.mean) == [0.485, 0.456, 0.406] and list(cfg.data.std) == [0.229, 0.224, 0.225]

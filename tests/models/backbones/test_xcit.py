@@ -171,9 +171,7 @@ def test_a_pool_of_the_map_goes_without_class_attention():
 
 def test_what_class_attention_reads_is_not_followed():
     softmax = create_model("xcit_32px", attention="softmax")
-    with pytest.raises(
-        ValueError, match=r"rollout: behind the last layer class attention reads .*, got XCiT; choose"
-    ):
+    with pytest.raises(ValueError, match=r"rollout: behind the last layer class attention reads .*, got XCiT; choose"):
         followed("rollout", softmax, "last", stochastic=True)
     assert len(followed("rollout", create_model("xcit_32px", "softmax", class_token=False), "last")) == 4
 
