@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from conf.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +45,14 @@ class Axes:
     Attributes:
         pattern: of their name.
         theirs: one letter per axis, in their order; a `1` is an axis of length one that ours lacks.
-        ours: the same letters in our order.
+        ours: the same letters in our order; two in brackets are one axis here, the second one running faster: "(hw)m".
+        flipped: letters of axes that run the other way there.
     """
 
     pattern: str
     theirs: str
     ours: str
+    flipped: str = ""
 
     def take(self, value: Tensor) -> Tensor:
         """Their value as ours; as it is when it has other axes than expected."""
@@ -57,16 +62,34 @@ class Axes:
             return value
         letters = self.theirs.replace("1", "")
         sides = [side for axis, side in zip(self.theirs, value.shape, strict=True) if axis != "1"]
-        return value.reshape(sides).permute([letters.index(axis) for axis in self.ours])
+        value = self._turned(value.reshape(sides)).permute([letters.index(axis) for axis in "".join(self._groups)])
+        for place, group in enumerate(self._groups):
+            value = value.flatten(place, place + 1) if len(group) == 2 else value
+        return value
 
     def give(self, value: Tensor) -> Tensor:
-        """Our value as theirs."""
-        letters = self.theirs.replace("1", "")
-        value = value.permute([self.ours.index(axis) for axis in letters])
+        """Our value as theirs.
+
+        Raises:
+            ValueError: an axis that is two of theirs is no square.
+        """
+        for place, group in reversed(list(enumerate(self._groups))):
+            value = value.unflatten(place, (_side(value.shape[place]),) * 2) if len(group) == 2 else value
+        value = self._turned(value.permute(["".join(self._groups).index(axis) for axis in self.theirs if axis != "1"]))
         for place, axis in enumerate(self.theirs):
             if axis == "1":
                 value = value.unsqueeze(place)
         return value.contiguous()
+
+    @property
+    def _groups(self) -> list[str]:
+        """The letters of each of our axes."""
+        return [group.strip("()") for group in re.findall(r"\(\w\w\)|\w", self.ours)]
+
+    def _turned(self, value: Tensor) -> Tensor:
+        """A value with their axes, flipped: the same both ways."""
+        letters = self.theirs.replace("1", "")
+        return value.flip([letters.index(axis) for axis in self.flipped]) if self.flipped else value
 
 
 @dataclass(frozen=True)
@@ -148,6 +171,17 @@ class Layout:
     def shape_of(self, part: Part, ours: torch.Size) -> tuple[int, ...]:
         """The shape that a weight of theirs must have once it is taken."""
         return tuple(ours) if part.of == 1 else (ours[0] * part.share // part.of, *ours[1:])
+
+
+def _side(numbers: int) -> int:
+    """The side of the square that an axis stands for."""
+    side = math.isqrt(numbers)
+    if side * side != numbers:
+        raise UserError(
+            f"export: two axes of theirs that are one here must be equally long, got {numbers} numbers, no square; "
+            "choose square images and windows"
+        )
+    return side
 
 
 def _block(name: str) -> tuple[int, int] | None:
