@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import Grid
-from models.layers.mbconv import MBConv, MBConvBlock, init_convolutions
+from models.layers.mbconv import Form, MBConv, MBConvBlock, SameConv2d, init_convolutions
 from models.layers.tokens import to_map, to_tokens
 
 torch.manual_seed(0)
@@ -43,3 +43,26 @@ def test_weights_start_with_the_variance_of_the_fan_out(groups):
     init_convolutions(conv)
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 64 / groups)) ** 0.5, rel=0.15)
     assert (conv.bias == 0).all()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 6), (1, 2)])
+def test_zeros_are_those_of_tensorflow(size):
+    """Enough for ceil(side / 2) outputs, of which the smaller half stands in front."""
+    conv, x = SameConv2d(3, 4), torch.randn(2, 3, *size)
+    zeros = []
+    for side in reversed(size):
+        total = max((-(-side // 2) - 1) * 2 + 3 - side, 0)
+        zeros += [total // 2, total - total // 2]
+    torch.testing.assert_close(conv(x), F.conv2d(F.pad(x, zeros), conv.weight, conv.bias, stride=2))
+    assert conv(x).shape[2:] == (-(-size[0] // 2), -(-size[1] // 2))
+
+
+def test_a_form_changes_pooling_activations_norms_and_padding():
+    form = Form(average=True, act=nn.ReLU, squeeze_act=nn.SiLU, norm_eps=1e-3, norm_momentum=0.01, same=True)
+    block, x = MBConv(8, 8, stride=2, form=form).eval(), torch.randn(2, 8, 5, 6)
+    assert [type(layer) for layer in block.body[3:7]] == [nn.ReLU, SameConv2d, nn.BatchNorm2d, nn.ReLU]
+    assert isinstance(block.body[7].act, nn.SiLU)
+    assert {(m.eps, m.momentum) for m in block.modules() if isinstance(m, nn.BatchNorm2d)} == {(1e-3, 0.01)}
+    pooled = F.avg_pool2d(x, 2, ceil_mode=True)
+    torch.testing.assert_close(pooled[:, :, 2, 0], x[:, :, 4, :2].mean(-1))
+    torch.testing.assert_close(block(x), pooled + block.body(x))
