@@ -81,7 +81,7 @@ class Hierarchical(Backbone, ABC):
         self.grids = [Grid(*cells(pair(image_size), stride)) for stride in self.strides]
         self.grids[-1] = self.grids[-1]._replace(prefix=self.last_prefix)
         # The weights that a seed gives go by what is made first: mixers, then blocks, then the rest.
-        places = self._places(attention, depths, num_heads, drop_path)
+        places = self._places(attention, pair(image_size), depths, num_heads, drop_path)
         of_stages = groupby(places, key=lambda place: place.site.stage)
         parts = {"stages": nn.ModuleList(self.stage(s, list(of_stage)) for s, of_stage in of_stages)}
         parts["stem"] = self.stem_of(in_channels)
@@ -137,14 +137,15 @@ class Hierarchical(Backbone, ABC):
     def _places(
         self,
         attention: AttentionFactory | Sequence[AttentionFactory | None],
+        image_size: tuple[int, int],
         depths: Sequence[int],
         num_heads: Sequence[int],
         drop_path: float,
     ) -> list[Slot]:
         """Every block in order, its mixer, and its drop path rate, which grows linearly from 0 at the first."""
+        of_all = {"positioned": self.positioned, "image_size": image_size}
         options = [
-            {"positioned": self.positioned, "measured_in": self.trained_on and cells(self.trained_on, stride)}
-            for stride in self.strides
+            of_all | {"measured_in": self.trained_on and cells(self.trained_on, stride)} for stride in self.strides
         ]
         sites = [
             Site(dim, num_heads[s], self.grids[s], s, block, depths[s], self.kind, **options[s])

@@ -53,7 +53,8 @@ class ViT(Backbone):
         super().__init__()
         check_counts("ViT", patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
         grid = Grid(*cells(pair(image_size), patch_size), prefix=int(class_token))
-        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit") for block in range(depth)]
+        image = pair(image_size)
+        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", image_size=image) for block in range(depth)]
         rates = drop_path_rates(drop_path, depth)
         blocks = [
             Block(dim, mixer, mlp_ratio=mlp_ratio, drop_path=rate, layer_scale=layer_scale)

@@ -33,6 +33,7 @@ class Site(NamedTuple):
     positioned: bool = False  # whether the blocks of the backbone encode positions by convolution themselves
     head_dim: int | None = None  # D where it is not C / M: the inner width M·D then differs from C
     measured_in: tuple[int, int] | None = None  # the map whose distances position biases measure; None: `grid`
+    image_size: tuple[int, int] | None = None  # pixels that the backbone is built for; None: it is given no images
 
 
 class Mixed(NamedTuple):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
 from models.attention import Grid, Mixer, Site
@@ -45,6 +46,56 @@ def test_tokens_see_their_window_or_their_grid(block: int) -> None:
     near, spread = torch.zeros(8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)
     near[:4, :4] = spread[1::2, 1::2] = True
     assert torch.equal(seen, spread if block else near)
+
+
+@torch.no_grad()
+def test_a_grid_is_the_windows_of_the_permuted_map() -> None:
+    torch.manual_seed(0)
+    grid = Grid(8, 12)
+    window, dilated = ours(0, grid), ours(1, grid)
+    dilated.load_state_dict(window.state_dict())
+    x = torch.randn(2, 96, 32)
+    order = torch.arange(96).view(4, 2, 4, 3).permute(1, 0, 3, 2)  # cell and place in it exchanged along both axes
+    order = order.reshape(8, 12).flatten()
+    expected = torch.empty_like(x)
+    expected[:, order] = window(x[:, order], grid).x
+    torch.testing.assert_close(dilated(x, grid).x, expected)
+
+
+def test_a_window_and_a_grid_connect_every_pair_of_tokens() -> None:
+    torch.manual_seed(0)
+    grid = Grid(8, 8)
+    x = torch.randn(1, 64, 32, requires_grad=True)
+    ours(1, grid)(ours(0, grid)(x, grid).x, grid).x[0, 20].sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [0, 1])
+def test_four_times_the_tokens_cost_four_times_as_much(block: int) -> None:
+    costs = []
+    for side in (16, 32):
+        with FlopCounterMode(display=False) as counter:
+            ours(block, Grid(side, side))(torch.randn(1, side * side, 32), Grid(side, side))
+        costs.append(counter.get_total_flops())
+    assert costs[1] == 4 * costs[0] > 0
+
+
+@pytest.mark.parametrize(("image", "side"), [((224, 224), (7, 7)), ((384, 512), (12, 16)), ((16, 70), (1, 2))])
+@pytest.mark.parametrize("block", [0, 1])
+def test_auto_is_the_image_over_32(block: int, image: tuple[int, int], side: tuple[int, int]) -> None:
+    site = Site(32, 4, Grid(64, 64), 0, block, 2, "hierarchical", image_size=image)
+    assert multi_axis(site, size="auto").window == side
+
+
+def test_auto_needs_an_image() -> None:
+    site = Site(32, 4, Grid(8, 8), 0, 0, 2, "hierarchical")
+    with pytest.raises(ValueError, match=r"size=auto needs the image's size, which this .*; set attention.layout.size"):
+        multi_axis(site, size="auto")
+    with pytest.raises(
+        ValueError, match=r"multi_axis: size must be one of auto, got 'all'; set attention.layout.size to"
+    ):
+        multi_axis(site, size="all")
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ def test_the_class_token_decides():
 def test_sites_and_pyramid_at_any_depth(recorder, depth):
     model = ViT(recorder, (32, 40), 5, patch_size=8, dim=16, depth=depth, num_heads=2)
     assert [site.block for site in recorder.sites] == list(range(depth))
-    assert {site._replace(block=0) for site in recorder.sites} == {Site(16, 2, Grid(4, 5, 1), 0, 0, depth, "vit")}
+    assert {site._replace(block=0) for site in recorder.sites} == {
+        Site(16, 2, Grid(4, 5, 1), 0, 0, depth, "vit", image_size=(32, 40))
+    }
     assert sum(len(stage.blocks) for stage in model.stages) == depth
     assert [m.shape for m in model.forward_pyramid(torch.randn(1, 3, 32, 40))] == [(1, 16, 4, 5)] * 4
