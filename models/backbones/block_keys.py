@@ -73,7 +73,7 @@ def set_norm(model: nn.Module, kind: str) -> None:
     _check(who, "norm", kind, tuple(NORMS))
     found = 0
     between = (getattr(block, "mlp_position", None) for block in _blocks(model))
-    for module in (*_blocks(model), *between, *model.stages, model):
+    for module in (*_blocks(model), *between, *model.stages, model, getattr(model, "head_norm", None)):
         for name in (*OF_BLOCKS, "head_norm"):
             norm = getattr(module, name, None)
             if type(norm) in (*NORMS.values(), TokenBatchNorm):
