@@ -2,7 +2,7 @@
 
 `make test` has every attention in a hierarchical backbone and in one of another kind, in turn, and four attentions that
 differ in what a backbone notices in every backbone, on wide images; `make test-all` has these on square images too, and
-the other pairs on wide ones. `python tests/test_pairs.py` prints the matrix.
+a step of the other pairs on wide ones. `python tests/test_pairs.py` prints the matrix.
 """
 
 import sys
@@ -39,8 +39,13 @@ def chosen(model: str, attention: str) -> list:
 PAIRS = [pytest.param(m, a, id=f"{m}-{a}", marks=chosen(m, a)) for m in MODELS for a in list_attentions()]
 QUICK = [pair for pair in PAIRS if not pair.marks]
 # a wide map finds what takes height for width; most tests use square ones, so of these there are few here
-IN_SHAPES = [pytest.param((*pair.values, "wide"), id=f"{pair.id}-wide", marks=pair.marks) for pair in PAIRS]
-IN_SHAPES += [pytest.param((*pair.values, "square"), id=f"{pair.id}-square", marks=pytest.mark.full) for pair in QUICK]
+WIDE = [pytest.param((*pair.values, "wide"), id=f"{pair.id}-wide", marks=pair.marks) for pair in PAIRS]
+SQUARE = [pytest.param((*pair.values, "square"), id=f"{pair.id}-square", marks=pytest.mark.full) for pair in QUICK]
+every_pair = pytest.mark.parametrize("net", WIDE + SQUARE, indirect=True, scope="module")
+# resolutions and batches are the business of mechanisms or of backbones, each of which is here
+quick_pairs = pytest.mark.parametrize(
+    "net", [pair for pair in WIDE if not pair.marks] + SQUARE, indirect=True, scope="module"
+)
 OTHERS = {(32, 64): (48, 40), (32, 32): (40, 96)}  # the resolution at run time of models for these
 
 
@@ -49,12 +54,13 @@ def make(model: str, attention: str, shape: str, **settings):
     return create_model(model, attention, image_size=SHAPES[shape], num_classes=5, **settings)
 
 
-@pytest.fixture(scope="module", params=IN_SHAPES)
+@pytest.fixture(scope="module")
 def net(request):
     model, attention, shape = request.param
     return make(model, attention, shape), SHAPES[shape]
 
 
+@every_pair
 def test_one_step_reaches_every_parameter(net):
     model, shape = net
     model.train()
@@ -65,12 +71,14 @@ def test_one_step_reaches_every_parameter(net):
     assert not missing
 
 
+@quick_pairs
 @torch.no_grad()
 def test_another_resolution_at_run_time(net):
     model, shape = net
     assert model.eval()(torch.randn(2, 3, *OTHERS[shape])).isfinite().all()
 
 
+@quick_pairs
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_mix(net):
     model, shape = net
