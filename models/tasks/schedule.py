@@ -68,7 +68,7 @@ def check_schedule(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: an unknown schedule or interval, or a value of a wrong type or range.
     """
-    for name in (*EPOCHS, "warmup_lr", "min_lr"):
+    for name in (*EPOCHS, "warmup_lr", "min_lr", "decay_rate"):
         if settings.get(name) is not None:
             check_number("schedule", name, settings[name])
     if settings.get("sched", "cosine") not in SCHEDULES:

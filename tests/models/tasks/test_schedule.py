@@ -164,6 +164,7 @@ def test_a_run_can_be_limited_by_its_steps_alone():
     [
         ({"interval": "batch"}, r"schedule: interval must be one of step, epoch, got 'batch'; set schedule.interval"),
         ({"late_epochs": -1}, r"schedule: late_epochs must be a number of at least 0, got -1; set schedule.late_epoch"),
+        ({"decay_rate": "a tenth"}, r"schedule: decay_rate must be a number of at least 0, got 'a tenth'"),
         ({"late_epochs": True}, r"schedule: late_epochs must be a number of at least 0, got True"),
         (
             {"interval": "epoch", "warmup_epochs": 2.5},
