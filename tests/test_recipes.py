@@ -111,6 +111,7 @@ SMALL = {
     "davit/tiny_in1k": (*TINY, "model.num_heads=[1,1,2,2]"),
     "agent/deit_tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "agent/swin_tiny_in1k": (*TINY, HEADS),
+    "ecanet/50_in1k": ("model.dims=[16,32,64,128]", *TINY[1:]),
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),
     "inline/cswin_tiny_in1k": ("model.dims=[16,32,64,128]", "model.num_heads=[2,4,8,16]", *TINY[1:]),

@@ -25,7 +25,7 @@ from tests.compositions import compose_once
 
 GOLDENS = Path(__file__).parent / "goldens" / "recipes"
 NAMES = [name for name in recipes.names() if name.endswith("_in1k")]  # published; the others are ours
-PAPERS = ("agent", "biformer", "davit", "dit", "flatten", "inline", "moh", "xcit")
+PAPERS = sorted({name.partition("/")[0] for name in NAMES})
 FIXED = {"_convert_", "attention", "image_size", "in_channels", "num_classes"}  # of what every model is given
 IMAGES = 1_281_167  # for training, in ImageNet-1k
 
@@ -154,6 +154,11 @@ SAMPLED = {
     "moh/dit_xl_2_90_guided_in1k": (2.94, 7000, 1.25),
 }
 
+# Top-1 of ResNets trained with SGD in stairs, BangguWu/ECANet at b332f6b. The rest is alike.
+STAIRS = {
+    f"ecanet/{depth}_in1k": top1 for depth, top1 in ((18, 70.92), (34, 74.21), (50, 77.42), (101, 78.65), (152, 78.92))
+}
+
 
 def _rows() -> dict[str, Row]:
     found = {}
@@ -182,7 +187,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def test_the_recipes_are_the_published_ones():
-    assert sorted([*ROWS, *SAMPLED]) == NAMES
+    assert sorted([*ROWS, *SAMPLED, *STAIRS]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -422,6 +427,31 @@ def test_evaluation_images(name):
     assert transform.target == [row.side] * (2 if squashes else 1) and transform.mode == InterpolationMode.BICUBIC
     assert transform(Image.new("RGB", (640, 480))).shape == (3, row.px, row.px)
     assert list(cfg.data.mean) == [0.485, 0.456, 0.406] and list(cfg.data.std) == [0.229, 0.224, 0.225]
+
+
+# Stairs
+
+
+@pytest.mark.parametrize("name", STAIRS)
+def test_a_recipe_in_stairs(name):
+    """SGD without Nesterov's correction, a tenth of the rate after 30, 60 and 90 of 100 epochs; everything decays."""
+    (cfg, _), target = composed(name), recipes.load(name).target
+    assert set(target) == {"paper", "source", "metric", "value", "tolerance", "images", "status"}
+    assert (target.paper, target.metric, target.value) == ("arXiv:1910.03151", "val/top1", STAIRS[name])
+    assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch, cfg.trainer.max_epochs) == (224, 32, 256, 100)
+    found = rates(name, [0, 29.9, 30, 59.9, 60, 89.9, 90, 99.9])
+    assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+    assert (cfg.task.label_smoothing, cfg.callbacks.ema, cfg.trainer.gradient_clip_val) == (0.0, None, None)
+    settings = {key: value for key, value in OmegaConf.to_container(cfg.optimizer).items() if value is not None}
+    settings.pop("reference_batch")
+    optimizer = create_optimizer_v2(model_of(name), **settings)
+    assert type(optimizer) is torch.optim.SGD
+    assert {(g["weight_decay"], g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(1e-4, 0.9, False)}
+    crop, mirror = TrainTransform(Augment.build(OmegaConf.to_container(cfg.augment)), 224, cfg.data.mean).steps
+    assert (crop.scale, crop.interpolation, mirror.p) == ((0.08, 1.0), InterpolationMode.BILINEAR, 0.5)
+    evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
+    transform = EvaluationTransform(evaluation, 224)
+    assert (transform.target, transform.mode) == ([256], InterpolationMode.BILINEAR)
 
 
 # Diffusion

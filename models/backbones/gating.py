@@ -1,4 +1,7 @@
-"""Where a gate goes: into every block with a mixer, behind the mixer, behind the MLP or behind the block."""
+"""Where a gate goes: into every block with a place for it, behind the mixer, behind the MLP or behind the block.
+
+Blocks with a mixer have one, and those of a ResNet, where "behind the mixer" is the end of the branch.
+"""
 
 from collections.abc import Callable
 
@@ -13,16 +16,17 @@ PLACES = ("mixer", "mlp", "block")
 
 
 def put_gates(model: nn.Module, gate: Callable[[Site], Gate] | None, at: str | None = None) -> None:
-    """A gate in every block that has a place for it; it knows the site of the mixer of the block.
+    """A gate in every block that has a place for it; it knows the site of the mixer of the block, or its `gate_site`.
 
     Args:
         model: a backbone.
-        gate: makes the gate of a site; None for none.
+        gate: makes the gate of a site; None for the `branch_gate` of the model, if it has one.
         at: one of `PLACES`; None for the place that the gate says.
 
     Raises:
         ValueError: no gate, another place, no block that has it, or one line per site that the gate refuses.
     """
+    gate = getattr(model, "branch_gate", None) if gate is None else gate
     if gate is None and at is None:
         return
     if at is not None:
@@ -32,10 +36,11 @@ def put_gates(model: nn.Module, gate: Callable[[Site], Gate] | None, at: str | N
     blocks = [block for stage in model.stages for block in stage.blocks if hasattr(block, "gate_at")]
     problems, placed = [], []
     for block in blocks:
+        site = getattr(block, "gate_site", None) or block.attn.site
         try:
-            made = _made(gate, block.attn.site)
+            made = _made(gate, site)
         except Refused as refusal:
-            problems.append((block.attn.site, refusal))
+            problems.append((site, refusal))
             continue
         place = at or made.at
         if place != "mlp" or block.mlp is not None:

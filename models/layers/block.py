@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
+from models.layers.downsample import reduced
 from models.layers.gated import Carry, carries, gated, given, handed
 from models.layers.mlp import ConvMlp
 from models.layers.position import ConvPosition
@@ -107,6 +108,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks in a row, after an optional module `(x, grid) -> (x, grid)` that changes resolution and channels.
 
+    A block may do that too: one with a `stride` above 1 leaves a map whose sides are divided by it, rounded up.
     `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations. What is given
     besides tokens and map goes to every block, `carry` from one to the next of those that carry.
     """
@@ -127,6 +129,8 @@ class Stage(nn.Module):
             run = partial(recomputed, block) if recompute else block
             x, loss, *carried = run(x, grid, *given, **named)
             losses.append(loss)
+            if (stride := getattr(block, "stride", 1)) > 1:
+                grid = reduced(grid, stride)
             on = carried[0] if carried else on
         return (x, grid, losses) if carry is None else (x, grid, losses, on)
 

@@ -34,6 +34,7 @@ class Site(NamedTuple):
     head_dim: int | None = None  # D where it is not C / M: the inner width M·D then differs from C
     measured_in: tuple[int, int] | None = None  # the map whose distances position biases measure; None: `grid`
     image_size: tuple[int, int] | None = None  # pixels that the backbone is built for; None: it is given no images
+    stride: int = 1  # of the map behind this place against `grid`; what is no `Mixer.strided` is pooled behind it
 
 
 class Mixed(NamedTuple):
@@ -135,6 +136,7 @@ class Mixer(nn.Module):
         row_stochastic: whether its rows sum to one, on maps that nothing completes to whole windows.
         adds: whether it gives more than `attend`, such as a convolution beside weights times values.
         ignores_grid: whether its result depends on the tokens alone, however they are laid out.
+        strided: whether it gives the smaller map itself, at a site with a `stride`.
     """
 
     accepts = Accepts()
@@ -148,6 +150,7 @@ class Mixer(nn.Module):
     row_stochastic = False
     adds = False
     ignores_grid = False
+    strided = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
         super().__init__()

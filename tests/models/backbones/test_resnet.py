@@ -1,0 +1,183 @@
+"""ResNets: equal to timm's with the same weights, gates and all; which blocks mix tokens; what is refused."""
+
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import EcaModule
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor
+
+from conf import families
+from models import create_model
+from models.attention import Grid
+from models.backbones.resnet import places
+from models.checkpoints import convert, export
+from models.checkpoints.conversion import source_of
+from tests.models.backbones import oracle
+
+# parameters and multiply-adds (G) of timm's ResNet with EcaModule, counted by PyTorch's counter
+PUBLISHED = {
+    "resnet_50": (25_557_032, 4.089),
+    "ecanet_18": (11_689_556, 1.814),
+    "ecanet_34": (21_797_744, 3.664),
+    "ecanet_50": (25_557_112, 4.089),
+    "ecanet_101": (44_549_317, 7.802),
+    "ecanet_152": (60_193_042, 11.514),
+}
+CHANNELS = (16, 32, 48, 64)
+KERNELS = (3, 5, 3, 7)
+
+
+def theirs(block: type, depths: list[int]) -> ResNet:
+    """timm's, with the kernels of ECA by stage and few channels."""
+    kernels = {channels * block.expansion: kernel for channels, kernel in zip(CHANNELS, KERNELS, strict=True)}
+    gate = lambda channels, **_: EcaModule(kernel_size=kernels[channels])  # noqa: E731
+    return ResNet(block, depths, channels=CHANNELS, block_args={"attn_layer": gate})
+
+
+def settings(block: str, depths: list[int]) -> dict:
+    expansion = 4 if block == "bottleneck" else 1
+    dims = [channels * expansion for channels in CHANNELS]
+    return {"block": block, "dims": dims, "depths": depths, "branch_gate": {"kernel_size": KERNELS}}
+
+
+def branch_ends(key: str, parameter: Tensor) -> bool:
+    """The last norm of a branch is small beside its residual, as in trained networks."""
+    if not key.endswith(("bn3.weight", "conv3_1x1.bn.weight")):
+        return False
+    parameter.normal_(0.35, 0.05, generator=torch.Generator().manual_seed(len(key)))
+    return True
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_multiply_adds(name):
+    parameters, multiply_adds = PUBLISHED[name]
+    counted = families.models()[name]["counted"]
+    assert counted["parameters"] == parameters
+    assert counted["multiply_adds"] / 1e9 == pytest.approx(multiply_adds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("block", "timms", "depths", "at"),
+    [("basic", BasicBlock, [1, 2, 1, 1], None), ("bottleneck", Bottleneck, [2, 1, 1, 1], (70, 51))],
+)
+def test_ecanet_equals_timm(block, timms, depths, at):
+    oracle.equal("ecanet_50", theirs(timms, depths), 64, at=at, own=branch_ends, **settings(block, depths))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "resnet_50"])
+def test_whole_ecanets_equal_timm(name):
+    row = families.models()[name]["model"]
+    kernels = dict(zip(row["dims"], row["branch_gate"]["kernel_size"], strict=True))
+    gate = lambda channels, **_: EcaModule(kernel_size=kernels[channels])  # noqa: E731
+    block = BasicBlock if row["block"] == "basic" else Bottleneck
+    oracle.equal(name, ResNet(block, row["depths"], block_args={"attn_layer": gate}), 64, own=branch_ends)
+
+
+def test_the_eighty_parameters_of_eca():
+    with torch.device("meta"):
+        gates = [p for name, p in create_model("ecanet_50").named_parameters() if ".gate." in name]
+        bare = create_model("resnet_50")
+    assert (len(gates), sum(p.numel() for p in gates)) == (16, 80)
+    assert not [name for name, _ in bare.named_parameters() if ".gate." in name]
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_names_of_the_authors_and_of_timm(block):
+    shape = settings(block, [1, 1, 1, 1])
+    with torch.device("meta"):
+        ours = create_model("ecanet_50", num_classes=5, **shape).state_dict()
+        timms = theirs(BasicBlock if block == "basic" else Bottleneck, [1, 1, 1, 1]).state_dict()
+    ours = {name: torch.randn(value.shape) for name, value in ours.items()}
+    authors = export(ours, "ecanet_50", num_classes=5, **shape)
+    assert authors.keys() == {name.replace(".se.", ".eca.") for name in timms}
+    renamed = {name.replace(".eca.", ".se."): value for name, value in authors.items()}
+    for state, source in ((authors, "BangguWu/ECANet"), (renamed, "timm")):
+        assert source_of(state, "ecanet_50", num_classes=5, **shape) == source
+        back = convert(state, "ecanet_50", num_classes=5, **shape)
+        assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_a_gate_that_is_chosen_stands_in_the_place_of_eca():
+    model = create_model("ecanet_50", gate="se", **settings("bottleneck", [1, 1, 1, 1]))
+    gates = [block.gate for stage in model.stages for block in stage.blocks]
+    assert [type(gate).__name__ for gate in gates] == ["SqueezeExcitation"] * 4
+    assert [(gate.site.dim, gate.site.grid[:2]) for gate in gates] == [
+        (64, (56, 56)),
+        (128, (28, 28)),
+        (192, (14, 14)),
+        (256, (7, 7)),
+    ]
+    x = create_model("ecanet_50", gate="se", gate_at="block", **settings("basic", [1, 1, 1, 1]))
+    assert x.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+def test_sites_of_mixers(recorder):
+    """A bottleneck that halves the map mixes the larger one, a basic block the smaller one."""
+    shape = {"dims": [32, 64, 96], "depths": [1, 2, 1], "num_heads": [1, 2, 3], "attention_blocks": [[], "all", [0]]}
+    create = partial(create_model_with, recorder, **shape)
+    create(block="bottleneck")
+    assert [(s.stage, s.block, s.dim, s.num_heads, s.grid, s.stride) for s in recorder.sites] == [
+        (1, 0, 16, 2, Grid(16, 24), 2),
+        (1, 1, 16, 2, Grid(8, 12), 1),
+        (2, 0, 24, 3, Grid(8, 12), 2),
+    ]
+    recorder.sites.clear()
+    model = create(block="basic")
+    assert [(s.dim, s.grid, s.stride) for s in recorder.sites] == [
+        (64, Grid(8, 12), 1),
+        (64, Grid(8, 12), 1),
+        (96, Grid(4, 6), 1),
+    ]
+    assert [x.shape[1:] for x in model.forward_pyramid(torch.randn(1, 3, 50, 97))] == [
+        torch.Size((32, 13, 25)),
+        torch.Size((64, 7, 13)),
+        torch.Size((96, 4, 7)),
+    ]
+
+
+def create_model_with(factory, **shape):
+    from models.backbones.resnet import ResNet as Ours
+
+    return Ours(factory, (64, 96), 3, **shape)
+
+
+def test_what_is_chosen_for_an_ecanet_goes_into_its_last_stage():
+    model = create_model("ecanet_50", "agent", **settings("bottleneck", [1, 1, 1, 2]), num_heads=[1, 1, 1, 4])
+    assert [hasattr(block, "attn") for stage in model.stages for block in stage.blocks] == [False] * 3 + [True] * 2
+    logits, losses = model.eval()(torch.randn(1, 3, 64, 64), return_losses=True)
+    assert logits.shape == (1, 1000) and losses == {}
+
+
+def test_blocks_start_as_their_shortcuts():
+    model = create_model("resnet_32px")
+    for stage in model.stages:
+        for block in stage.blocks:
+            assert not block.conv3.bn.weight.any()
+    assert create_model("resnet_32px", block="basic").stages[1].blocks[1].attn_norm.weight.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block": "wide"}, r"ResNet: block must be bottleneck or basic, got 'wide'; set model.block"),
+        ({"stem": "deep"}, r"ResNet: stem must be 7x7 or tiered, got 'deep'; set model.stem"),
+        ({"act": "gelu"}, r"ResNet: act must be relu or silu, got 'gelu'; set model.act"),
+        ({"stem_dim": 0}, r"ResNet: stem_dim must be a whole number of at least 1, got 0; set model.stem_dim"),
+        ({"widths": [32]}, r"ResNet: options with one entry per stage differ in length, got .*'widths': 1\}; give as"),
+        ({"block": "basic", "widths": [8, 8]}, r"ResNet: basic blocks have no widths .* got \[8, 8\]; set model.w"),
+        ({"attention_blocks": "all"}, r"attention_blocks must have one entry for each of the 2 stages, got 'all'; set"),
+        ({"attention_blocks": [[], [2]]}, r"of stage 1 must be all, or some of its blocks 0 to 1, got \[2\]; set mode"),
+        ({"attention_blocks": [[], "last"]}, r"of stage 1 must be all, or some of its blocks 0 to 1, got 'last'; set"),
+        ({"attention_blocks": [[], []]}, r"ResNet: a mechanism was chosen and no block has a place .* attention=none"),
+    ],
+)
+def test_what_is_wrong_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("resnet_32px", **wrong)
+
+
+def test_places():
+    assert places([[], "all", [0, 2]], [1, 2, 3]) == [set(), {0, 1}, {0, 2}]
