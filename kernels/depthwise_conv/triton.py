@@ -23,24 +23,25 @@ SIZES = ("B", "H", "W", "programs", "span")  # another batch or map needs no oth
 
 @triton.jit
 def _normal(x):
-    """Φ(x) and exp(-x²/2): Abramowitz and Stegun's 26.2.17, exact to 7.5e-8, in half the instructions of `erf`."""
-    t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
-    e = tl.exp2(x * x * (-0.5 * LOG2E))
-    tail = (1.330274429 * ROOT) * t - 1.821255978 * ROOT
-    tail = ((tail * t + 1.781477937 * ROOT) * t - 0.356563782 * ROOT) * t + 0.319381530 * ROOT
-    tail *= t * e
-    return tl.where(x < 0.0, tail, 1.0 - tail), e
+    """Φ(x), exact to 1e-6, as x Φ(x) is. log2 Φ(-a) is nearly a polynomial, fitted here for a from 0 to 6.5.
+
+    Half the instructions of Abramowitz and Stegun's 26.2.17, which divides. Beyond 6.5 it falls on, and 2 to it is 0.
+    """
+    a = tl.abs(x)
+    tail = ((-5.0039345e-4 * a + 7.28445517e-3) * a - 5.23526482e-2) * a - 4.59397184e-1
+    tail = tl.exp2((tail * a - 1.15106364) * a - 1.0)
+    return tl.where(x < 0.0, tail, 1.0 - tail)
 
 
 @triton.jit
 def _finished(acc, more, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr):
     """gelu(acc) + more, or with SLOPE more · gelu'(acc)."""
     if SLOPE:
-        phi, e = _normal(acc)
-        acc = widened(more) * (phi + acc * e * ROOT)
+        density = tl.exp2(acc * acc * (-0.5 * LOG2E)) * ROOT
+        acc = widened(more) * (_normal(acc) + acc * density)
     else:
         if GELU:
-            acc *= _normal(acc)[0]
+            acc *= _normal(acc)
         if OTHER:
             acc += widened(more)
     return acc

@@ -27,6 +27,24 @@ def test_a_single_one_in_the_middle_is_the_identity():
     assert torch.equal(y[:, 2:], x[:, 2:]) and not y[:, :2].any()
 
 
+def test_gelu_is_exact_to_a_millionth_and_passes_what_is_not_finite():
+    """With a single weight of 1; an infinite sum is GELU's limit, as it is where half precision has overflowed."""
+    x = torch.cat([torch.linspace(-12, 12, 961), torch.tensor([1e4, -1e4, -0.0, 1e-30])])
+    weight = torch.ones(1, 1, 1, 1)
+
+    def convolved(x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv(x.view(1, -1, 1), (1, len(x)), weight, gelu=True).flatten()
+
+    x = x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    found, wanted = convolved(x), F.gelu(wide)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-7, atol=1e-6)
+    found, wanted = torch.autograd.grad(found.sum(), x), torch.autograd.grad(wanted.sum(), wide)
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=2e-7, atol=2e-6)
+    found = convolved(torch.tensor([float("inf"), float("nan"), 0.0]))
+    assert found[0] == float("inf") and found[1].isnan() and found[2] == 0
+
+
 def test_adds_in_place_to_what_is_there(poisoned):
     """Other operations add their convolution to their own output, and its gradient to one that they hold."""
     kw = inputs("cpu", torch.float32, batch=2, grid=(5, 6, 1), dim=32)
