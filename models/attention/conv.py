@@ -27,12 +27,12 @@ def conv(site: Site, *, kernel_size: int = 7, backend: str = "auto") -> Mixer:
 class DepthwiseConv(Mixer):
     """(B, N, C) → (B, N, C). Gates (B, N, M) weight the channels of each head.
 
-    `prenorm` tells a ConvNeXt that this mixer works on tokens that are not normalised and carries a token's own value
-    through the centre of its kernel, so that its block needs neither a norm nor a residual around the mixer.
+    `prenorm` and `residual` tell a ConvNeXt that this mixer works on tokens that are not normalised and carries a
+    token's own value through the centre of its kernel, so that its block needs neither a norm nor a residual around it.
     """
 
     accepts = Accepts(prefix="refused")
-    prenorm = False
+    prenorm = residual = False
     without_matrix = "it is a convolution, whose weights do not depend on what tokens hold"
 
     def __init__(self, site: Site, kernel_size: int, backend: str = "auto") -> None:

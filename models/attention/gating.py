@@ -32,8 +32,9 @@ class Gating(Mixer):
         self.row_stochastic, self.adds = self.mixer.row_stochastic, self.mixer.adds
         self.ignores_grid = self.mixer.ignores_grid
         if not self.accepts.gates:
-            inner = type(self.mixer).__name__
-            raise Refused(f"{who} cannot gate the heads of {inner}", "choose another attention.core, e.g. softmax")
+            inner, why = type(self.mixer).__name__, self.accepts.without_gates
+            said = f"{who} cannot gate the heads of {inner}" + (f": {why}" if why else "")
+            raise Refused(said, "choose another attention.core, e.g. softmax")
 
     def handed(self, stream_BNC: Tensor | None, carry: Any) -> dict[str, Any]:
         """Of what a block gives, that which the gated attention takes."""

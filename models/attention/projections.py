@@ -43,7 +43,7 @@ def projections(model: nn.Module, who: str, key: str) -> list[Projections]:
         own = [_of(f"{name}.{path}".strip("."), module) for path, module in mixer.named_modules()]
         own = [place for place in own if place is not None]
         found += own
-        if not own and (mixer.prenorm or mixer.site.kind != "convnet"):
+        if not own and (mixer.residual or mixer.site.kind != "convnet"):
             lacking.append(f"{name} ({type(mixer).__name__})")
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""

@@ -12,6 +12,7 @@ from torch import nn
 from conf.errors import UserError
 from models.layers.activation import GATED, made, named, swiglu
 from models.layers.adaptive_block import AdaptiveBlock
+from models.layers.batch_normed import LocalBlock
 from models.layers.block import Block
 from models.layers.class_attention import ClassBlock
 from models.layers.convnext_block import ConvNeXtBlock
@@ -19,7 +20,7 @@ from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 
-BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock)
+BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
@@ -58,7 +59,7 @@ def set_activation(model: nn.Module, setting: Any) -> None:
             block.mlp = swiglu(mlp.fc1.in_features, mlp.fc1.out_features)
         else:
             raise UserError(
-                f"{who}: its MLPs have a convolution inside, which a SwiGLU has not, got activation={name}; "
+                f"{who}: its MLPs have a convolution or norms inside, which a SwiGLU has not, got activation={name}; "
                 "set model.activation to gelu, relu, relu2, silu or topk"
             )
 

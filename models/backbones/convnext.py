@@ -54,8 +54,8 @@ class ConvNeXt(Hierarchical):
         super().__init__(mixers, *args, dims=dims, num_heads=heads, **options)
 
     def block(self, site: Site, mixer: nn.Module, rate: float) -> nn.Module:
-        """That which suits the mixer: ConvNeXt's for those that say `prenorm = False`, a transformer's for others."""
-        if mixer.prenorm:
+        """That which suits the mixer: ConvNeXt's for those that say `residual = False`, a transformer's for others."""
+        if mixer.residual:
             return super().block(site, mixer, rate)
         shared = {"mlp_ratio": self.mlp_ratios[site.stage], "layer_scale": self.layer_scale}
         return ConvNeXtBlock(site.dim, mixer, drop_path=rate, **shared)

@@ -2,8 +2,8 @@
 
 Source: Focal Modulation Networks, Yang et al., NeurIPS 2022, arXiv:2203.11926. From L on, patches overlap, and norms
 stand at the end of the branches in front of learned scales; the isotropic sizes are one stage of patches of 16 pixels.
-The kernels of a stage are options of the attention `focal`. Odd maps are completed, where the authors' code leaves a row
-or column out.
+The kernels of a stage are options of the attention `focal`. Odd maps are completed, where the authors' code leaves a
+row or column out.
 Shapes: B = batch, N = H·W tokens, C = channels.
 """
 

@@ -7,14 +7,17 @@ from torch import Tensor, nn
 
 
 class TokenBatchNorm(nn.Module):
-    """`nn.BatchNorm2d` of the map that the tokens make up, without a change of layout; `bn` may be synchronised."""
+    """`nn.BatchNorm2d` of the map that the tokens make up, without a change of layout; `bn` may be synchronised.
+
+    Of (B, N, C), or of pooled features (B, C).
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.bn = nn.BatchNorm1d(dim)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        return self.bn(x_BNC.flatten(0, 1)).view_as(x_BNC)
+        return self.bn(x_BNC.flatten(0, -2)).view_as(x_BNC)
 
 
 # of every token on its own; RMSNorm: Zhang & Sennrich, NeurIPS 2019, arXiv:1910.07467, equation 4

@@ -52,11 +52,13 @@ class Accepts:
     prefix: whether class tokens in front of the map take part ("attended") or cannot be handled ("refused").
     kinds: the kinds of backbone it makes sense in.
     gates: whether `forward(x, grid, gates)` multiplies its heads by per-token gates (B, N, M), as MoH needs.
+    without_gates: why it does not, for people.
     """
 
     prefix: str = "attended"
     kinds: frozenset[str] = KINDS
     gates: bool = True
+    without_gates: str = ""
 
 
 class TokenWeights(NamedTuple):
@@ -127,7 +129,8 @@ class Mixer(nn.Module):
     Attributes:
         accepts: what it can take.
         reads_stream: whether it is also given the input of the block before its norm, as `stream_BNC`.
-        prenorm: whether a ConvNeXt gives it normalised tokens, and a residual around it, as a transformer does.
+        prenorm: whether a backbone whose blocks have no norm for all mixers gives it normalised tokens.
+        residual: whether a ConvNeXt has a residual around it, as a transformer has.
         has_queries: whether `queries` gives the queries of every token, as a router may need.
         carries: whether it is given, as `carry`, what the mixer of the block before it returned in `Mixed.carry`: None
             in the first block of a stage, or of the model if `carries_across_stages`.
@@ -142,6 +145,7 @@ class Mixer(nn.Module):
     accepts = Accepts()
     reads_stream = False
     prenorm = True
+    residual = True
     has_queries = False
     carries = False
     carries_across_stages = False

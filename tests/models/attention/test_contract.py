@@ -8,6 +8,7 @@ from torch import nn
 
 from models import list_attentions
 from models.attention import Accepts, Grid, Mixed, Mixer, Refused, Site, build, check
+from models.attention.moh import MoHAttention
 from models.attention.softmax import softmax_attention
 from models.factory import compose_model, instantiate
 
@@ -81,12 +82,19 @@ def test_every_mechanism_keeps_the_contract(name, grid):
 
 @pytest.mark.parametrize("name", list_attentions())
 def test_gates_weight_whole_heads(name):
-    """Gates of one change nothing; gates of zero leave only what the output projection adds by itself."""
+    """Gates of one change nothing; gates of zero leave only what the output projection adds by itself.
+
+    What takes none says why, and is refused to what would gate it.
+    """
     factory = instantiate(compose_model("vit_32px", name).attention)
     site = Site(dim=32, num_heads=4, grid=Grid(8, 8), stage=0, block=0, depth=2, kind="hierarchical")
     (mixer,) = build(factory, [site])
     mixer.eval()
-    assert mixer.accepts.gates
+    assert mixer.accepts.gates == (not mixer.accepts.without_gates)
+    if not mixer.accepts.gates:
+        with pytest.raises(Refused, match=f"moh cannot gate the heads of .*: {mixer.accepts.without_gates}; choose "):
+            MoHAttention(site, core=factory)
+        return
     x, ones = torch.randn(2, 64, 32), torch.ones(2, 64, 4)
     torch.testing.assert_close(mixer(x, site.grid, ones).x, mixer(x, site.grid).x)
     silent = mixer(x, site.grid, 0 * ones).x

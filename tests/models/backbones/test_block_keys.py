@@ -94,7 +94,7 @@ def test_deformable_where_the_map_is_only_halved():
         (
             "pvt_v2_32px",
             {"activation": "swiglu"},
-            "PVTv2: its MLPs have a convolution inside, .*, got activation=s",
+            "PVTv2: its MLPs have a convolution or norms inside, .*, got activation=s",
         ),
     ],
 )

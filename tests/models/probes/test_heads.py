@@ -12,9 +12,10 @@ from data.module import ImageData
 from data.sources.digits import Digits
 from models import create_model, list_attentions
 from models.attention import Grid, mixers_of
-from models.probes.heads import heads
+from models.probes.heads import gateable, heads
 from models.probes.reading.head_gates import head_gates, measured, spread, spreads
 from models.probes.reading.head_loads import Loads
+from models.probes.reading.layers import chosen_layers
 
 FIRST, LAYER = "stages.1.blocks.0.attn", "stages.2.blocks.0.attn"
 
@@ -125,9 +126,13 @@ def test_what_has_no_matrix_has_the_rest(given):
 @pytest.mark.full
 @pytest.mark.parametrize("attention", list_attentions())
 def test_every_mechanism_with_gates(attention):
-    """All of today's take gates; what has no weights of tokens on tokens has no entropy."""
+    """What takes none is refused; what has no weights of tokens on tokens has no entropy."""
     model, (images, labels) = vit(attention=attention), batch(2)
     mixers = {LAYER: dict(mixers_of(model))[LAYER]}
+    if not mixers[LAYER].accepts.gates:
+        with pytest.raises(UserError, match=r"heads: .* heads to be left out"):
+            chosen_layers("heads", model, "all", gateable, "heads to be left out", "a model with e.g. softmax")
+        return
     with torch.no_grad(), head_gates(mixers) as gates:
         plain = model(images)
         gates[LAYER] = torch.ones(4)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models import create_model, list_attentions
-from models.attention import to_moh
+from models.attention import mixers_of, to_moh
 from models.attention.moh import MoHAttention, active_heads, balance_heads
 from models.surgery.dense_to_moh import gated_weights
 
@@ -26,7 +26,11 @@ def images() -> torch.Tensor:
 @torch.no_grad()
 def test_with_all_heads_active_the_function_stays(attention: str) -> None:
     dense = model(attention=attention)
-    before = dense(images())
+    before, mixers = dense(images()), [mixer for _, mixer in mixers_of(dense)]
+    if not mixers[0].accepts.gates:
+        with pytest.raises(ValueError, match=f"moh cannot gate the heads of .*: {mixers[0].accepts.without_gates}; ch"):
+            to_moh(dense, 2, 6)
+        return
     names = to_moh(dense, 2, 6)
     assert names and all(isinstance(dense.get_submodule(name), MoHAttention) for name in names)
     assert active_heads(dense) == 1.0 and not dense.training

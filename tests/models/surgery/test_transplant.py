@@ -7,7 +7,12 @@ from models import create_model, list_attentions
 from models.attention import mixers_of
 from models.surgery.transplant import transplanted
 
-OTHERS = ("conv", "axial", "relational")  # without one projection of all heads to queries, keys and values
+OTHERS = (
+    "conv",
+    "axial",
+    "relational",
+    "single_head",
+)  # without one projection of all heads to queries, keys and values
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "class_token": False}
 
 
