@@ -123,6 +123,7 @@ SMALL = {
         "attention.routed_heads=2",
         *PIXELS,
     ),
+    "twins/svt_small_in1k": (*TINY, HEADS),
     "xcit/nano_12_p16_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "dit/s_2_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *PIXELS),
 }

@@ -120,6 +120,12 @@ moh/transnext_small_75      224 128   0.001   1e-06   1e-05    300  0  5  0.05  
 moh/transnext_small_80      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.7
 moh/transnext_base_50       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.7
 moh/transnext_base_75       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.9
+twins/svt_small             224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.2     18  256           - 81.7
+twins/svt_base              224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.3     24  256           - 83.2
+twins/svt_large             224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.5     24  256           - 83.7
+twins/pcpvt_small           224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.1     16  256           - 81.2
+twins/pcpvt_base            224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.3     28  256           - 82.7
+twins/pcpvt_large           224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.3     41  256           - 83.1
 xcit/large_24_p16           224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.25     24  224     0.99996 82.9
 xcit/large_24_p8            224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.25     24  224     0.99996 84.4
 xcit/medium_24_p16          224 128   0.001   1e-06   1e-05    400  0  5  0.05    - 0.15     24  224     0.99996 82.7
@@ -273,7 +279,7 @@ def test_fine_tuning_names_what_it_starts_from():
 
 # Learning rates
 
-LATE = ("biformer/", "moh/", "xcit/")
+LATE = ("biformer/", "moh/", "twins/", "xcit/")
 
 
 def rates(name: str, epochs: list[float]) -> list[float]:
@@ -295,8 +301,7 @@ def rates(name: str, epochs: list[float]) -> list[float]:
 def test_learning_rates(name):
     """Linear from warmup_lr to lr, then a cosine to min_lr that began at the start, then the cooldown at min_lr.
 
-    BiFormer's, MoH's and XCiT's change after each epoch, one epoch late; the last of 300 epochs has the rate of epoch
-    298.
+    Those of `LATE` change after each epoch, one epoch late; the last of 300 epochs has the rate of epoch 298.
     """
     row, late = ROWS[name], int(name.startswith(LATE))
 
@@ -366,7 +371,7 @@ SPARED = {
     "xcit": {"downsample.class_token"},
     "transnext": {"core.query_embedding", "core.relative_pos_bias_local", "core.temperature"},
 }
-SPARED_MATRICES = {"transnext": {"cpb_fc1.weight", "cpb_fc2.weight"}}
+SPARED_MATRICES = {"twins": {"proj.weight"}, "transnext": {"cpb_fc1.weight", "cpb_fc2.weight"}}
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ROWS) if "384" not in name and "448" not in name])
@@ -380,7 +385,7 @@ def test_weight_decay(name):
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert {decay[id(p)] for p in trained.values()} == {0.0, row.decay}
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
-    families = ("deit", "cswin", "swin", "pvt_v2", "pvt", "transnext", "xcit")
+    families = ("deit", "cswin", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit")
     family = next((f for f in families if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
@@ -420,10 +425,10 @@ def test_training_images(name):
 
 @EVERY
 def test_evaluation_images(name):
-    """The shorter side (BiFormer, DaViT, MoH, XCiT), or both, to the published number of pixels, bicubic; then the centre."""
+    """Both sides (Agent Attention, FLatten, InLine), or the shorter, to the published pixels, bicubic; then the centre."""
     (cfg, _), row = composed(name), ROWS[name]
     transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
-    squashes = name.partition("/")[0] not in ("biformer", "davit", "moh", "xcit")
+    squashes = name.partition("/")[0] not in ("biformer", "davit", "moh", "twins", "xcit")
     assert transform.target == [row.side] * (2 if squashes else 1) and transform.mode == InterpolationMode.BICUBIC
     assert transform(Image.new("RGB", (640, 480))).shape == (3, row.px, row.px)
     assert list(cfg.data.mean) == [0.485, 0.456, 0.406] and list(cfg.data.std) == [0.229, 0.224, 0.225]
