@@ -25,6 +25,7 @@ class Composition(TypedDict, total=False):
         one number or one per stage, or pooled to this side.
     pre, transform, value: factories of parts, see `models.attention.multihead.MultiHead`.
     qkv_bias: bias of the projection.
+    output_projection: whether the heads are projected.
     backend: "auto", "triton" or "torch".
     """
 
@@ -39,6 +40,7 @@ class Composition(TypedDict, total=False):
     transform: MakePart | None
     value: MakePart | None
     qkv_bias: bool
+    output_projection: bool
     backend: str
 
 
@@ -55,6 +57,7 @@ def assemble(
     transform: MakePart | None = None,
     value: MakePart | None = None,
     qkv_bias: bool = True,
+    output_projection: bool = True,
     head_dim: int | None = None,
     accepts: Accepts | None = None,
     backend: str = "auto",
@@ -66,20 +69,23 @@ def assemble(
     Args:
         site: the place in the backbone.
         core: called with heads, the map of the queries and that of the keys, as a core sees them.
-        layout, window, shift, stored_mask, stripe, sr_ratio, kv_pool, pre, transform, value, qkv_bias, backend: see
-            `Composition`.
+        layout, window, shift, stored_mask, stripe, sr_ratio, kv_pool, pre, transform, value, qkv_bias,
+            output_projection, backend: see `Composition`.
         head_dim: channels per head D; None for what the site says.
         accepts: what it takes, where that is not what the layout takes.
 
     Raises:
         Refused: two layouts at once, a core that cannot work in the layout, stripes with an odd number of heads.
     """
-    check_flags("attention", qkv_bias=qkv_bias, shift=shift, stored_mask=stored_mask)
+    check_flags(
+        "attention", qkv_bias=qkv_bias, output_projection=output_projection, shift=shift, stored_mask=stored_mask
+    )
     check_whole("attention", head_dim=1 if head_dim is None else head_dim)
     dim = head_dim or head_channels(site)
     of_heads, rolled = site._replace(head_dim=dim), {"shift": shift, "stored_mask": stored_mask}
     chosen = _layout(of_heads, layout, window, stripe, sr_ratio, kv_pool, rolled)
-    shared = {"qkv_bias": qkv_bias, "backend": backend, "pre": pre and pre(site)}
+    ends = {"qkv_bias": qkv_bias, "output_projection": output_projection}
+    shared = {**ends, "backend": backend, "pre": pre and pre(site)}
     if isinstance(chosen, Directions):
         return CrossShaped(site, core, chosen, transform=transform, value=value, **shared)
     grid, kv_grid = chosen.local(site.grid), chosen.kv_local(site.grid)

@@ -34,6 +34,7 @@ class CrossShaped(Mixer):
         pre: `(x_BNC, grid) -> x_BNC` in front of the projection; None for none.
         transform, value: factories of these parts, see `models.attention.multihead.MultiHead`; one for each direction.
         qkv_bias: bias of the projection.
+        output_projection: whether there is one behind the cores.
         backend: "auto", "triton" or "torch".
     """
 
@@ -49,6 +50,7 @@ class CrossShaped(Mixer):
         transform: MakePart | None = None,
         value: MakePart | None = None,
         qkv_bias: bool = True,
+        output_projection: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__(site, backend)
@@ -61,7 +63,7 @@ class CrossShaped(Mixer):
         self.num_heads = site.num_heads // (1 if layout.summed else 2)  # of one direction
         self.head_dim = head_channels(site, even=True)
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias)
-        self.proj = nn.Linear(site.dim, site.dim)
+        self.proj = nn.Linear(site.dim, site.dim) if output_projection else nn.Identity()
         grids = [Grid(*size) for size in layout.sizes(site.grid)]
         self.cores: Sequence[Core] = nn.ModuleList(core(self.num_heads, grid, grid) for grid in grids)
         check_layout(layout, self.cores[0])

@@ -106,12 +106,13 @@ class MultiHead(Resizable, Mixer):
         transform: `(q, k, v, grid, kv_grid) -> (q, k, v)` behind it.
         value: `(v_BMSD, kv_grid, grid) -> o_BMND`, added to the heads.
         qkv_bias: whether queries, keys and values have a bias.
+        output_projection: whether the heads are projected to C channels; without it M·D must be C.
         head_dim: channels per head D; None for C / M.
         accepts: what it can take, where that is not what the layout can: class tokens on the whole map alone.
         backend: "auto", "triton" or "torch"; see `models.attention.Mixer`.
 
     Raises:
-        Refused: the core cannot work in the layout.
+        Refused: the core cannot work in the layout, or heads that are not projected do not make up C channels.
     """
 
     has_queries = True
@@ -126,6 +127,7 @@ class MultiHead(Resizable, Mixer):
         transform: nn.Module | None = None,
         value: nn.Module | None = None,
         qkv_bias: bool = True,
+        output_projection: bool = True,
         head_dim: int | None = None,
         accepts: Accepts | None = None,
         backend: str = "auto",
@@ -137,7 +139,7 @@ class MultiHead(Resizable, Mixer):
         self.num_heads, self.head_dim = site.num_heads, head_dim or head_channels(site)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(site.dim, 3 * inner, bias=qkv_bias)
-        self.proj = nn.Linear(inner, site.dim)
+        self.proj = nn.Linear(inner, site.dim) if output_projection else unprojected(inner, site.dim)
         self.pre, self.transform, self.core, self.value = pre, transform, core, value
         self.reduce, self.content = self.layout.reduce, self.layout.content
         self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix
@@ -383,6 +385,16 @@ class MultiHead(Resizable, Mixer):
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         k, v = split_heads(F.linear(reduced, self.qkv.weight[inner:], bias), 2, self.num_heads)
         return self.queries(x), k, v, kv_grid
+
+
+def unprojected(inner: int, dim: int) -> nn.Identity:
+    """In the place of the output projection; refused where the heads do not make up the channels of the tokens."""
+    if inner != dim:
+        raise Refused(
+            f"without an output projection the {inner} channels of the heads are not the {dim} of the tokens",
+            "set attention.output_projection=true",
+        )
+    return nn.Identity()
 
 
 def check_layout(layout: Layout, core: Core) -> None:

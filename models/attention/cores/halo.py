@@ -58,6 +58,27 @@ def halo_attention(
     return assemble(site, lambda _, __, keys: HaloCore(dim, keys, scale_position), **composition | {"layout": layout})
 
 
+class RelativeVectors(nn.Module):
+    """A vector for every offset along each axis: `(q_BMND, grid, kv_grid) -> logits (B, M, N, S)`."""
+
+    def __init__(self, head_dim: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.height, self.width = (nn.Parameter(torch.empty(2 * side - 1, head_dim)) for side in window)
+        for table in (self.height, self.width):
+            nn.init.normal_(table, std=head_dim**-0.5)
+
+    def forward(self, q_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
+        return self.logits(q_BMND, grid, kv_grid, self.height, self.width)
+
+    @staticmethod
+    def logits(q_BMND: Tensor, grid: Grid, kv_grid: Grid, height: Tensor, width: Tensor) -> Tensor:
+        """With these tables, of the map of the keys."""
+        map_BMHWD = q_BMND.unflatten(2, grid[:2])
+        rows = torch.einsum("bmhwd,hyd->bmhwy", map_BMHWD, _by_place(height, grid.height, kv_grid.height))
+        columns = torch.einsum("bmhwd,wxd->bmhwx", map_BMHWD, _by_place(width, grid.width, kv_grid.width))
+        return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+
+
 class HaloCore(Core):
     """`softmax(s q kᵀ + q r) v` with vectors r by the offset of the key in its window and the query in its block.
 
@@ -71,11 +92,12 @@ class HaloCore(Core):
     masks = True
     places = True
     row_stochastic = True
+    vectors = RelativeVectors
 
     def __init__(self, head_dim: int, window: Grid, scale_position: bool = False) -> None:
         super().__init__()
         self.scale, self.scale_position = head_dim**-0.5, scale_position
-        self.position = RelativeVectors(head_dim, tuple(window[:2]))
+        self.position = self.vectors(head_dim, tuple(window[:2]))
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
         """See `Core`."""
@@ -111,22 +133,6 @@ class HaloCore(Core):
         logits = self.position(q * self.scale if self.scale_position else q, grid, kv_grid)
         closed = added_to_logits(q, None, mask)
         return logits if closed is None else logits + closed
-
-
-class RelativeVectors(nn.Module):
-    """A vector for every offset along each axis: `(q_BMND, grid, kv_grid) -> logits (B, M, N, S)`."""
-
-    def __init__(self, head_dim: int, window: tuple[int, int]) -> None:
-        super().__init__()
-        self.height, self.width = (nn.Parameter(torch.empty(2 * side - 1, head_dim)) for side in window)
-        for table in (self.height, self.width):
-            nn.init.normal_(table, std=head_dim**-0.5)
-
-    def forward(self, q_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        map_BMHWD = q_BMND.unflatten(2, grid[:2])
-        rows = torch.einsum("bmhwd,hyd->bmhwy", map_BMHWD, _by_place(self.height, grid.height, kv_grid.height))
-        columns = torch.einsum("bmhwd,wxd->bmhwx", map_BMHWD, _by_place(self.width, grid.width, kv_grid.width))
-        return (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
 
 def _by_place(table: Tensor, queries: int, keys: int) -> Tensor:

@@ -3,8 +3,10 @@
 from functools import partial
 
 import pytest
+import timm
 import torch
 from timm.layers import EcaModule
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor
 
@@ -16,9 +18,11 @@ from models.checkpoints import convert, export
 from models.checkpoints.conversion import source_of
 from tests.models.backbones import oracle
 
-# parameters and multiply-adds (G) of timm's ResNet with EcaModule, counted by PyTorch's counter
+# parameters and multiply-adds (G) of timm's ResNet with EcaModule, and of its ByobNet, counted by PyTorch's counter
 PUBLISHED = {
     "resnet_50": (25_557_032, 4.089),
+    "botnet_50": (20_852_008, 4.025),
+    "botnet_26t": (12_488_672, 3.297),
     "ecanet_18": (11_689_556, 1.814),
     "ecanet_34": (21_797_744, 3.664),
     "ecanet_50": (25_557_112, 4.089),
@@ -27,6 +31,7 @@ PUBLISHED = {
 }
 CHANNELS = (16, 32, 48, 64)
 KERNELS = (3, 5, 3, 7)
+TIMMS = {"botnet_26t": "botnet26t_256"}
 
 
 def theirs(block: type, depths: list[int]) -> ResNet:
@@ -67,13 +72,65 @@ def test_ecanet_equals_timm(block, timms, depths, at):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "resnet_50"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("ecanet")])
 def test_whole_ecanets_equal_timm(name):
     row = families.models()[name]["model"]
     kernels = dict(zip(row["dims"], row["branch_gate"]["kernel_size"], strict=True))
     gate = lambda channels, **_: EcaModule(kernel_size=kernels[channels])  # noqa: E731
     block = BasicBlock if row["block"] == "basic" else Bottleneck
     oracle.equal(name, ResNet(block, row["depths"], block_args={"attn_layer": gate}), 64, own=branch_ends)
+
+
+def byobnet(places: list[list[int]], size: int | tuple[int, int], **model) -> ByobNet:
+    """timm's, with few channels and a mixer in these blocks."""
+    stages = []
+    for s, (channels, numbers) in enumerate(zip(CHANNELS, places, strict=True)):
+        kinds = ["self_attn" if b in numbers else "bottle" for b in range(2 if s == 3 else 1)]
+        shape = {"d": 1, "c": 4 * channels, "gs": 0, "br": 0.25}
+        stages.append(tuple(ByoBlockCfg(type=kind, s=2 if s and not b else 1, **shape) for b, kind in enumerate(kinds)))
+    cfg = ByoModelCfg(blocks=tuple(stages), stem_chs=64, stem_pool="maxpool", **model)
+    return ByobNet(cfg, img_size=size if isinstance(size, tuple) else (size, size))
+
+
+def shape_of(places: list[list[int]], **settings) -> dict:
+    return {"dims": [4 * c for c in CHANNELS], "depths": [1, 1, 1, 2], "attention_blocks": places, **settings}
+
+
+LATE = [[], [], [0], [0, 1]]
+
+
+@pytest.mark.parametrize(("size", "scaled"), [(128, True), ((64, 96), False)])
+def test_botnet_equals_timm(size, scaled):
+    """Its stem and activation both ways; in one of them the relative logits are not scaled."""
+    stem, act = ("7x7", "relu") if scaled else ("tiered", "silu")
+    options = {"self_attn_layer": "bottleneck", "self_attn_kwargs": {"num_heads": 4, "scale_pos_embed": scaled}}
+    theirs = byobnet(LATE, size, stem_type=stem, act_layer=act, **options)
+    shape = shape_of(LATE, stem=stem, act=act, scale_position=scaled)
+    oracle.equal("botnet_50", theirs, size, own=branch_ends, **shape)
+
+
+@pytest.mark.full
+def test_whole_botnets_equal_timm():
+    blocks = [
+        ByoBlockCfg(type="bottle", d=d, c=c, s=s, gs=0, br=0.25) for d, c, s in ((3, 256, 1), (4, 512, 2), (6, 1024, 2))
+    ]
+    blocks.append(ByoBlockCfg(type="self_attn", d=3, c=2048, s=2, gs=0, br=0.25))
+    options = {"self_attn_layer": "bottleneck", "self_attn_kwargs": {"num_heads": 4, "scale_pos_embed": True}}
+    cfg = ByoModelCfg(blocks=tuple(blocks), stem_chs=64, stem_type="7x7", stem_pool="maxpool", **options)
+    oracle.equal("botnet_50", ByobNet(cfg, img_size=(96, 96)), 96, own=branch_ends)
+    oracle.equal("botnet_26t", timm.create_model("botnet26t_256", img_size=(128, 128)), 128, own=branch_ends)
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_names_of_timm(name):
+    """Shapes at the models' own sizes; converted and exported, weights are the same."""
+    with torch.device("meta"):
+        ours, theirs = create_model(name).state_dict(), timm.create_model(TIMMS[name]).state_dict()
+    ours = {key: torch.randn(value.shape) for key, value in ours.items()}
+    exported = export(ours, name)
+    assert {key: value.shape for key, value in exported.items()} == {key: value.shape for key, value in theirs.items()}
+    back = convert(exported, name)
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
 
 
 def test_the_eighty_parameters_of_eca():
