@@ -17,25 +17,31 @@ import math
 import torch
 from torch import nn
 
+from conf import values
 from conf.errors import UserError
+from models.attention.cores.gpsa import GatedPositionalCore
 from models.attention.projections import projections
 from models.attention.softmax import RelativePositionBias
 
 
 @torch.no_grad()
-def gpsa(model: nn.Module, *, locality: float = 1.0) -> None:
+def gpsa(model: nn.Module, *, locality: float = 1.0, only_gated: bool = False) -> None:
     """Sets values, and tables of relative positions where there are some, of every mixer of a built model.
 
     Args:
         model: a built model.
         locality: how sharply a head looks at its cell.
+        only_gated: leave mixers alone that are no gated positional attention, as in ConViT the last blocks.
 
     Raises:
-        ValueError: a locality that is no number above 0, or a mixer without such projections, or of other channels.
+        ValueError: an option that is none, or a mixer without such projections, or of other channels.
     """
+    values.flag("gpsa", "only_gated", only_gated, fix="set initializer.only_gated=true or false")
     if isinstance(locality, bool) or not isinstance(locality, int | float) or not 0 < locality < float("inf"):
         raise UserError(f"gpsa: locality must be a number above 0, got {locality!r}; set initializer.locality")
     places = projections(model, "gpsa", "initializer")
+    if only_gated:
+        places = [place for place in places if any(isinstance(m, GatedPositionalCore) for m in place.mixer.modules())]
     for place in places:
         if place.inner != place.qkv.in_features:
             raise UserError(

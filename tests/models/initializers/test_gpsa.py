@@ -57,3 +57,10 @@ def test_without_a_table_only_the_values_start_so():
 def test_a_locality_that_is_none_is_refused(locality):
     with pytest.raises(ValueError, match=r"gpsa: locality must be a number above 0, got .*; set initializer.locality"):
         gpsa(Net(), locality=locality)
+
+
+def test_a_flag_that_is_none_is_refused():
+    with pytest.raises(
+        ValueError, match=r"gpsa: only_gated must be true or false, got 'yes'; set initializer.only_gated"
+    ):
+        gpsa(Net(), only_gated="yes")
