@@ -45,7 +45,11 @@ def per_stage(
     return list(attention)
 
 
-def quarters(blocks: Sequence[nn.Module]) -> nn.ModuleList:
-    """Four stages of equal depth, of a backbone with one map: a pyramid taps it behind each."""
-    taps = [round(len(blocks) * i / 4) for i in range(5)]
+def quarters(blocks: Sequence[nn.Module], last: int | None = None) -> nn.ModuleList:
+    """Four stages of a backbone with one map, which a pyramid taps behind each: of equal depth.
+
+    With `last` the fourth begins at that block, and the three in front of it are of equal depth, the first the deepest.
+    """
+    depth = len(blocks)
+    taps = [round(depth * i / 4) for i in range(5)] if last is None else [*(-(-last * i // 3) for i in range(4)), depth]
     return nn.ModuleList(Stage(list(blocks[a:b])) for a, b in pairwise(taps))

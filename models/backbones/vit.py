@@ -15,12 +15,15 @@ from models.backbones.base import Backbone, check_counts, pair
 from models.backbones.classifier import classifier, init_weights
 from models.backbones.stages import quarters
 from models.layers.block import Block, drop_path_rates
+from models.layers.class_attention import ClassToken
 from models.layers.patch_embed import PatchEmbed, cells
 from models.layers.position import LearnedPosition
 
 
 class ViT(Backbone):
     """Patches, a learned position table, `depth` equal blocks, then the class token or the mean of the map.
+
+    A family may let the class token join in front of a later block, `token_joins`, without a row in the table.
 
     Args:
         attention: factory of the token mixers.
@@ -33,6 +36,8 @@ class ViT(Backbone):
 
     The pyramid (`forward_pyramid`) taps four places at equal distance in the depth; all have the stride of a patch.
     """
+
+    token_joins: int | None = None  # the block; None: with the patches
 
     def __init__(
         self,
@@ -51,20 +56,24 @@ class ViT(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        check_counts("ViT", patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
-        grid = Grid(*cells(pair(image_size), patch_size), prefix=int(class_token))
-        image = pair(image_size)
-        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", image_size=image) for block in range(depth)]
+        check_counts(type(self).__name__, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
+        image, joins = pair(image_size), self.token_joins or 0
+        grid = Grid(*cells(image, patch_size))
+        asked = grid._replace(prefix=int(class_token))  # from where the class token is there
+        grids = [asked if block >= joins else grid for block in range(depth)]
+        sites = [Site(dim, num_heads, grids[i], 0, i, depth, "vit", image_size=image) for i in range(depth)]
         rates = drop_path_rates(drop_path, depth)
         blocks = [
             Block(dim, mixer, mlp_ratio=mlp_ratio, drop_path=rate, layer_scale=layer_scale)
             for mixer, rate in zip(build(attention, sites), rates, strict=True)
         ]
-        self.stem = TokenStem(PatchEmbed(in_channels, dim, patch_size), dim, grid)
-        self.stages = quarters(blocks)
+        self.stem = TokenStem(PatchEmbed(in_channels, dim, patch_size), dim, grids[0])
+        self.stages = quarters(blocks, self.token_joins)
+        if class_token and joins:
+            self.stages[-1].downsample = ClassToken(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = classifier(dim, num_classes)
-        self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [grid] * 4
+        self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [*[grids[0]] * 3, asked]
         self.apply(init_weights)
 
     def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:

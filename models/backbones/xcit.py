@@ -75,8 +75,9 @@ class XCiT(Backbone):
         for name, flag in (("class_token", class_token), ("tokens_norm", tokens_norm)):
             values.flag("XCiT", name, flag, fix=f"set model.{name}=true or false")
         widths = widths_of(patch_size, dim)
-        grid = Grid(*cells(pair(image_size), patch_size))
-        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", positioned=True) for block in range(depth)]
+        image = pair(image_size)
+        grid, given = Grid(*cells(image, patch_size)), {"positioned": True, "image_size": image}
+        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", **given) for block in range(depth)]
         rates = drop_path_rates(drop_path, depth, constant=True)
         shared = {"layer_scale": layer_scale, "norm_eps": EPS}
         blocks = [

@@ -10,7 +10,7 @@ from models import create_model
 from models.checkpoints import convert, export
 from models.checkpoints.names.layout import Axes
 
-SIZES = ["tiny", *(pytest.param(size, marks=pytest.mark.full) for size in ("small", "base", "large"))]
+SIZES = ["tiny", *(pytest.param(size, marks=pytest.mark.full) for size in ("small", "base", "large", "xlarge"))]
 SHORT = {"dims": [32, 32], "depths": [1, 1], "num_classes": 5}
 TABLE = "stages.0.blocks.1.attn.core.bias.table"
 THEIRS = "stages.0.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table"
