@@ -6,8 +6,7 @@ The grid is that of dense attention, so the host needs no count: tiles behind th
 through the loop and write the zeros that belong there. Keys and values are never left out.
 
 A gradient has one owner: a program has that of its queries, or of its keys and values, or with few tokens, where a
-launch counts, first the one and then the other. A head of D channels is held as A + R, both powers of two: 72 as
-64 + 16 instead of 128.
+launch counts, first the one and then the other.
 """
 
 import torch
@@ -15,25 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device.channels import load_channels, split, store_channels
 from kernels.device.launch import launch, power_of_2, precision, rows
 from kernels.device.softmax import LOG2E, row_products
 
 SEPARATE_FROM = 512  # tokens: from here on queries have a backward launch of their own
-
-
-@triton.jit
-def _load(base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Channels START to START + WIDTH of a head, zero beyond D and in rows that are not kept."""
-    c = START + tl.arange(0, WIDTH)
-    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
-    return tl.load(base + row[:, None] * stride + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(value, base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    c = START + tl.arange(0, WIDTH)
-    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
-    tl.store(base + row[:, None] * stride + c[None, :], value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -76,19 +61,19 @@ def _forward(
     limit = tl.load(count + pair) if SKIP else N
     row = tile * BM + tl.arange(0, BM)
     token, live = _tokens(row, index, pair, limit, N, SKIP)
-    q0 = _load(q, token, qkv_row, live, 0, A, D)
+    q0 = load_channels(q, token, qkv_row, live, 0, A, D)
     acc0 = tl.zeros([BM, A], tl.float32)
     if R:
-        q1 = _load(q, token, qkv_row, live, A, R, D)
+        q1 = load_channels(q, token, qkv_row, live, A, R, D)
         acc1 = tl.zeros([BM, R], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for start in range(0, tl.where(tile * BM < limit, N, 0), BN):
         n = start + tl.arange(0, BN)
         here = n < N
-        s = tl.dot(q0, tl.trans(_load(k, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
+        s = tl.dot(q0, tl.trans(load_channels(k, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
         if R:
-            s = tl.dot(q1, tl.trans(_load(k, n, qkv_row, here, A, R, D)), s, input_precision=PRECISION)
+            s = tl.dot(q1, tl.trans(load_channels(k, n, qkv_row, here, A, R, D)), s, input_precision=PRECISION)
         if not EVEN:
             s = tl.where(here[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1) * qk_scale)
@@ -96,9 +81,11 @@ def _forward(
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(p, 1)
         p = p.to(qkv.dtype.element_ty)
-        acc0 = tl.dot(p, _load(v, n, qkv_row, here, 0, A, D), acc0 * fade[:, None], input_precision=PRECISION)
+        acc0 = tl.dot(p, load_channels(v, n, qkv_row, here, 0, A, D), acc0 * fade[:, None], input_precision=PRECISION)
         if R:
-            acc1 = tl.dot(p, _load(v, n, qkv_row, here, A, R, D), acc1 * fade[:, None], input_precision=PRECISION)
+            acc1 = tl.dot(
+                p, load_channels(v, n, qkv_row, here, A, R, D), acc1 * fade[:, None], input_precision=PRECISION
+            )
         top = higher
     gate = tl.load(gates + (image * N + token) * M + head, mask=live, other=0.0).to(tl.float32)
     gated = live & (gate != 0)
@@ -106,9 +93,9 @@ def _forward(
     factor = (gate / total)[:, None]
     out += image * N * (M * D) + head * D
     # where, because 0 · inf would not be 0
-    _store(tl.where(gated[:, None], acc0 * factor, 0.0), out, token, M * D, row < N, 0, A, D)
+    store_channels(tl.where(gated[:, None], acc0 * factor, 0.0), out, token, M * D, row < N, 0, A, D)
     if R:
-        _store(tl.where(gated[:, None], acc1 * factor, 0.0), out, token, M * D, row < N, A, R, D)
+        store_channels(tl.where(gated[:, None], acc1 * factor, 0.0), out, token, M * D, row < N, A, R, D)
     tl.store(lse + pair * N + row, tl.where(live, top + tl.log2(total), 0.0), mask=row < N)
 
 
@@ -139,14 +126,14 @@ def _backward(
     limit = tl.load(count + pair) if SKIP else N
     if QUERIES:
         token, live = _tokens(own, index, pair, limit, N, SKIP)
-        q0 = _load(q, token, qkv_row, live, 0, A, D)
-        g0 = _load(grad, token, grad_row, live, 0, A, D)
-        d = row_products(g0, _load(out, token, M * D, live, 0, A, D))
+        q0 = load_channels(q, token, qkv_row, live, 0, A, D)
+        g0 = load_channels(grad, token, grad_row, live, 0, A, D)
+        d = row_products(g0, load_channels(out, token, M * D, live, 0, A, D))
         dq0 = tl.zeros([OWN, A], tl.float32)
         if R:
-            q1 = _load(q, token, qkv_row, live, A, R, D)
-            g1 = _load(grad, token, grad_row, live, A, R, D)
-            d += row_products(g1, _load(out, token, M * D, live, A, R, D))
+            q1 = load_channels(q, token, qkv_row, live, A, R, D)
+            g1 = load_channels(grad, token, grad_row, live, A, R, D)
+            d += row_products(g1, load_channels(out, token, M * D, live, A, R, D))
             dq1 = tl.zeros([OWN, R], tl.float32)
         gate = tl.load(gates + token * M, mask=live, other=0.0).to(tl.float32)
         height = tl.load(lse + own, mask=live, other=float("inf"))
@@ -154,13 +141,13 @@ def _backward(
         for start in range(0, tl.where(tl.program_id(0) % tiles * OWN < limit, N, 0), STEP):
             n = start + tl.arange(0, STEP)
             here = n < N
-            k0 = _load(k, n, qkv_row, here, 0, A, D)
+            k0 = load_channels(k, n, qkv_row, here, 0, A, D)
             s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-            dp = tl.dot(g0, tl.trans(_load(v, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
+            dp = tl.dot(g0, tl.trans(load_channels(v, n, qkv_row, here, 0, A, D)), input_precision=PRECISION)
             if R:
-                k1 = _load(k, n, qkv_row, here, A, R, D)
+                k1 = load_channels(k, n, qkv_row, here, A, R, D)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-                dp = tl.dot(g1, tl.trans(_load(v, n, qkv_row, here, A, R, D)), dp, input_precision=PRECISION)
+                dp = tl.dot(g1, tl.trans(load_channels(v, n, qkv_row, here, A, R, D)), dp, input_precision=PRECISION)
             p = tl.exp2(s * qk_scale - height[:, None])
             if not EVEN:
                 p = tl.where(here[None, :], p, 0.0)
@@ -169,9 +156,9 @@ def _backward(
             dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
             if R:
                 dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        _store(dq0 * scale, dqkv, token, 3 * M * D, own < N, 0, A, D)
+        store_channels(dq0 * scale, dqkv, token, 3 * M * D, own < N, 0, A, D)
         if R:
-            _store(dq1 * scale, dqkv, token, 3 * M * D, own < N, A, R, D)
+            store_channels(dq1 * scale, dqkv, token, 3 * M * D, own < N, A, R, D)
         dgate = tl.where(gate != 0, dgate, 0.0)
         tl.store(dgates + image * N * M + head + token * M, dgate.to(dgates.dtype.element_ty), mask=own < N)
         if not KEYS:
@@ -179,27 +166,27 @@ def _backward(
             tl.store(delta + N + own, gate, mask=own < N)
     if KEYS:
         mine = own < N
-        kt0 = _load(k, own, qkv_row, mine, 0, A, D)
-        vt0 = _load(v, own, qkv_row, mine, 0, A, D)
+        kt0 = load_channels(k, own, qkv_row, mine, 0, A, D)
+        vt0 = load_channels(v, own, qkv_row, mine, 0, A, D)
         dk0 = tl.zeros([OWN, A], tl.float32)
         dv0 = tl.zeros([OWN, A], tl.float32)
         if R:
-            kt1 = _load(k, own, qkv_row, mine, A, R, D)
-            vt1 = _load(v, own, qkv_row, mine, A, R, D)
+            kt1 = load_channels(k, own, qkv_row, mine, A, R, D)
+            vt1 = load_channels(v, own, qkv_row, mine, A, R, D)
             dk1 = tl.zeros([OWN, R], tl.float32)
             dv1 = tl.zeros([OWN, R], tl.float32)
         for first in range(0, limit, STEP):
             row = first + tl.arange(0, STEP)
             at, there = _tokens(row, index, pair, limit, N, SKIP)
-            qs0 = _load(q, at, qkv_row, there, 0, A, D)
-            gs0 = _load(grad, at, grad_row, there, 0, A, D)
+            qs0 = load_channels(q, at, qkv_row, there, 0, A, D)
+            gs0 = load_channels(grad, at, grad_row, there, 0, A, D)
             if R:
-                qs1 = _load(q, at, qkv_row, there, A, R, D)
-                gs1 = _load(grad, at, grad_row, there, A, R, D)
+                qs1 = load_channels(q, at, qkv_row, there, A, R, D)
+                gs1 = load_channels(grad, at, grad_row, there, A, R, D)
             if QUERIES:
-                ds_row = row_products(gs0, _load(out, at, M * D, there, 0, A, D))
+                ds_row = row_products(gs0, load_channels(out, at, M * D, there, 0, A, D))
                 if R:
-                    ds_row += row_products(gs1, _load(out, at, M * D, there, A, R, D))
+                    ds_row += row_products(gs1, load_channels(out, at, M * D, there, A, R, D))
                 gate_row = tl.load(gates + at * M, mask=there, other=0.0).to(tl.float32)
             else:
                 ds_row = tl.load(delta + row, mask=there, other=0.0)
@@ -219,20 +206,11 @@ def _backward(
             dk0 = tl.dot(dst, qs0, dk0, input_precision=PRECISION)
             if R:
                 dk1 = tl.dot(dst, qs1, dk1, input_precision=PRECISION)
-        _store(dk0 * scale, dqkv + M * D, own, 3 * M * D, mine, 0, A, D)
-        _store(dv0, dqkv + 2 * M * D, own, 3 * M * D, mine, 0, A, D)
+        store_channels(dk0 * scale, dqkv + M * D, own, 3 * M * D, mine, 0, A, D)
+        store_channels(dv0, dqkv + 2 * M * D, own, 3 * M * D, mine, 0, A, D)
         if R:
-            _store(dk1 * scale, dqkv + M * D, own, 3 * M * D, mine, A, R, D)
-            _store(dv1, dqkv + 2 * M * D, own, 3 * M * D, mine, A, R, D)
-
-
-def split(head_dim: int) -> tuple[int, int]:
-    """D as A + R channels, powers of two of at least 16; R is 0 where it would not be fewer channels in all."""
-    whole = power_of_2(head_dim)
-    if head_dim in (whole, whole // 2) or head_dim < 32:
-        return whole, 0
-    rest = power_of_2(head_dim - whole // 2)
-    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+            store_channels(dk1 * scale, dqkv + M * D, own, 3 * M * D, mine, A, R, D)
+            store_channels(dv1, dqkv + 2 * M * D, own, 3 * M * D, mine, A, R, D)
 
 
 def tiles(backward: bool, tokens: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:

@@ -1,0 +1,31 @@
+"""A head of D channels, held as A + R of them, both powers of two: 72 as 64 + 16 instead of 128."""
+
+import triton
+import triton.language as tl
+
+from kernels.device.launch import power_of_2
+
+
+@triton.jit
+def load_channels(base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Channels START to START + WIDTH of a head, zero beyond D and in rows that are not kept."""
+    c = START + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
+    return tl.load(base + row[:, None] * stride + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_channels(value, base, row, stride, keep, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """The counterpart of `load_channels`, in the dtype of the memory."""
+    c = START + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (c < D)[None, :] if START + WIDTH > D else keep[:, None]
+    tl.store(base + row[:, None] * stride + c[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+def split(head_dim: int) -> tuple[int, int]:
+    """D as A + R channels, powers of two of at least 16; R is 0 where it would not be fewer channels in all."""
+    whole = power_of_2(head_dim)
+    if head_dim in (whole, whole // 2) or head_dim < 32:
+        return whole, 0
+    rest = power_of_2(head_dim - whole // 2)
+    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
