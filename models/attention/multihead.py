@@ -202,6 +202,8 @@ class MultiHead(Resizable, Mixer):
             return "its keys are gathered for every group of queries"
         if self.grid.prefix and self.core.finds_windows and self.layout.window_on(self.grid) is not None:
             return "class tokens stand in every window"
+        if self.layout.masks and not self.core.finds_windows:
+            return "its windows are masked"
         if self.head_dim > WIDEST_HEAD:
             return f"heads wider than {WIDEST_HEAD} channels have no kernel"
         if not self.usual_mask:

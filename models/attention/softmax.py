@@ -103,14 +103,14 @@ class SoftmaxCore(Core):
         score: `(q_BMND, k_BMSD) -> logits_BMNS`; None for q kᵀ / √D.
         bias: `(grid, kv_grid) -> (M, N, S)`, added to the logits; None for none.
         weights: `(logits_BMNS, open) -> weights_BMNS`, with `open` bool, False where a pair may not attend, or None;
-            None for softmax.
+            None for softmax. Where it has `fused(qkv_BNC, num_heads, scale) -> o_BNC` and nothing else is chosen, that
+            computes the heads on a GPU.
         factor: `(grid, kv_grid) -> (M, N, S)`, multiplies the weights; None for none.
         max_tokens: most tokens of a group whose weights are written out.
 
-    With score, weights or factor the weights are written out; otherwise they need not be.
+    With score, weights or factor the weights are written out, unless they are `fused`; otherwise they need not be.
     """
 
-    finds_windows = True
     masks = True
     places = True
 
@@ -133,6 +133,9 @@ class SoftmaxCore(Core):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.score, self.bias, self.weights, self.factor, self.max_tokens = score, bias, weights, factor, max_tokens
         self.explicit = any(part is not None for part in (score, weights, factor))
+        alone = not (qk_norm or lepe) and all(part is None for part in (score, bias, factor))
+        self.weighs = alone and hasattr(weights, "fused")
+        self.finds_windows = not self.weighs
         dim = num_heads * head_dim
         self.lepe = depthwise(dim, 3 if lepe else 0)
         self.adds = lepe
@@ -146,7 +149,9 @@ class SoftmaxCore(Core):
         self.keys = KEYS - lost
 
     def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
-        """The windows have a kernel, and so have gated heads; the rest is PyTorch's scaled_dot_product_attention."""
+        """Windows and gated heads have a kernel, and some weights; the rest is PyTorch's own attention."""
+        if self.weighs:
+            return Runs("dense_attention", True)
         if self.explicit:
             names = ", ".join(type(part).__name__ for part in (self.score, self.weights, self.factor) if part)
             return Runs("explicit attention", False, f"the weights of all pairs are written out for {names}")
@@ -178,6 +183,8 @@ class SoftmaxCore(Core):
         gates: Tensor | None = None,
     ) -> Tensor:
         """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
+        if self.weighs:
+            return self.weights.fused(qkv_BNC, num_heads, self.scale)
         if around is not None:
             near = {"kernel": around.kernel, "stride": around.stride, "dilation": around.dilation}
             rpb = None if self.bias is None else self.bias.table

@@ -7,11 +7,10 @@ Clipped weights have no gradient, and undecided ones, 1 / T, become about (1 −
 from a random start; such an α needs weights that were trained before.
 """
 
-import math
-
 from torch import Tensor, nn
 
 from conf import values
+from kernels.dense_attention import clipped_attention, clipped_weights
 from models.attention.contract import Refused, Site
 
 WHO = "clipped"
@@ -62,7 +61,7 @@ def clipped(
 
 
 class ClippedSoftmax(nn.Module):
-    """Softmax, stretched and clipped; closed pairs have weight 0."""
+    """Softmax, stretched and clipped; closed pairs have weight 0. `fused` is attention with them, by a kernel."""
 
     row_stochastic = False
 
@@ -77,8 +76,8 @@ class ClippedSoftmax(nn.Module):
         return -self.alpha / (keys if self.length == "tokens" else self.length)
 
     def forward(self, logits_BMNS: Tensor, open: Tensor | None) -> Tensor:
-        if open is not None:
-            logits_BMNS = logits_BMNS.masked_fill(~open, -math.inf)
-        gamma = self.shift(logits_BMNS.shape[-1])
-        weights = ((self.zeta - gamma) * logits_BMNS.softmax(-1) + gamma).clamp(0, 1)
-        return weights if open is None else weights.masked_fill(~open, 0.0)
+        return clipped_weights(logits_BMNS, open, gamma=self.shift(logits_BMNS.shape[-1]), zeta=self.zeta)
+
+    def fused(self, qkv_BNC: Tensor, num_heads: int, scale: float) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D)."""
+        return clipped_attention(qkv_BNC, num_heads, gamma=self.shift(qkv_BNC.shape[1]), zeta=self.zeta, scale=scale)

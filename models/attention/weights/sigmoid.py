@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conf import values
-from kernels.precision import wide
+from kernels.dense_attention import sigmoid_attention, sigmoid_weights
 from models.attention.contract import Site
 
 BIASES = ("fixed", "tokens", "learned")
@@ -38,7 +38,7 @@ def sigmoid(site: Site, *, bias: str | float = "fixed", temperature: float = 0.0
 
 
 class SigmoidWeights(nn.Module):
-    """Closed pairs have weight 0; rows do not sum to one."""
+    """Closed pairs have weight 0; rows do not sum to one. `fused` is attention with them, by a kernel."""
 
     row_stochastic = False
 
@@ -52,6 +52,12 @@ class SigmoidWeights(nn.Module):
             self.bias = start
 
     def forward(self, logits_BMNS: Tensor, open: Tensor | None) -> Tensor:
-        bias = -math.log(logits_BMNS.shape[-1]) if self.counts else self.bias
-        weights = (wide(logits_BMNS) * self.factor + bias).sigmoid()
-        return weights if open is None else weights.masked_fill(~open, 0.0)
+        return sigmoid_weights(logits_BMNS, open, bias=self._bias(logits_BMNS.shape[-1]), factor=self.factor)
+
+    def fused(self, qkv_BNC: Tensor, num_heads: int, scale: float) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D)."""
+        bias = self._bias(qkv_BNC.shape[1])
+        return sigmoid_attention(qkv_BNC, num_heads, bias=bias, factor=self.factor, scale=scale)
+
+    def _bias(self, keys: int) -> float | Tensor:
+        return -math.log(keys) if self.counts else self.bias

@@ -1,6 +1,7 @@
 """The fused kernels inside the mechanisms: same outputs and gradients as in PyTorch, and a line that says what runs."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,15 +15,19 @@ from models.attention.agent import agent_attention
 from models.attention.aggregated import aggregated_attention
 from models.attention.axial import AxialAttention
 from models.attention.backend import describe_backend
+from models.attention.biases.relative import relative
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
 from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
+from models.attention.layouts.grid import grid as dilated
 from models.attention.mixers.neighborhood import neighborhood_attention
 from models.attention.moh import MoHAttention
 from models.attention.multi_window import multi_window_attention
 from models.attention.softmax import softmax_attention
+from models.attention.weights.clipped import clipped
+from models.attention.weights.sigmoid import sigmoid
 from models.factory import compose_model, instantiate
 
 SITE = Site(dim=32, num_heads=2, grid=Grid(8, 8), stage=0, block=1, depth=2, kind="hierarchical")
@@ -53,6 +58,14 @@ MECHANISMS = {
     "inline without residual": lambda site: inline_attention(site, residual=False),
     "windows of each head": lambda site: multi_window_attention(site, windows=[3, 4], shift=True),
     "neighborhoods": lambda site: neighborhood_attention(site, kernel=3, dilation=2),
+    "sigmoid weights": lambda site: softmax_attention(site, weights=lambda s: sigmoid(s, bias="learned")),
+    "sigmoid weights in windows": lambda site: softmax_attention(
+        site, weights=lambda s: sigmoid(s, bias="tokens", temperature=0.5), layout=partial(dilated, size=3)
+    ),
+    "clipped weights": lambda site: softmax_attention(site, weights=clipped),
+    "heads of sigmoid weights routed": lambda site: MoHAttention(
+        site._replace(num_heads=4), core=partial(softmax_attention, weights=sigmoid), shared_heads=1, routed_heads=2
+    ),
     "completed neighborhoods": lambda site: neighborhood_attention(site, kernel=[7, 3], stride=[2, 1]),
     "heads in neighborhoods routed": lambda site: MoHAttention(
         site._replace(num_heads=4),
@@ -114,6 +127,7 @@ ALIKE = {
     *("agents in windows", "focused in windows", "focused in stripes", "inline in windows", "inline in stripes"),
     *("heads of neighbours routed", "routed, no lepe", "windows of each head", "axes"),
     *("agents in stripes", "heads of agents routed", "neighborhoods", "heads in neighborhoods routed"),
+    *("sigmoid weights in windows", "heads of sigmoid weights routed"),
 }
 
 
@@ -214,6 +228,9 @@ def test_what_has_no_kernel_is_refused_when_triton_is_asked_for():
     cases = {
         "PyTorch's own fused kernel": softmax_attention(SITE, backend="triton"),
         "keys come from a map of another size": agent_attention(SITE, agent_tokens=4, sr_ratio=2, backend="triton"),
+        "its windows are masked": softmax_attention(SITE, weights=sigmoid, window=4, shift=True, backend="triton"),
+        "written out for SigmoidWeights": softmax_attention(SITE, weights=sigmoid, bias=relative, backend="triton"),
+        "written out for ClippedSoftmax": softmax_attention(SITE, weights=clipped, qk_norm=True, backend="triton"),
         "dense attention is PyTorch's own": biformer_attention(SITE, topk="all", backend="triton"),
         "up to 7x7": conv(SITE, kernel_size=9, backend="triton"),
         "wider than 128 channels": dual_attention(SITE._replace(dim=512), backend="triton"),
