@@ -170,14 +170,18 @@ class Backbone(Trunk):
 
     def classify(self, x_BNC: Tensor, grid: Grid) -> Tensor:
         """Logits (B, num_classes) from what `forward_tokens` gives."""
-        return self.head(self.pooled(x_BNC, grid).x)
+        return self.logits(self.pooled(x_BNC, grid).x)
 
     def classify_with_losses(
         self, x_BNC: Tensor, grid: Grid, labels: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`classify`, and the losses of the pool, each (1,)."""
         pooled = self.pooled(x_BNC, grid)
-        return self.head(pooled.x), stacked([pooled.losses_with(labels)])
+        return self.logits(pooled.x), stacked([pooled.losses_with(labels)])
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the classifier makes of what the pool gives."""
+        return self.head(features)
 
     def pooled(self, x_BNC: Tensor, grid: Grid) -> Pooled:
         """What the head is given, from what `forward_tokens` gives; with the attention of the pool, if it has one."""

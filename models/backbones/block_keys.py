@@ -15,12 +15,13 @@ from models.layers.adaptive_block import AdaptiveBlock
 from models.layers.batch_normed import LocalBlock
 from models.layers.block import Block
 from models.layers.class_attention import ClassBlock
+from models.layers.conv_encoder import ConvEncoder
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 
-BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock)
+BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages

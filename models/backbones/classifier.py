@@ -55,6 +55,8 @@ def put_pool_and_head(
         )
     if width != dim and model.head_norm is not None:
         model.head_norm = model.last_norm(width)
+    if getattr(model, "distill_head", None) is not None and (own is not None or head is not None or width != dim):
+        model.distill_head = None  # the second one of a family that has two
     if own is not None:
         model.head = own
     elif head is not None and num_classes:

@@ -101,6 +101,10 @@ class Hierarchical(Backbone, ABC):
         shared = {"mlp_ratio": self.mlp_ratios[site.stage], "layer_scale": self.layer_scale, "norm_eps": self.norm_eps}
         return Block(site.dim, mixer, drop_path=rate, **shared, **own)
 
+    def mixes(self, site: Site) -> bool:
+        """Whether a block has a mixer."""
+        return self.attention_stages is None or site.stage in self.attention_stages
+
     def stage(self, s: int, places: list[Slot]) -> Stage:
         """Its blocks, behind what lies between it and the stage before."""
         return self.stage_type([self.block(*place) for place in places], self.between(s) if s else None)
@@ -152,7 +156,7 @@ class Hierarchical(Backbone, ABC):
             for s, dim in enumerate(self.channels)
             for block in range(depths[s])
         ]
-        mixed = [self.attention_stages is None or site.stage in self.attention_stages for site in sites]
+        mixed = [self.mixes(site) for site in sites]
         mixers = iter(build(attention, [site for site, mixes in zip(sites, mixed, strict=True) if mixes]))
         rates = drop_path_rates(drop_path, len(sites))
         return [

@@ -26,6 +26,7 @@ MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map
 # where rows are classes, and how many rows there are besides; of Tversky heads, and of pools with classifiers, as well
 CLASSES = (
     *((f"head.{name}", 0) for name in ("weight", "bias", "prototypes", "parametrizations.weight.original")),
+    ("distill_head.", 0),
     ("stem.labels.", 1),
     ("pooling.branches.", 0),
 )

@@ -51,6 +51,8 @@ class ConvDownsample(nn.Module):
         norm, out_norm: modules on the tokens before and after the convolution, or None.
     """
 
+    FOLDS = (("conv", "out_norm"),)  # see `models.layers.folded_norms`
+
     def __init__(
         self,
         dim: int,

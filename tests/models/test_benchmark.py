@@ -73,7 +73,7 @@ def test_a_spent_budget_starts_no_model(bench):
         (["--model", "vit_33px"], "there is no model of this name, got vit_33px; choose from agent_cswin_base"),
         (
             ["--model", "vit_32px", "--attention", "agend"],
-            "there is no attention of this name, got agend; choose from agent",
+            "there is no attention of this name, got agend; choose from additive",
         ),
     ],
 )

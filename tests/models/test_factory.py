@@ -74,7 +74,10 @@ def test_wrong_arguments_are_named(arguments, text):
     [
         ({"first": "inline"}, r"agent_swin_tiny: first must be a dict with settings of agent_tokens, .*, got 'inline'"),
         ({"agent_tokens": 4}, r"no setting 'agent_tokens'.* Give it as first=\{'agent_tokens': \.\.\.\}"),
-        ({"attention": ["agent", "window"]}, r"attention must be a name, got \['agent', 'window'\]; choose from agent"),
+        (
+            {"attention": ["agent", "window"]},
+            r"attention must be a name, got \['agent', 'window'\]; choose from additive",
+        ),
         ({"blocks": 2}, r"blocks=2 is no list; give attention.blocks one entry per stage"),
         ({"blocks": [4]}, r"stage 1 .*blocks=\[4\] has no entry for stage 1"),
     ],

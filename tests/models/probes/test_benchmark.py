@@ -130,7 +130,7 @@ def test_every_mechanism_can_be_measured(trainer, name):
         ({"attentions": ["agent", "agent"]}, r"attentions must be different mechanisms, got 'agent'; name it once"),
         (
             {"attentions": "agnt"},
-            r"benchmark: there is no attention 'agnt'; did you mean 'agent'\?; choose from agent, ",
+            r"benchmark: there is no attention 'agnt'; did you mean 'agent'\?; choose from additive, ",
         ),
         ({"attentions": "agent windw=7"}, r"benchmark: agent has no setting 'windw'; did you mean 'window'\?; it has "),
         ({"attentions": "agent layout=grd"}, r"benchmark: there is no layout 'grd' for agent; choose from axial, boat"),

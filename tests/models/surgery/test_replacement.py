@@ -251,7 +251,12 @@ moh = partial(MoHAttention, core=softmax_attention, shared_heads=0, routed_heads
 dropping = partial(vit, attn_drop_rate=0.1, proj_drop_rate=0.1, patch_drop_rate=0.1, scale_attn_norm=True)
 beyond = {"where": lambda site: site.stage > 2}
 REPLACE = [
-    (vit, "agnt", {}, r"there is no attention 'agnt'; did you mean 'agent'.*\?\navailable: agent, aggregated, "),
+    (
+        vit,
+        "agnt",
+        {},
+        r"there is no attention 'agnt'; did you mean 'agent'.*\?\navailable: additive, agent, aggregated, ",
+    ),
     (vit, "agent", {"agents": 9}, r"agent has no option 'agents'; did you mean .* options: agent_tokens, b"),
     (vit, conv, {"backend": "torch"}, "options must go with a name, got backend with a factory; use functools.partial"),
     (vit, 3, {}, "attention must be a name, a factory or a list with one for each of 1 stages, got 3; names are a"),
