@@ -127,3 +127,10 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.normal_(m.weight, std=(2.0 / fan_out) ** 0.5)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+def init_pointwise(linear: nn.Linear) -> None:
+    """The same for a Linear, which is a 1×1 convolution of tokens."""
+    nn.init.normal_(linear.weight, std=(2.0 / linear.out_features) ** 0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

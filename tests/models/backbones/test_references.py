@@ -39,6 +39,7 @@ QUICK = {
     "inline/inline_deit_tiny",
     "inline/inline_swin_tiny",
     "moh/transnext_micro",
+    "van/van_b0",
 }
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
 ROUTED = [
@@ -82,7 +83,8 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    assert {"biformer", "davit", "agent", "flatten", "inline", "moh"} == {name.partition("/")[0] for name in QUICK}
+    families = {"biformer", "davit", "agent", "flatten", "inline", "moh", "van"}
+    assert families == {name.partition("/")[0] for name in QUICK}
     assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
 
