@@ -7,7 +7,6 @@ row or column out.
 Shapes: B = batch, N = H·W tokens, C = channels.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -25,15 +24,12 @@ class FocalNet(Hierarchical):
     Args:
         branch_norm: norms at the ends of the branches of blocks, see `models.layers.block.Block`.
         overlap: patches overlap: 7×7 convolutions with stride 4 in front, 3×3 ones between the stages.
-        args, dims, options: see `Hierarchical`.
+        args, options: see `Hierarchical`.
     """
 
-    def __init__(
-        self, *args: Any, dims: Sequence[int], branch_norm: bool = False, overlap: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, branch_norm: bool = False, overlap: bool = False, **options: Any) -> None:
         self.branch_norm, self.overlap = branch_norm, overlap
-        self.kind = "vit" if len(dims) == 1 else "hierarchical"
-        super().__init__(*args, dims=dims, **options)
+        super().__init__(*args, **options)
 
     def block(self, site: Site, mixer: nn.Module, rate: float) -> Block:
         return super().block(site, mixer, rate, branch_norm=self.branch_norm)

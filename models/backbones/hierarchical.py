@@ -47,7 +47,7 @@ class Hierarchical(Backbone, ABC):
         ValueError: lists of unequal length or with entries below 1, or a patch size that the stem cannot have.
     """
 
-    kind = "hierarchical"  # of the sites
+    kind = "hierarchical"  # of the sites; one stage alone is a plain backbone, "vit"
     positioned = False  # whether the blocks encode positions by convolution themselves
     attention_stages: Sequence[int] | None = None  # those with mixers; None for all
     last_prefix = 0  # tokens in front of the map of the last stage
@@ -77,6 +77,7 @@ class Hierarchical(Backbone, ABC):
         self._check(patch_size, mlp_ratio, dims=dims, depths=depths, num_heads=num_heads)
         self.mlp_ratios = list(mlp_ratio) if isinstance(mlp_ratio, Sequence) else [mlp_ratio] * len(dims)
         self.layer_scale, self.channels = layer_scale, list(dims)
+        self.kind = "vit" if self.kind == "hierarchical" and len(dims) == 1 else self.kind
         self.strides = self.strides_of(patch_size)
         self.grids = [Grid(*cells(pair(image_size), stride)) for stride in self.strides]
         self.grids[-1] = self.grids[-1]._replace(prefix=self.last_prefix)

@@ -48,6 +48,7 @@ class ConvDownsample(nn.Module):
     Args:
         dim, out_dim: channels before and after.
         kernel_size: side of the kernel; one larger than 2 overlaps, with (kernel_size - 1) // 2 zeros around the map.
+        bias: of the convolution.
         norm, out_norm: modules on the tokens before and after the convolution, or None.
     """
 
@@ -59,12 +60,13 @@ class ConvDownsample(nn.Module):
         out_dim: int,
         *,
         kernel_size: int = 2,
+        bias: bool = True,
         norm: nn.Module | None = None,
         out_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.Identity() if norm is None else norm
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2)
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=bias)
         self.out_norm = nn.Identity() if out_norm is None else out_norm
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:

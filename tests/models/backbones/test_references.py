@@ -39,6 +39,7 @@ QUICK = {
     "inline/inline_deit_tiny",
     "inline/inline_swin_tiny",
     "moh/transnext_micro",
+    "nat/dinat_mini",
     "van/van_b0",
 }
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
@@ -83,7 +84,7 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    families = {"biformer", "davit", "agent", "flatten", "inline", "moh", "van"}
+    families = {"biformer", "davit", "agent", "flatten", "inline", "moh", "nat", "van"}
     assert families == {name.partition("/")[0] for name in QUICK}
     assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
