@@ -68,7 +68,7 @@ class HeadsApart(Mixer):
             part.qkv, part.proj = Rows(self.qkv, self.num_heads, slice(first, first + part.num_heads)), nn.Identity()
 
     def _part(self, factory: AttentionFactory, heads: int, site: Site) -> MultiHead:
-        part = make(factory, site._replace(num_heads=heads, head_dim=self.head_dim))
+        part = make(factory, site._replace(num_heads=heads, head_dim=self.head_dim, stride=1))
         if not isinstance(part, MultiHead):
             raise Refused(
                 f"heads of {type(part).__name__} cannot be taken apart, since it has no projection of all its heads",

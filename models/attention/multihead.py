@@ -142,8 +142,10 @@ class MultiHead(Resizable, Mixer):
         self.proj = nn.Linear(inner, site.dim) if output_projection else unprojected(inner, site.dim)
         self.pre, self.transform, self.core, self.value = pre, transform, core, value
         self.reduce, self.content = self.layout.reduce, self.layout.content
-        self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix
-        self.without_matrix, self.row_stochastic = core.without_matrix, core.row_stochastic
+        self.strided = self.layout.stride > 1
+        self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix and not self.strided
+        self.without_matrix = "it has fewer queries than tokens" if self.strided else core.without_matrix
+        self.row_stochastic = core.row_stochastic
         self.adds = core.adds
         self.accepts = accepts or Accepts(prefix="attended" if self.layout.takes_prefix else "refused")
         self.grid, self.usual_mask = site.grid, True
@@ -306,8 +308,10 @@ class MultiHead(Resizable, Mixer):
         """Weights (B, M, N, S) of every query on every key; of each group, (B·R, M, T, S), in a layout with groups.
 
         Raises:
-            TypeError: the core has no matrix.
+            TypeError: the core has no matrix, or there are fewer queries than tokens.
         """
+        if self.strided:
+            return super().attention_matrix(x_BNC, grid)
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         groups, _, _ = self._groups(x_BNC, grid)
         return self.core.matrix(groups.q, groups.k, groups.grid, groups.kv_grid, **groups.given)
@@ -379,14 +383,14 @@ class MultiHead(Resizable, Mixer):
 
     def _project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Grid]:
         """Queries (B, M, N, D), keys and values (B, M, S, D), and the map of the keys."""
-        if self.reduce is None:
+        if self.reduce is None and not self.strided:
             q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
             return q, k, v, grid
         inner = self.num_heads * self.head_dim
-        reduced, kv_grid = self.reduce(x, grid)
+        reduced, kv_grid = (x, grid) if self.reduce is None else self.reduce(x, grid)
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         k, v = split_heads(F.linear(reduced, self.qkv.weight[inner:], bias), 2, self.num_heads)
-        return self.queries(x), k, v, kv_grid
+        return self.queries(self.layout.asking(x, grid)), k, v, kv_grid
 
 
 def unprojected(inner: int, dim: int) -> nn.Identity:

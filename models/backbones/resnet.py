@@ -21,11 +21,10 @@ from models.backbones.classifier import classifier, init_weights
 from models.backbones.hierarchical import check_lists
 from models.layers.block import Stage, drop_path_rates
 from models.layers.patch_embed import cells
-from models.layers.residual_block import ConvNorm, ResidualBlock
+from models.layers.residual_block import ConvNorm, LastConv, ResidualBlock
 from models.layers.tokens import to_tokens
 
 ACTS = {"relu": nn.ReLU, "silu": nn.SiLU}
-BLOCKS = ("bottleneck", "basic")
 STEMS = {"7x7": ((7, 1),), "tiered": ((3, 3 / 8), (3, 1 / 2), (3, 1))}  # kernels, and shares of the channels
 Blocks = Sequence[str | Sequence[int]]
 
@@ -40,17 +39,18 @@ class ResNet(Backbone):
         dims, depths: channels and blocks of each stage.
         num_heads: of the mixers of each stage.
         attention_blocks: of each stage the numbers of the blocks that have a mixer, from 0, or "all".
-        block: "bottleneck" or "basic".
+        basic: blocks of two 3×3 convolutions in the place of bottlenecks.
         widths: channels inside of the bottlenecks of each stage; None for a quarter of `dims`.
         stem: "7x7", or "tiered" for three 3×3 convolutions, both with max pooling behind them.
         stem_dim: channels of the stem.
+        last_dim: channels of a 1×1 convolution behind the last stage, as in the larger HaloNets; None for none.
         act: "relu" or "silu".
         branch_gate: factory of the gate at the end of every branch where no other `gate` is chosen; None for none.
         drop_path, layer_scale: see `ResidualBlock`; drop path grows linearly over the blocks.
         in_channels: of the images.
 
     Raises:
-        ValueError: lists of unequal length, an unknown block, stem or activation, or blocks that are not there.
+        ValueError: lists of unequal length, an unknown stem or activation, or blocks that are not there.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class ResNet(Backbone):
         depths: Sequence[int],
         num_heads: Sequence[int],
         attention_blocks: Blocks,
-        block: str = "bottleneck",
+        basic: bool = False,
         widths: Sequence[int] | None = None,
         stem: str = "7x7",
         stem_dim: int = 64,
+        last_dim: int | None = None,
         act: str = "relu",
         branch_gate: Callable[[Site], nn.Module] | None = None,
         drop_path: float = 0.0,
@@ -74,15 +75,16 @@ class ResNet(Backbone):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        for name, value, known in (("block", block, BLOCKS), ("stem", stem, STEMS), ("act", act, ACTS)):
+        for name, value, known in (("stem", stem, STEMS), ("act", act, ACTS)):
             values.choice("ResNet", name, value, known, fix=f"set model.{name}")
-        check_counts("ResNet", stem_dim=stem_dim)
-        if block == "basic" and widths is not None:
+        check_counts("ResNet", stem_dim=stem_dim, last_dim=1 if last_dim is None else last_dim)
+        values.flag("ResNet", "basic", basic, fix="set model.basic=true or false")
+        if basic and widths is not None:
             raise UserError(f"ResNet: basic blocks have no widths of their own, got {widths}; set model.widths=null")
-        inner = list(dims if block == "basic" else widths or [max(dim // 4, 1) for dim in dims])
+        inner = list(dims if basic else widths or [max(dim // 4, 1) for dim in dims])
         check_lists("ResNet", dims=dims, depths=depths, num_heads=num_heads, widths=inner)
         placed = places(attention_blocks, depths)
-        self.basic, self.channels, self.strides = block == "basic", list(dims), [4 << s for s in range(len(dims))]
+        self.basic, self.channels, self.strides = basic, list(dims), [4 << s for s in range(len(dims))]
         self.pixels = pair(image_size)
         self.grids = [Grid(*cells(self.pixels, stride)) for stride in self.strides]
         sites = [
@@ -98,7 +100,10 @@ class ResNet(Backbone):
         self.stem, self.branch_gate = ResNetStem(in_channels, stem_dim, STEMS[stem], ACTS[act]()), branch_gate
         starts = list(accumulate(depths, initial=0))
         self.stages = nn.ModuleList(Stage(blocks[a:b]) for a, b in pairwise(starts))
-        self.norm, self.head = nn.Identity(), classifier(dims[-1], num_classes)
+        if last_dim is not None:
+            self.stages[-1].blocks.append(LastConv(dims[-1], last_dim, ACTS[act]))
+            self.channels[-1] = last_dim
+        self.norm, self.head = nn.Identity(), classifier(self.channels[-1], num_classes)
         self.apply(init_weights)
 
     def _site(self, s: int, block: int, depth: int, dim: int, num_heads: int) -> Site:

@@ -109,7 +109,8 @@ def export(state_dict: Mapping[str, Tensor], name: str, **settings: Any) -> dict
     ours = _ours(*_matched(state_dict, name, settings, "export", resize=False)[:2])
     layout = family.authors(name)
     parts = layout.names(ours)
-    theirs = [layout.give(mine, value, parts[mine]) for mine, value in ours.items()]
+    dims = {mine: layout.head_dim(mine, lambda other: ours[other].shape) for mine in ours}
+    theirs = [layout.give(mine, value, parts[mine], dims[mine]) for mine, value in ours.items()]
     if layout.make_constants is not None:
         theirs.append(layout.make_constants(ours))
     return {key: value for weights in theirs for key, value in weights.items()}

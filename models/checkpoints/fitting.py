@@ -56,7 +56,8 @@ class Table(NamedTuple):
         """Our weight from a state in their names, of the size that it has there."""
         import torch
 
-        pieces = [self.layout.take(part.name, state[part.name]) for part in self.parts[mine]]
+        head_dim = self.layout.head_dim(mine, lambda other: state[self.parts[other][0].name].shape)
+        pieces = [self.layout.take(part.name, state[part.name], head_dim) for part in self.parts[mine]]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 

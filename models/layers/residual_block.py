@@ -29,6 +29,17 @@ class ConvNorm(nn.Module):
         return self.bn(self.conv(x_BCHW))
 
 
+class LastConv(nn.Module):
+    """A 1×1 convolution with norm and activation as a block of a stage: `(x_BNC, grid) -> (x_BNC, {})`."""
+
+    def __init__(self, dim: int, out_dim: int, act: type[nn.Module]) -> None:
+        super().__init__()
+        self.last, self.act = ConvNorm(dim, out_dim), act()
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        return to_tokens(self.act(self.last(to_map(x_BNC, grid)))), {}
+
+
 class ResidualBlock(nn.Module):
     """act(shortcut(x) + branch(x)) on tokens; all layers have a batch norm, and all but the last one an activation.
 

@@ -60,6 +60,7 @@ class Layout:
         reduce: module `(x_BNC, grid) -> (x_BSC, kv_grid)` that makes the tokens of keys and values; None: they are
             those of the queries. A mixer owns it, under this name.
         around: of neighbourhoods, which PyTorch's FlexAttention finds by itself on the map `between`; None for none.
+        stride: above 1, queries are those of every so many rows and columns alone, see `asking`.
         content: module that decides the groups by what they hold; None: the map decides. A mixer owns it.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     reduce: nn.Module | None = None
     content: nn.Module | None = None
     around: Around | None = None
+    stride: int = 1
 
     def local(self, grid: Grid) -> Grid:
         """The map of the queries that a core sees."""
@@ -103,6 +105,10 @@ class Layout:
     def between(self, grid: Grid) -> Grid:
         """The map of the tokens that `split` gives, where `gather` cuts them."""
         return self.local(grid)
+
+    def asking(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Of what `split` gives, the tokens that queries are made of."""
+        return x_BNC
 
     def mask(self, grid: Grid, device: Any) -> Tensor | None:
         """Which pairs of a group may attend: bool (R, T, S), or None for all."""

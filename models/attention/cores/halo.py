@@ -5,12 +5,13 @@ Self-Attention, Ramachandran et al., NeurIPS 2019, arXiv:1906.05909. For query i
     o_i = Σ_j softmax_j(q_i k_j / √D + q_i (r^h_{y_j − y_i} + r^w_{x_j − x_i})) v_j,
 with a table of vectors of each axis, shared by the heads. timm and its weights leave them unscaled, as here; the paper
 scales them too (`scale_position`). timm's module has no output projection, and no bias in the projection.
+Where a block of a ResNet halves the map, the queries are those of every other row and column, if these divide the
+blocks, and give the smaller map; y_i and x_i are then counted on that, as in timm.
 Shapes: B = blocks of all images, M = heads, D = channels per head, N = queries of a block, S = keys of its window,
 w = side of that window; a table is (2w − 1, D).
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Unpack
 
 import torch
@@ -23,6 +24,7 @@ from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels
 from models.attention.contract.layout import SURROUNDING
 from models.attention.contract.options import check_flags
+from models.attention.layouts.halo import Halo, strided
 from models.attention.layouts.halo import halo as halos
 from models.attention.multihead import Core
 
@@ -53,8 +55,12 @@ def halo_attention(
             "the relative logits of halo attention are made for its own layout",
             "leave out attention/layout, or choose attention=softmax attention/layout=halo",
         )
-    dim = head_channels(site)
-    layout = partial(halos, block=block, halo=halo, mask_padding=mask_padding)
+    dim, bare = head_channels(site), not any(map(composition.get, ("transform", "value")))
+
+    def layout(place: Site) -> Halo:
+        blocks = halos(place, block=block, halo=halo, mask_padding=mask_padding)
+        return strided(blocks, site.stride) if bare else blocks
+
     return assemble(site, lambda _, __, keys: HaloCore(dim, keys, scale_position), **composition | {"layout": layout})
 
 

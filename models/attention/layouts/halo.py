@@ -19,6 +19,7 @@ from models.attention.contract import Grid, Site
 from models.attention.contract.layout import SURROUNDING, Groups, Layout
 from models.attention.contract.options import check_flags, window_of
 from models.attention.contract.places import places
+from models.layers.downsample import reduced
 
 
 def halo(site: Site, *, block: int | Sequence[int] = 8, halo: int = 3, mask_padding: bool = False) -> "Halo":
@@ -39,6 +40,13 @@ def halo(site: Site, *, block: int | Sequence[int] = 8, halo: int = 3, mask_padd
     return Halo(window_of(block, site.grid), halo, mask_padding)
 
 
+def strided(layout: "Halo", stride: int) -> "Halo":
+    """With the queries of one of every `stride` rows and columns; as it is where these do not divide the blocks."""
+    if any(side % stride for side in layout.block):
+        return layout
+    return Halo(layout.block, layout.halo, layout.masks, stride)
+
+
 class Halo(Layout):
     """Blocks of fixed sides and their windows of keys.
 
@@ -46,16 +54,21 @@ class Halo(Layout):
         block: sides of the blocks.
         halo: tokens around them.
         masks: whether what is beyond the map is masked.
+        stride: of the queries: one of every so many rows and columns, whose blocks are so many times smaller.
     """
 
     keys = SURROUNDING
     takes_prefix = False
 
-    def __init__(self, block: tuple[int, int], halo: int, masks: bool = False) -> None:
-        self.block, self.halo, self.masks = block, halo, masks
+    def __init__(self, block: tuple[int, int], halo: int, masks: bool = False, stride: int = 1) -> None:
+        self.block, self.halo, self.masks, self.stride = block, halo, masks, stride
 
     def local(self, grid: Grid) -> Grid:
-        return Grid(*self.block)
+        return reduced(Grid(*self.block), self.stride)
+
+    def asking(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        s = self.stride
+        return x_BNC if s == 1 else x_BNC.unflatten(1, grid[:2])[:, ::s, ::s].flatten(1, 2)
 
     def kv_local(self, grid: Grid) -> Grid:
         return Grid(*(side + 2 * self.halo for side in self.block))
@@ -69,16 +82,17 @@ class Halo(Layout):
         return self._windows(inside, grid).transpose(1, 2).expand(-1, self.local(grid).cells, -1)
 
     def gather(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, content: nn.Module | None) -> Groups:
-        M, (height, width), (b, c) = q.shape[1], self._blocks(grid), self.block
-        blocks = F.pad(q.unflatten(2, grid[:2]), self._completed(grid))
+        own, seen, sides = self.local(grid), self.kv_local(grid), reduced(grid, self.stride)[:2]
+        M, (height, width), (b, c) = q.shape[1], self._blocks(grid), own[:2]
+        blocks = F.pad(q.unflatten(2, sides), (0, 0, 0, width * c - sides[1], 0, height * b - sides[0]))
         blocks = blocks.unflatten(3, (width, c)).unflatten(2, (height, b)).permute(0, 2, 4, 1, 3, 5, 6)
         around = [self._windows(t.flatten(0, 1), grid).unflatten(0, (-1, M, height * width)) for t in (k, v)]
-        own, seen = self.local(grid), self.kv_local(grid)
-        offsets = places(own, own, q.device)[:, None] - (places(seen, seen, q.device) - self.halo)
+        asked = places(own, own, q.device) * self.stride
+        offsets = asked[:, None] - (places(seen, seen, q.device) - self.halo)
 
         def back(o: Tensor) -> Tensor:
             map_BMHWD = o.view(-1, height, width, M, b, c, o.shape[-1]).permute(0, 3, 1, 4, 2, 5, 6)
-            return map_BMHWD.flatten(4, 5).flatten(2, 3)[:, :, : grid.height, : grid.width].flatten(2, 3)
+            return map_BMHWD.flatten(4, 5).flatten(2, 3)[:, :, : sides[0], : sides[1]].flatten(2, 3)
 
         gathered = (t.transpose(1, 2).flatten(0, 1) for t in around)
         return Groups(blocks.flatten(4, 5).flatten(0, 2), *gathered, own, seen, {"offsets": offsets}, back, {})

@@ -93,6 +93,30 @@ class Axes:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Rows that take turns there, head by head, and follow each other here, such as those of keys and values.
+
+    Attributes:
+        pattern: of their name.
+        parts: how many of a head follow each other there, of equally many rows.
+        like: pattern and replacement of `re.sub` from our name of it to our name of a weight whose last axis has the
+            channels of a head: nothing else says how many heads there are.
+    """
+
+    pattern: str
+    parts: int
+    like: tuple[str, str]
+
+    def take(self, value: Tensor, head_dim: int) -> Tensor:
+        """Their rows (head, part, channel) as ours (part, head, channel)."""
+        return value.unflatten(0, (-1, self.parts, head_dim)).transpose(0, 1).flatten(0, 2)
+
+    def give(self, value: Tensor, head_dim: int) -> Tensor:
+        """The inverse of `take`."""
+        return value.unflatten(0, (self.parts, -1, head_dim)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way to name the weights of a family of models.
 
@@ -103,6 +127,7 @@ class Layout:
         warning: what a user should know who loads such a file, by model; a model that is not named has nothing to know.
         joined: weights that are several there.
         axes: weights with other axes there.
+        turns: weights whose rows are in another order there.
         numbered: whether blocks are counted through all stages there; the rules then see `blocks.K.` for them.
         constants: pattern of names in their files that hold nothing learned; "" for none.
         masks: pattern of those that hold masks of windows, which a model for another image size may not have.
@@ -117,6 +142,7 @@ class Layout:
     warning: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
     axes: tuple[Axes, ...] = ()
+    turns: tuple[Turns, ...] = ()
     numbered: bool = False
     constants: str = ""
     masks: str = ""
@@ -149,21 +175,37 @@ class Layout:
         original = re.sub(*self.copies, name) if self.copies else name
         return original != name and original in state and bool((state[name] == state[original]).all())
 
-    def take(self, name: str, value: Tensor) -> Tensor:
-        """Their value of a name as ours, or as its rows of ours."""
+    def head_dim(self, mine: str, shape: Callable[[str], tuple[int, ...] | None]) -> int | None:
+        """Channels of a head where a weight of ours needs them, from the shapes of others; None for most."""
+        found = (shape(re.sub(*turns.like, mine)) for turns in self.turns if re.search(turns.like[0], mine))
+        return next((each[-1] for each in found if each), None)
+
+    def take(self, name: str, value: Tensor, head_dim: int | None = None) -> Tensor:
+        """Their value of a name as ours, or as its rows of ours; in their order where `head_dim` is not known."""
+        value = self._taken(name, value)
+        for turns in self.turns if head_dim else ():
+            value = turns.take(value, head_dim) if re.search(turns.pattern, name) else value
+        return value
+
+    def _taken(self, name: str, value: Tensor) -> Tensor:
         for axes in self.axes:
             if re.search(axes.pattern, name):
                 return axes.take(value)
         return value.flatten(1) if self.pointwise and value.shape[2:] == (1, 1) else value
 
-    def give(self, name: str, value: Tensor, parts: tuple[Part, ...]) -> dict[str, Tensor]:
+    def give(self, name: str, value: Tensor, parts: tuple[Part, ...], head_dim: int | None = None) -> dict[str, Tensor]:
         """Our value as theirs, by their names."""
         if self.pointwise and value.dim() == 2 and re.search(self.pointwise, name):
             value = value[..., None, None]
         if len(parts) == 1:
             return {parts[0].name: self._axes(parts[0].name, value)}
-        pieces = value.split([len(value) * part.share // part.of for part in parts])
-        return {part.name: self._axes(part.name, piece) for part, piece in zip(parts, pieces, strict=True)}
+        split = value.split([len(value) * part.share // part.of for part in parts])
+        pieces = {part.name: piece for part, piece in zip(parts, split, strict=True)}
+        for turns in self.turns if head_dim else ():
+            pieces |= {
+                key: turns.give(piece, head_dim) for key, piece in pieces.items() if re.search(turns.pattern, key)
+            }
+        return {key: self._axes(key, piece) for key, piece in pieces.items()}
 
     def _axes(self, name: str, value: Tensor) -> Tensor:
         return next((axes.give(value) for axes in self.axes if re.search(axes.pattern, name)), value)

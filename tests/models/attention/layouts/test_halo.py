@@ -1,5 +1,7 @@
 """Halos against timm's module, windows and dense attention, and what a block sees."""
 
+from functools import partial
+
 import pytest
 import torch
 from timm.layers.halo_attn import HaloAttn
@@ -7,7 +9,9 @@ from timm.layers.halo_attn import HaloAttn
 from models.attention import Grid, Refused, Site
 from models.attention.biases.relative import relative
 from models.attention.cores.halo import halo_attention
+from models.attention.gated import GatedAttention
 from models.attention.layouts.halo import Halo, halo
+from models.attention.moh import MoHAttention
 from models.attention.softmax import softmax_attention
 
 MAP = Grid(8, 12)
@@ -93,3 +97,34 @@ def test_wrong_options_are_refused() -> None:
         halo_attention(SITE, layout=halo)
     with pytest.raises(Refused, match=r"two layouts"):
         halo_attention(SITE, window=4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_the_map_is_halved_every_other_row_and_column_asks(masked: bool) -> None:
+    """As timm's strided module on whole blocks; a map that they do not fill is rounded up."""
+    torch.manual_seed(0)
+    theirs = HaloAttn(32, num_heads=2, block_size=4, halo_size=2, stride=2).double()
+    options = {"block": 4, "halo": 2, "qkv_bias": False, "output_projection": False, "mask_padding": masked}
+    ours = halo_attention(SITE._replace(stride=2), **options).double()
+    q, kv = (conv.weight[:, :, 0, 0] for conv in (theirs.q, theirs.kv))
+    k, v = kv.unflatten(0, (2, 2, 16)).unbind(1)
+    position = {f"core.position.{axis}": getattr(theirs.pos_embed, f"{axis}_rel") for axis in ("height", "width")}
+    ours.load_state_dict({"qkv.weight": torch.cat([q, k.flatten(0, 1), v.flatten(0, 1)]), **position})
+    x = torch.randn(2, MAP.tokens, 32, dtype=torch.double)
+    output, expected = ours(x, MAP).x.unflatten(1, (4, 6)), theirs(x.mT.unflatten(2, MAP[:2])).permute(0, 2, 3, 1)
+    assert ours.strided and not ours.has_matrix
+    if masked:  # queries whose windows lie on the map; there are none with blocks of 4 in rows of 8
+        assert not torch.allclose(output, expected)
+    else:
+        torch.testing.assert_close(output, expected)
+    assert ours(x[:, : 7 * 9], Grid(7, 9)).x.shape == (2, 4 * 5, 32)
+    with pytest.raises(TypeError, match=r"MultiHead has no attention matrix: it has fewer queries than tokens"):
+        ours.attention_matrix(x, MAP)
+
+
+def test_blocks_of_odd_sides_and_gated_heads_keep_the_map() -> None:
+    halved = SITE._replace(stride=2)
+    assert not halo_attention(halved, block=3).strided
+    for wrapper in (GatedAttention, partial(MoHAttention, shared_heads=2, routed_heads=0)):
+        mixer = wrapper(halved, core=partial(halo_attention, block=4, halo=1))
+        assert not mixer.strided and mixer(torch.randn(1, MAP.tokens, 32), MAP).x.shape == (1, MAP.tokens, 32)
