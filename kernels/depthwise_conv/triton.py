@@ -34,29 +34,42 @@ def _normal(x):
 
 
 @triton.jit
-def _finished(acc, more, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr):
-    """gelu(acc) + more, or with SLOPE more · gelu'(acc)."""
+def _finish(
+    acc, more, value, out, twin, keep, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr, GATED: tl.constexpr
+):
+    """Stores gelu(acc) + more, or with SLOPE more · gelu'(acc).
+
+    GATED: gelu(acc) · more, or more · value · gelu'(acc), and in `twin` the gradient of the value, more · gelu(acc).
+    """
     if SLOPE:
+        normal = _normal(acc)
+        more = widened(more)
+        if GATED:
+            tl.store(twin, (more * (acc * normal)).to(twin.dtype.element_ty), mask=keep)
+            more *= widened(value)
         density = tl.exp2(acc * acc * (-0.5 * LOG2E)) * ROOT
-        acc = widened(more) * (_normal(acc) + acc * density)
+        acc = more * (normal + acc * density)
     else:
         if GELU:
             acc *= _normal(acc)
-        if OTHER:
+        if GATED:
+            acc *= widened(more)
+        elif OTHER:
             acc += widened(more)
-    return acc
+    tl.store(out, acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _turn(
-    acc, start, taps, row, last, top, count, x, at, seen, inside, other, other_at, out, out_at, W, other_row, out_row,
+    acc, start, taps, row, last, top, count, x, at, seen, inside, other, other_at, value, value_at, out, out_at,
+    twin, twin_at, W, other_row, out_row, twin_row,
     K: tl.constexpr, ROW: tl.constexpr, AHEAD: tl.constexpr,
-    OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
+    OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Adds K input rows, some perhaps after the last, and stores the K output rows that are complete with them."""
     for k in tl.static_range(K):
         if k % AHEAD == 0:
-            read, more = (), ()
+            read, more, gates = (), (), ()
             for n in tl.static_range(k, min(k + AHEAD, K)):
                 read = read + load_shifted(x, row + n, W, at, seen, row + n < last, K, ROW, n > 0)
                 y = row + n - K // 2
@@ -65,16 +78,21 @@ def _turn(
                     more += (tl.load(place, mask=inside & within(y, top, count), other=0.0),)
                 else:
                     more += (start,)
+                if SLOPE and GATED:
+                    place = value + y * W * ROW + value_at
+                    gates += (tl.load(place, mask=inside & within(y, top, count), other=0.0),)
+                else:
+                    gates += (start,)
         for j in tl.static_range(K):
-            value = widened(read[k % AHEAD * K + j])
+            seen_here = widened(read[k % AHEAD * K + j])
             added = ()
             for i in tl.static_range(K):
-                added += (acc[i] + value * taps[(K - 1 - i) * K + j],)
+                added += (acc[i] + seen_here * taps[(K - 1 - i) * K + j],)
             acc = added
         y = row + k - K // 2
-        result = _finished(acc[0], more[k % AHEAD], OTHER, GELU, SLOPE)
-        place = out + y * W * out_row + out_at
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside & within(y, top, count))
+        place, besides = out + y * W * out_row + out_at, twin + y * W * twin_row + twin_at
+        keep = inside & within(y, top, count)
+        _finish(acc[0], more[k % AHEAD], gates[k % AHEAD], place, besides, keep, OTHER, GELU, SLOPE, GATED)
         acc = acc[1:]
         acc += (start,)
     return acc
@@ -82,11 +100,13 @@ def _turn(
 
 @triton.jit(do_not_specialize=SIZES)
 def _convolve(
-    x, weight, bias, other, out, B, H, W, programs, span, x_batch, out_batch, out_row, other_batch, other_row,
+    x, weight, bias, other, value, out, twin, B, H, W, programs, span, x_batch, out_batch, out_row, other_batch,
+    other_row, twin_batch, twin_row,
     K: tl.constexpr, C: tl.constexpr, ROW: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
     BIAS: tl.constexpr, FLIP: tl.constexpr, OTHER: tl.constexpr, GELU: tl.constexpr, SLOPE: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th part of `span` rows of all images."""
+    """Every `programs`-th part of `span` rows of all images; the value lies as x does."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     across = tl.cdiv(W, BX)
     down = tl.cdiv(H, span)
@@ -98,6 +118,8 @@ def _convolve(
     at = (col[:, None] - K // 2) * ROW + c[None, :]
     out_at = col[:, None] * out_row + c[None, :]
     other_at = col[:, None] * other_row + c[None, :]
+    value_at = col[:, None] * ROW + c[None, :]
+    twin_at = col[:, None] * twin_row + c[None, :]
     taps = taps_of(weight, c, C, K, BX, FLIP)
     start = tl.zeros([BX, BC], tl.float32)
     if BIAS:
@@ -109,21 +131,25 @@ def _convolve(
         row = tl.maximum(top - K // 2, 0)
         last = tl.minimum(top + count + K // 2, H)
         from_x, from_other, to = x + image * x_batch, other + image * other_batch, out + image * out_batch
+        from_value, besides = value + image * x_batch, twin + image * twin_batch
         acc = repeated(start, K)
         for first in range(row, last, K):
             acc = _turn(
-                acc, start, taps, first, last, top, count, from_x, at, seen, inside, from_other, other_at, to, out_at,
-                W, other_row, out_row, K, ROW, AHEAD, OTHER, GELU, SLOPE,
+                acc, start, taps, first, last, top, count, from_x, at, seen, inside, from_other, other_at, from_value,
+                value_at, to, out_at, besides, twin_at, W, other_row, out_row, twin_row,
+                K, ROW, AHEAD, OTHER, GELU, SLOPE, GATED,
             )  # fmt: skip
         whole = row + tl.cdiv(last - row, K) * K
         for k in tl.static_range(K // 2):
             y = whole + k - K // 2
             keep = inside & within(y, top, count)
-            more = start
+            more, gate = start, start
             if OTHER:
                 more = tl.load(from_other + y * W * other_row + other_at, mask=keep, other=0.0)
-            result = _finished(acc[k], more, OTHER, GELU, SLOPE)
-            tl.store(to + y * W * out_row + out_at, result.to(out.dtype.element_ty), mask=keep)
+            if SLOPE and GATED:
+                gate = tl.load(from_value + y * W * ROW + value_at, mask=keep, other=0.0)
+            place, twin_place = to + y * W * out_row + out_at, besides + y * W * twin_row + twin_at
+            _finish(acc[k], more, gate, place, twin_place, keep, OTHER, GELU, SLOPE, GATED)
 
 
 class Plan(NamedTuple):
@@ -170,8 +196,14 @@ def forward(
     return out
 
 
-def convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=False, flip=False) -> None:
-    """The map's part of all of these; with `slope` other · gelu'(conv(x) + bias)."""
+def convolve_into(
+    out, x, weight, bias, grid, *, other=None, gelu=False, slope=False, flip=False, gated=False, value=None, twin=None
+) -> None:
+    """The map's part of all of these; with `slope` other · gelu'(conv(x) + bias).
+
+    `gated`: the other is multiplied, not added; with `slope` so is `value`, which lies in memory as x does, and `twin`
+    becomes other · gelu(conv(x) + bias), its gradient.
+    """
     (B, _, C), (H, W, prefix), K = x.shape, grid, weight.shape[-1]
     plan = Plan.of(x, W, K, K)
     tiles = plan.tiles(W, C)
@@ -181,11 +213,12 @@ def convolve_into(out, x, weight, bias, grid, *, other=None, gelu=False, slope=F
     programs = triton.cdiv(parts, turns(parts * tiles * plan.warps // 8, parts)) if parts else 0
     x, out, added = rows(x)[:, prefix:], out[:, prefix:], other is not None
     other = rows(other)[:, prefix:] if added else out
+    value, twin = x if value is None else value[:, prefix:], out if twin is None else twin[:, prefix:]
     launch(
-        _convolve, (programs * tiles,), x, taps_table(weight), bias, other, out, B, H, W, programs, span, x.stride(0),
-        *out.stride()[:2], *other.stride()[:2],
+        _convolve, (programs * tiles,), x, taps_table(weight), bias, other, value, out, twin, B, H, W, programs, span,
+        x.stride(0), *out.stride()[:2], *other.stride()[:2], *twin.stride()[:2],
         K=K, C=C, ROW=x.stride(1), BX=plan.columns, BC=plan.channels, AHEAD=plan.ahead, warps=plan.warps,
-        BIAS=bias is not None, FLIP=flip, OTHER=added, GELU=gelu, SLOPE=slope,
+        BIAS=bias is not None, FLIP=flip, OTHER=added, GELU=gelu, SLOPE=slope, GATED=gated,
     )  # fmt: skip
 
 

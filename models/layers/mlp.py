@@ -1,12 +1,13 @@
 """MLPs of a block with a convolution inside, which computes their activation `act` where that is a GELU.
 
-Shapes: B = batch, N = tokens, C = channels.
+Shapes: B = batch, N = tokens, C = channels, L = of gate and value.
 """
 
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from kernels.depthwise_conv import depthwise_conv
+from kernels.gated_conv import gated_conv
 
 
 class ConvMlp(Mlp):
@@ -40,8 +41,11 @@ class ConvGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
-        gate, value = self.fc1(x_BNC).chunk(2, dim=-1)
-        return self.fc2(_activated(gate, grid, self.conv, self.act) * value)
+        x_BNL, conv = self.fc1(x_BNC), self.conv
+        if isinstance(self.act, nn.GELU):
+            return self.fc2(gated_conv(x_BNL, tuple(grid), conv.weight, conv.bias))
+        gate, value = x_BNL.chunk(2, dim=-1)
+        return self.fc2(_activated(gate, grid, conv, self.act) * value)
 
 
 def _activated(x_BNC: Tensor, grid: tuple, conv: nn.Conv2d, act: nn.Module) -> Tensor:
