@@ -425,7 +425,7 @@ def test_training_images(name):
 
 @EVERY
 def test_evaluation_images(name):
-    """Both sides (Agent Attention, FLatten, InLine), or the shorter, to the published pixels, bicubic; then the centre."""
+    """The shorter side, or both (Agent Attention, FLatten, InLine), to the published pixels, bicubic; then the centre."""
     (cfg, _), row = composed(name), ROWS[name]
     transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
     squashes = name.partition("/")[0] not in ("biformer", "davit", "moh", "twins", "xcit")

@@ -11,19 +11,16 @@ one another only what the covariance sums up, so there is no matrix of tokens.
 from typing import Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.precision import full_precision, wide
+from kernels.cross_covariance import cross_covariance
+from kernels.cross_covariance import definition as channel_heads
 from models.attention.assemble import Composition, assemble
-from models.attention.contract import Grid, Mixer, Site
+from models.attention.contract import Grid, Mixer, Runs, Site
 from models.attention.contract.heads import head_channels
 from models.attention.contract.layout import SAME
 from models.attention.contract.options import check_whole
 from models.attention.multihead import Core
-
-# Far below the length of any channel in use. The authors' 1e-12 lets the gradient at a channel of zeros reach 1e12.
-EPSILON = 1e-6
 
 
 def xca_attention(site: Site, *, head_dim: int | None = None, **composition: Unpack[Composition]) -> Mixer:
@@ -50,8 +47,13 @@ class CrossCovarianceCore(Core):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
 
+    def runs(self, window: tuple[int, int] | None, gated: bool) -> Runs:
+        """See `Core`."""
+        return Runs("cross_covariance", True)
+
+    def fused(self, qkv_BNC: Tensor, grid: Grid, num_heads: int) -> Tensor:
+        """(B, N, 3·M·D) → (B, N, M·D); see `Core`."""
+        return cross_covariance(qkv_BNC, self.temperature.flatten(), num_heads)
+
     def forward(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Grid, kv_grid: Grid) -> Tensor:
-        with full_precision(q_BMND.device):
-            q, k = (F.normalize(wide(x), dim=2, eps=EPSILON) for x in (q_BMND, k_BMND))
-            weights_BMDD = (q.mT @ k * self.temperature).softmax(-1)
-        return v_BMND @ weights_BMDD.to(v_BMND.dtype).mT
+        return channel_heads(q_BMND, k_BMND, v_BMND, self.temperature.flatten())

@@ -18,6 +18,7 @@ from models.attention.backend import describe_backend
 from models.attention.biases.relative import relative
 from models.attention.biformer import BiLevelRoutingAttention, biformer_attention
 from models.attention.conv import conv
+from models.attention.cores.xca import xca_attention
 from models.attention.dual import dual_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
@@ -34,6 +35,8 @@ SITE = Site(dim=32, num_heads=2, grid=Grid(8, 8), stage=0, block=1, depth=2, kin
 MECHANISMS = {
     "swin": lambda site: softmax_attention(site, window=4, shift=True, relative_position_bias=True),
     "windows without projection bias": lambda site: softmax_attention(site, window=3, qkv_bias=False),
+    "channels by cosine": lambda site: xca_attention(site),
+    "channels by cosine in windows": lambda site: xca_attention(site, window=4),
     "channel groups": lambda site: dual_attention(site, scale="tokens"),
     "windows with position": lambda site: dual_attention(site._replace(block=0), window=5),
     "agents": lambda site: agent_attention(site, agent_tokens=9),
