@@ -62,6 +62,8 @@ def test_each_pair_of_sigmoid_attention_is_by_itself(poisoned):
     near(sigmoid_attention(few[:, :13], 3, bias=-2.0), sigmoid_attention(silent, 3, bias=-2.0)[:, :13])
 
 
+# of infinite weights in rows that are dropped, which the interpreter computes as well
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("logit", [-300.0, 300.0])
 def test_logits_far_out_are_finite(logit, poisoned):
     """Where the sigmoid is 0 or 1 to the last bit, and the sum of the softmax a single exponential."""

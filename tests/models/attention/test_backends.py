@@ -202,7 +202,13 @@ def test_models_of_the_papers_agree(name, heads):
 @pytest.mark.fused
 @pytest.mark.parametrize(
     "name",
-    quick(["swin", "channel groups", "agents", "focused", "routed", "heads routed", "conv"], ["swin", "heads routed"]),
+    quick(
+        [
+            *("swin", "channel groups", "agents", "focused", "routed", "heads routed", "conv"),
+            *("sigmoid weights", "sigmoid weights in windows", "clipped weights"),
+        ],
+        ["swin", "heads routed"],
+    ),
 )
 def test_autocast_agrees(name):
     """The two paths round at different places; bfloat16 carries not quite 3 digits."""
