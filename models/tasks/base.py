@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from models.side_outputs import attempt, put
+from models.tasks.adaptive_clip import check_alone, check_clip, clip
 from models.tasks.effective_batch import images_per_step, scaled_rate, share_of
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
@@ -35,6 +36,8 @@ class Task(pl.LightningModule):
         schedule: keywords of `timm.scheduler.create_scheduler_v2`, in epochs; stepped after every optimizer step.
         metrics: makes the metrics of validation by name, once for the raw weights and once for the averaged ones.
         auxiliary: for each auxiliary loss that the model returns, its weight and its reduction over layers.
+        adaptive_clip: gradients are clipped to this share of the norm of their weight, row by row, see
+            `models.tasks.adaptive_clip`; None for not.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: run the model through torch.compile; keys of the state dict stay the same.
 
@@ -54,6 +57,7 @@ class Task(pl.LightningModule):
         *,
         metrics: Any,
         auxiliary: dict[str, dict[str, Any]] | None = None,
+        adaptive_clip: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -64,7 +68,8 @@ class Task(pl.LightningModule):
                 raise UserError(
                     f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
                 )
-        self.model = model
+        check_clip(adaptive_clip)
+        self.model, self.adaptive_clip = model, adaptive_clip
         self.optimizer, self.schedule, self.auxiliary = dict(optimizer), dict(schedule), auxiliary or {}
         self.metrics = nn.ModuleDict({"raw": metrics(), "ema": metrics()})
         self.ema_model: nn.Module | None = None
@@ -98,6 +103,7 @@ class Task(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            check_alone(self.adaptive_clip, self.trainer)
             self.prepare(self.trainer.datamodule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -160,6 +166,13 @@ class Task(pl.LightningModule):
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = Schedule(optimizer, self.schedule, int(total), per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *given: Any, **named: Any) -> None:
+        """By the norms of weights where that is asked for, else as the trainer does."""
+        if self.adaptive_clip is None:
+            super().configure_gradient_clipping(optimizer, *given, **named)
+        else:
+            clip(optimizer, self.adaptive_clip)
 
     def build_optimizer(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
         """The optimizer of the model's weights, from keywords of timm's."""

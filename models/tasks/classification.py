@@ -31,7 +31,7 @@ class Classification(Task):
     Args:
         model: `model(images, return_losses=True) -> (logits (B, K), {name: (L,)})`; one whose `learns_from_labels` is
             true is also given `labels`.
-        optimizer, schedule, auxiliary, gradient_checkpointing, compile: see `models.tasks.base.Task`.
+        optimizer, schedule, auxiliary, adaptive_clip, gradient_checkpointing, compile: see `models.tasks.base.Task`.
         num_classes: K.
         label_smoothing: share of the target that is spread evenly over the classes, in [0, 1).
         token_weight: of the loss on token labels (`models.tasks.token_labelling`), which the data must then have; 0
@@ -57,6 +57,7 @@ class Classification(Task):
         token_weight: float = 0.0,
         loss: str = "ce",
         class_weights: str | Sequence[float] | None = None,
+        adaptive_clip: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -71,7 +72,8 @@ class Classification(Task):
         check_outputs(model, num_classes)
         check_loss(loss)
         check_weights(class_weights, num_classes)
-        shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        shared = {"auxiliary": auxiliary, "adaptive_clip": adaptive_clip, "compile": compile}
+        shared["gradient_checkpointing"] = gradient_checkpointing
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
         self.loss, self.given_weights, self.num_classes = loss, class_weights, num_classes
