@@ -30,6 +30,9 @@ PUBLISHED = {
     "halonet_h4": (19_101_976, None),
     "halonet_26t": (12_480_288, 3.173),
     "halonet_50ts": (22_733_280, 5.270),
+    "lambdaresnet_50": (14_995_848, 6.576),
+    "lambdaresnet_26t": (10_958_272, 3.003),
+    "lambdaresnet_50ts": (21_536_832, 5.037),
     "ecanet_18": (11_689_556, 1.814),
     "ecanet_34": (21_797_744, 3.664),
     "ecanet_50": (25_557_112, 4.089),
@@ -43,6 +46,8 @@ TIMMS = {
     "halonet_h1": "halonet_h1",
     "halonet_26t": "halonet26t",
     "halonet_50ts": "halonet50ts",
+    "lambdaresnet_26t": "lambda_resnet26t",
+    "lambdaresnet_50ts": "lambda_resnet50ts",
 }
 
 
@@ -147,6 +152,13 @@ def test_halonet_equals_timm(size, at, block, heads):
     theirs = byobnet(LATE, size, self_attn_kwargs={"block_size": block, "halo_size": 2}, heads=heads, **options)
     shape = shape_of(LATE, act="silu", last_dim=24, num_heads=heads, block=block, halo=2)
     oracle.equal("halonet_50ts", theirs, size, at=at, own=branch_ends, **shape | {"stem": "7x7"})
+
+
+@pytest.mark.parametrize(("size", "at", "stem"), [(64, (96, 64), "tiered"), (64, None, "7x7")])
+def test_lambdaresnet_equals_timm(size, at, stem):
+    options = {"self_attn_layer": "lambda", "self_attn_kwargs": {"r": 5}, "stem_type": stem}
+    shape = shape_of(LATE, stem=stem, kernel_size=5)
+    oracle.equal("lambdaresnet_50", byobnet(LATE, size, **options), size, at=at, own=branch_ends, **shape)
 
 
 def test_halonets_take_any_image():
