@@ -83,7 +83,7 @@ SIGMOID_CHECKS = {
     "63 tokens, learned, strided": _check(63, 72, heads=3, learned=True, strided=True),
     "64 tokens": _check(64, 96),
     "100 tokens": _check(100, 128, heads=1),
-    "150 tokens, learned": _check(150, 64, learned=True),
+    "150 tokens, learned": _check(150, 64, heads=1, learned=True),
 }
 CLIPPED_CHECKS = {
     "7 tokens": _check(7, 24, batch=2, heads=3),
@@ -92,7 +92,7 @@ CLIPPED_CHECKS = {
     "63 tokens, strided": _check(63, 72, heads=3, strided=True),
     "64 tokens, nothing clipped": _check(64, 96, gamma=0.0),
     "100 tokens": _check(100, 128, heads=1),
-    "150 tokens, both ends": _check(150, 64, gamma=-0.003, zeta=1.1),
+    "150 tokens, both ends": _check(150, 64, heads=1, gamma=-0.003, zeta=1.1),
 }
 STAGES = {
     "ViT-B 196 tokens": {"batch": 128, "tokens": 196, "heads": 12, "head_dim": 64},

@@ -25,9 +25,9 @@ CASES = [
 # the first check of each operation is the one that is cheap and typical
 TYPICAL = [pytest.param(o, next(iter(o.checks.values())), id=o.name) for o in OPERATIONS.values()]
 # what PyTorch wraps around an operation is the same for all of them, and an interpreter runs programs in turn: those
-# with the most kernels follow in test-all
+# with the most kernels follow in test-all, and clipped attention, which shares those of sigmoid attention
 LATER = ("agent_attention", "focused_linear_attention", "aggregated_attention", "inline_attention", "routed_attention")
-LATER += ("conv_norm", "neighborhood_attention")
+LATER += ("conv_norm", "neighborhood_attention", "clipped_attention")
 WRAPPED = [pytest.param(*p.values, id=p.id, marks=[pytest.mark.full] if p.id in LATER else []) for p in TYPICAL]
 HALF = [torch.float16, torch.bfloat16]
 # `make test` has three checks of an operation, in the two types by turns: all of them take a third of its time
