@@ -31,8 +31,10 @@ def equal(
     seed: int = 0,
     images: int = 2,
     **settings: Any,
-) -> None:
+) -> tuple[float, float]:
     """Asserts that our model with timm's weights gives timm's logits and gradients, of images and of every weight.
+
+    Returns the largest errors of logits and of gradients, as they are compared.
 
     Args:
         name: of our model.
@@ -56,14 +58,16 @@ def equal(
     weights = [value for key, value in state.items() if key in learned]
     expected, *wanted = _gradients(theirs, state, batch, weights)
     found, *gradients = _gradients(ours, converted, batch, weights)
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    assert error <= LOGITS, f"{name}: logits differ by {error:.2e} of the largest"
+    of_logits, of_gradients = ((found - expected).abs().max() / expected.abs().max()).item(), 0.0
+    assert of_logits <= LOGITS, f"{name}: logits differ by {of_logits:.2e} of the largest"
     floor = 1e-9 * max(gradient.norm() for gradient in wanted)
     for key, ours_, theirs_ in zip(
         ["the images", *(key for key in state if key in learned)], gradients, wanted, strict=True
     ):
         error = ((ours_ - theirs_).norm() / theirs_.norm().clamp_min(floor)).item()
         assert error <= GRADIENT, f"{name}: the gradient of {key} differs by {error:.2e} of its norm"
+        of_gradients = max(of_gradients, error)
+    return of_logits, of_gradients
 
 
 def _gradients(
