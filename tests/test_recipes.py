@@ -108,6 +108,14 @@ PIXELS = ("model.latent_stride=1", "model.in_channels=3", "image_size=16", "task
 SMALL = {
     "biformer/tiny_in1k": (*TINY, HEADS),
     "biformer/base_token_labels_in1k": (*TINY, HEADS),
+    "convit/tiny_in1k": (
+        "model.dim=16",
+        "model.depth=2",
+        "model.num_heads=2",
+        "model.token_before=1",
+        "attention.blocks=[1]",
+        *TINY[2:],
+    ),
     "davit/tiny_in1k": (*TINY, "model.num_heads=[1,1,2,2]"),
     "agent/deit_tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "agent/swin_tiny_in1k": (*TINY, HEADS),
@@ -116,6 +124,7 @@ SMALL = {
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),
     "inline/cswin_tiny_in1k": ("model.dims=[16,32,64,128]", "model.num_heads=[2,4,8,16]", *TINY[1:]),
+    "maxvit/tiny_in1k": ("model.head_dim=16", *TINY),
     "moh/transnext_small_75_in1k": ("model.dims=[12,24,48,96]", *TINY[1:]),
     "moh/dit_s_2_90_in1k": (
         "model.dim=24",

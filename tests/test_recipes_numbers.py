@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +114,9 @@ biformer/small_token_labels 224 128   0.001   1e-06   1e-05    300  0  5  0.05  
 biformer/base               224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.4     30  256     0.99996 84.3
 biformer/base_token_labels  224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.4     30  256     0.99996 85.4
 biformer/stl                224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     12  256     0.99996 82.7
+convit/tiny                 224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     12  256           - 73.1
+convit/small                224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     12  256           - 81.4
+convit/base                 224 128   0.001   1e-06   1e-05    300  0  5  0.05    -  0.1     12  256           - 82.3
 davit/tiny                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.1     12  248           - 82.8
 davit/small                 224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.2     24  248           - 84.2
 davit/base                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.4     24  248           - 84.6
@@ -178,6 +182,19 @@ STAIRS = {
     f"ecanet/{depth}_in1k": top1 for depth, top1 in ((18, 70.92), (34, 74.21), (50, 77.42), (101, 78.65), (152, 78.92))
 }
 
+# Drop path and blocks of google-research/maxvit at 70a4707, and top-1 at 224, 384 and 512 pixels. The rest is alike.
+MULTI_AXIS = {
+    "tiny": (0.2, 11, (83.62, 85.24, 85.72)),
+    "small": (0.3, 11, (84.45, 85.74, 86.19)),
+    "base": (0.4, 24, (84.95, 86.34, 86.66)),
+    "large": (0.6, 24, (85.17, 86.40, 86.70)),
+}
+MAXVIT = {
+    f"maxvit/{size}{f'_{px}' if px != 224 else ''}_in1k": (px, path, blocks, value)
+    for size, (path, blocks, top1) in MULTI_AXIS.items()
+    for px, value in zip((224, 384, 512), top1, strict=True)
+}
+
 
 def _rows() -> dict[str, Row]:
     found = {}
@@ -206,13 +223,15 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def test_the_recipes_are_the_published_ones():
-    assert sorted([*ROWS, *SAMPLED, *STAIRS]) == NAMES
+    assert sorted([*ROWS, *SAMPLED, *STAIRS, *MAXVIT]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_that_of_the_recipe(name):
     paper, _, variant = name.removesuffix("_in1k").partition("/")
-    assert composed(name)[1]["model"] == f"{paper}_{variant.removesuffix('_token_labels').removesuffix('_guided')}"
+    sizes = "|_384|_512" if paper == "maxvit" else ""  # one row for all: its windows follow the image
+    ends = f"_token_labels|_guided{sizes}"
+    assert composed(name)[1]["model"] == f"{paper}_{re.sub(f'({ends})$', '', variant)}"
 
 
 # The whole configuration
@@ -285,14 +304,14 @@ def test_results_that_are_not_in_a_table_are_marked():
 
 def test_fine_tuning_names_what_it_starts_from():
     found = {name: recipes.load(name).get("fine_tunes") for name in NAMES}
-    tuned = {name for name in NAMES if name.endswith("_384_in1k")}
-    assert {name for name, source in found.items() if source} == tuned and len(tuned) == 6
-    assert all(found[name] == name.replace("_384", "") for name in tuned)
+    tuned = {name for name in NAMES if name.endswith(("_384_in1k", "_512_in1k"))}
+    assert {name for name, source in found.items() if source} == tuned and len(tuned) == 14
+    assert all(found[name] == re.sub("_(384|512)", "", name) for name in tuned)
 
 
 # Learning rates
 
-LATE = ("biformer/", "moh/", "shvit/", "twins/", "xcit/")
+LATE = ("biformer/", "convit/", "moh/", "shvit/", "twins/", "xcit/")
 
 
 def rates(name: str, epochs: list[float]) -> list[float]:
@@ -380,6 +399,7 @@ DECAYED = {
     "xcit/xcit": {"core.temperature"},
 }
 SPARED = {
+    "convit": {"downsample.class_token", "position.table"},
     "deit": {"stem.class_token", "position.table"},
     "swin": {"bias.table"},
     "xcit": {"downsample.class_token"},
@@ -401,7 +421,7 @@ def test_weight_decay(name):
     if row.decay == 0:  # of FocalNet nothing decays
         return
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
-    families = ("deit", "cswin", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit")
+    families = ("convit", "deit", "cswin", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit")
     family = next((f for f in families if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
@@ -435,13 +455,13 @@ def test_training_images(name):
     assert augment.erase_mixed == (paper == "davit")
     assert (augment.erasing, augment.cutmix, augment.mix_probability, augment.switch_probability) == (0.25, 1, 1, 0.5)
     assert augment.mixup == (0 if "token_labels" in name else 0.8)
-    assert augment.repeated == (3 if paper in ("biformer", "moh", "shvit", "xcit") else 1)
+    assert augment.repeated == (3 if paper in ("biformer", "convit", "moh", "shvit", "xcit") else 1)
     assert cfg.task.token_weight == (0.5 if "token_labels" in name else 0)
 
 
 @EVERY
 def test_evaluation_images(name):
-    """The shorter side, or both (Agent Attention, FLatten, InLine), to the published pixels, bicubic; then the centre."""
+    """The shorter side, or both (Agent Attention, FLatten, InLine), to the published pixels; then the centre."""
     (cfg, _), row = composed(name), ROWS[name]
     transform = EvaluationTransform(Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True)), row.px)
     squashes = name.partition("/")[0] in ("agent", "flatten", "inline")
@@ -473,6 +493,42 @@ def test_a_recipe_in_stairs(name):
     evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
     transform = EvaluationTransform(evaluation, 224)
     assert (transform.target, transform.mode) == ([256], InterpolationMode.BILINEAR)
+
+
+# Windows and grids
+
+
+@pytest.mark.parametrize("name", MAXVIT)
+def test_a_recipe_of_maxvit(name):
+    """4096 images at once, and averages; then 512 larger ones, at one rate, squashed, almost without decay."""
+    (px, path, blocks, top1), (cfg, _), target = MAXVIT[name], composed(name), recipes.load(name).target
+    assert set(target) == {"paper", "source", "metric", "value", "tolerance", "images", "status"}
+    assert (target.paper, target.metric, target.value) == ("arXiv:2204.01697", "val/top1_ema", top1)
+    tuned = px != 224
+    assert (cfg.image_size, cfg.global_batch, cfg.trainer.max_epochs) == ((px, 512, 30) if tuned else (px, 4096, 300))
+    warm = 10_000 / (IMAGES // 4096)  # in epochs
+    later = {epoch: 1e-5 + 0.5 * 2.99e-3 * (1 + np.cos(np.pi * epoch / 300)) for epoch in (warm, 150, 299)}
+    expected = {0: 5e-5, 15: 5e-5, 29.9: 5e-5} if tuned else {0: 0.0, warm / 2: 1.5e-3} | later
+    assert rates(name, list(expected)) == pytest.approx(list(expected.values()), rel=1e-9)
+    assert (cfg.callbacks.ema.decay, cfg.callbacks.ema.warmup, cfg.trainer.gradient_clip_val) == (0.9999, False, 1.0)
+    assert cfg.checkpoint.monitor == "val/top1_ema" and cfg.task.label_smoothing == 0.1
+    model = model_of(name)
+    dropping = [module.drop_path.drop_prob for module in model.modules() if hasattr(module, "drop_path")]
+    assert dropping[-1] == pytest.approx(path * (blocks - 1) / blocks, abs=1e-5) and len(dropping) == 3 * blocks
+    settings = {key: value for key, value in OmegaConf.to_container(cfg.optimizer).items() if value is not None}
+    settings.pop("reference_batch")
+    optimizer = create_optimizer_v2(model, **settings)
+    spared = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 1e-8 if tuned else 0.05}
+    matrices = [key for key, p in model.named_parameters() if p.ndim > 1 and id(p) in spared]
+    assert len(matrices) == 2 * blocks and all(key.endswith("core.bias.table") for key in matrices)
+    augment = Augment.build(OmegaConf.to_container(cfg.augment))
+    assert (augment.mixup, augment.cutmix, augment.erasing, augment.repeated) == (0.8, 0, 0, 1)
+    policy = TrainTransform(augment, cfg.image_size, cfg.data.mean).steps[2]
+    assert policy.num_layers == 2 and {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(15, 0, 0.5)}
+    evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
+    assert EvaluationTransform(evaluation, px).target == ([px, px] if tuned else [256])
+    assert set(cfg.data.mean) | set(cfg.data.std) == ({0.5} if tuned else {0.485, 0.456, 0.406, 0.229, 0.224, 0.225})
 
 
 # Diffusion
