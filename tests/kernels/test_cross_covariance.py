@@ -45,6 +45,14 @@ def test_the_length_of_a_channel_is_irrelevant_and_has_no_gradient():
     assert (along < 1e-5 * gradient.norm(dim=1)[0, :64] * qkv.norm(dim=1)[0, :64]).all()
 
 
+def test_rows_sum_to_one():
+    """Channels of v that are alike come out as they are."""
+    given = inputs("cpu", torch.float32, batch=1, tokens=30, dim=32, heads=2)
+    qkv, alike = given["qkv_BNC"].detach(), torch.randn(1, 30, 1).expand(1, 30, 32)
+    o = cross_covariance(torch.cat([qkv[..., :64], alike], dim=-1), given["temperature_M"].detach(), 2)
+    torch.testing.assert_close(o, alike, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_channel_of_zeros(dtype):
     """It is as long as the least length, in forward and backward as in the definition."""
