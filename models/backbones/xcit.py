@@ -15,7 +15,6 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from conf import values
-from conf.errors import UserError
 from models.attention import AttentionFactory, Grid, Site, build
 from models.backbones.base import Backbone, check_counts, pair
 from models.backbones.classifier import classifier, init_weights
@@ -25,7 +24,7 @@ from models.layers.class_attention import ClassBlock, ClassToken
 from models.layers.local_patch import LocalPatchInteraction
 from models.layers.patch_embed import cells
 from models.layers.sinusoid import ProjectedPosition
-from models.layers.stem import ConvStem
+from models.layers.stem import ConvStem, widths_of
 
 EPS = 1e-6
 
@@ -74,7 +73,7 @@ class XCiT(Backbone):
         check_counts("XCiT", **counts, class_depth=class_depth)
         for name, flag in (("class_token", class_token), ("tokens_norm", tokens_norm)):
             values.flag("XCiT", name, flag, fix=f"set model.{name}=true or false")
-        widths = widths_of(patch_size, dim)
+        widths = widths_of("XCiT", patch_size, dim)
         image = pair(image_size)
         grid, given = Grid(*cells(image, patch_size)), {"positioned": True, "image_size": image}
         sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", **given) for block in range(depth)]
@@ -147,20 +146,3 @@ class PositionedStem(ConvStem):
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         x_BNC, grid = super().forward(images)
         return self.position(x_BNC, grid), grid
-
-
-def widths_of(patch_size: int, dim: int) -> list[int]:
-    """Channels behind each convolution of the stem, which double up to `dim`.
-
-    Raises:
-        ValueError: a patch size that is no power of two, or channels that cannot be halved as often.
-    """
-    steps = patch_size.bit_length() - 1
-    if patch_size != 1 << steps or not steps:
-        raise UserError(f"XCiT: patch_size must be a power of two from 2, got {patch_size}; set model.patch_size=16")
-    if dim % (1 << (steps - 1)):
-        raise UserError(
-            f"XCiT: {steps} convolutions double the channels up to a multiple of {1 << (steps - 1)}, got dim={dim}; "
-            "change model.dim or model.patch_size"
-        )
-    return [dim >> step for step in reversed(range(steps))]
