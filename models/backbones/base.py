@@ -4,7 +4,7 @@ Shapes: B = batch, N = tokens, C = channels, H W = map.
 """
 
 from abc import ABCMeta
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -115,6 +115,7 @@ class Backbone(Trunk):
         head_norm: on what pooling gives; None for none.
         head: Linear to `num_classes`, or Identity when that is 0; or what `furnish` puts there.
         pooling: what `furnish` puts in the place of the family's own `pool`; None for none.
+        own_pool: makes what it puts there where nothing is chosen; None for none.
     """
 
     grids: list[Grid]
@@ -122,10 +123,11 @@ class Backbone(Trunk):
     head_norm: nn.Module | None
     head: nn.Module
     pooling: Pool | None
+    own_pool: Callable[..., Pool] | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.head_norm = self.pooling = None
+        self.head_norm = self.pooling = self.own_pool = None
 
     @property
     def learns_from_labels(self) -> bool:

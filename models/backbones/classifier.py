@@ -28,7 +28,8 @@ def put_pool_and_head(
 ) -> None:
     """A pool in the place of the mean or the class token, and a head in the place of the Linear; None for as it is.
 
-    A norm behind the pooling stays, made anew where the pool changes the number of channels.
+    A norm behind the pooling stays, made anew where the pool changes the number of channels. The `own_pool` of a model
+    is put where none is chosen; in front of another one that has no norms its `last_norm` is put too.
 
     Args:
         model: a built `models.backbones.base.Backbone`.
@@ -39,14 +40,18 @@ def put_pool_and_head(
         ValueError: the model is no classifier, its class attention has no use, or the pool brings a head of its own.
     """
     chosen = [name for name, part in (("pool", pool), ("head", head)) if part is not None]
-    if not chosen:
+    own_pool = getattr(model, "own_pool", None)
+    if not chosen and own_pool is None:
         return
-    _check_classifies(model, chosen[0])
+    if chosen:
+        _check_classifies(model, chosen[0])
     dim, num_classes = model.channels[-1], getattr(model.head, "out_features", 0)
     width, own = dim, None
-    if pool is not None:
-        model.pooling = pool(dim, model.pooled_grid, num_classes)
+    if (makes := pool or own_pool) is not None:
+        model.pooling = makes(dim, model.pooled_grid, num_classes)
         _check_used(model)
+        if own_pool is not None and not model.pooling.normalizes:
+            model.norm = model.last_norm(dim)
         width, own = model.pooling.out_dim, model.pooling.own_head(num_classes)
     if own is not None and head is not None:
         raise UserError(

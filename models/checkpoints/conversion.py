@@ -123,7 +123,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the resolved configuration of the run; of it `run`, `model` and `attention` are looked at.
     """
     name, attention = config["run"]["model"], config["run"]["attention"]
-    usual = compose_run([f"model={name}", f"attention={attention}"])[0].attention
+    composed = compose_run([f"model={name}", f"attention={attention}"])[0]
+    usual = composed.attention
     given = config["attention"] if isinstance(config["attention"], dict) else {}
     settings = {}
     for key, value in (given | config["model"]).items():
@@ -133,7 +134,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict) or (key in (*PARTS, *PLACES) and key not in usual):
             settings[key] = value
-        elif key in usual and value.get("_target_") == usual[key].get("_target_"):  # a part, such as those of plans
+            continue
+        part = usual[key] if key in usual else composed.model.get(key)  # such as those of plans
+        if part is not None and value.get("_target_") == part.get("_target_"):
             settings[key] = {option: item for option, item in value.items() if not option.startswith("_")}
     own = compose_run([f"model={name}"])[1]["attention"]
     return settings | ({} if attention == own else {"attention": attention})

@@ -29,6 +29,7 @@ CLASSES = (
     ("distill_head.", 0),
     ("stem.labels.", 1),
     ("pooling.branches.", 0),
+    ("pooling.class_queries", 0),
 )
 
 
@@ -172,8 +173,11 @@ def _misfit(mine: str, part: Part, table: Table, state: dict[str, Tensor], name:
 
 def wrong_classes(table: Table, state: dict[str, Tensor], num_classes: int | None) -> str:
     """What is wrong with the number of classes; "" for nothing."""
-    rows = {theirs: _besides(mine) for theirs, (mine, _) in table.names.items()}
-    classes = {theirs: len(state[theirs]) - besides for theirs, besides in rows.items() if besides is not None}
+    of_classes = {mine: parts for mine, parts in table.parts.items() if is_of_classes(mine)}
+    classes = {
+        parts[0].name: sum(len(table.layout.take(part.name, state[part.name])) for part in parts) - _besides(mine)
+        for mine, parts in of_classes.items()
+    }
     if num_classes is not None and not classes:
         return (
             "the file has no classifier, got the backbone of a detector or segmenter; give a classification checkpoint"

@@ -42,12 +42,14 @@ class Pool(nn.Module):
         learns_from_labels: whether `Pooled.logits` are to be trained.
         has_weights: whether it gives `Pooled.weights`.
         reads_map: whether it reads the tokens of the map, or those in front of it alone.
+        normalizes: whether it normalises the tokens and its features itself.
     """
 
     undecayed: tuple[str, ...] = ()
     learns_from_labels = False
     has_weights = True
     reads_map = True
+    normalizes = False
 
     def __init__(self, out_dim: int) -> None:
         super().__init__()

@@ -39,7 +39,8 @@ class AttentionAggregation(Pool):
         ValueError: an option out of range, heads that do not divide the channels, or queries of no classes.
     """
 
-    undecayed = ("queries",)
+    undecayed = ("queries", "class_queries")
+    normalizes = True
 
     def __init__(
         self,
@@ -56,7 +57,8 @@ class AttentionAggregation(Pool):
         _check(queries, num_heads, mlp_ratio, layer_scale, qkv_bias, dim, num_classes)
         super().__init__(dim)
         self.per_class = queries == "classes"
-        self.queries = nn.Parameter(torch.empty(1, num_classes if self.per_class else 1, dim))
+        self.queries = None if self.per_class else nn.Parameter(torch.empty(1, 1, dim))
+        self.class_queries = nn.Parameter(torch.empty(num_classes, dim)) if self.per_class else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = QueryAttention(dim, num_heads, qkv_bias)
         self.scale1 = LayerScale(dim, layer_scale)
@@ -64,14 +66,15 @@ class AttentionAggregation(Pool):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.scale2 = LayerScale(dim, layer_scale)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.queries, std=0.02)
+        nn.init.trunc_normal_(self.class_queries if self.per_class else self.queries, std=0.02)
         for layer in (*self.attn.children(), self.mlp.fc1, self.mlp.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Pooled:
-        c_BQC, weights_BQN = self.attended(self.queries.expand(x_BNC.shape[0], -1, -1), x_BNC)
+        queries = self.class_queries[None] if self.per_class else self.queries
+        c_BQC, weights_BQN = self.attended(queries.expand(x_BNC.shape[0], -1, -1), x_BNC)
         c_BQC = self.norm(c_BQC)
         return Pooled(c_BQC if self.per_class else c_BQC.squeeze(1), weights_BQN, {})
 

@@ -194,11 +194,20 @@ class Layout:
         return value.flatten(1) if self.pointwise and value.shape[2:] == (1, 1) else value
 
     def give(self, name: str, value: Tensor, parts: tuple[Part, ...], head_dim: int | None = None) -> dict[str, Tensor]:
-        """Our value as theirs, by their names."""
+        """Our value as theirs, by their names.
+
+        Raises:
+            ValueError: rows that do not divide into theirs.
+        """
         if self.pointwise and value.dim() == 2 and re.search(self.pointwise, name):
             value = value[..., None, None]
         if len(parts) == 1:
             return {parts[0].name: self._axes(parts[0].name, value)}
+        if len(value) % parts[0].of:
+            raise UserError(
+                f"export: {parts[0].name} and {len(parts) - 1} more of theirs are one weight here with a multiple of "
+                f"{parts[0].of} rows, got {len(value)}; export a model with as many classes as theirs"
+            )
         split = value.split([len(value) * part.share // part.of for part in parts])
         pieces = {part.name: piece for part, piece in zip(parts, split, strict=True)}
         for turns in self.turns if head_dim else ():

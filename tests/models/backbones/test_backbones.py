@@ -39,7 +39,7 @@ def images(*shape: int) -> torch.Tensor:
 # for their costs; of DiT, which generates: tests/models/backbones/test_dit.py.
 OWN = [name for name, row in ROWS.items() if "_target_" in families.tables()[row["family"]]["common"].get("model", {})]
 OWN = [name for name in OWN if ROWS[name]["family"] != "dit"]
-CONSTANT = ("xcit",)  # families with the same drop path in all blocks
+CONSTANT = ("patchconvnet", "xcit")  # families with the same drop path in all blocks
 # The small one of each; the rest differs in numbers and takes minutes.
 
 

@@ -94,7 +94,7 @@ def test_the_authors_names():
 def test_sites_and_pyramid(recorder):
     model = XCiT(recorder, (32, 40), 5, patch_size=8, dim=16, depth=6, num_heads=2)
     assert {site._replace(block=0) for site in recorder.sites} == {
-        Site(16, 2, Grid(4, 5), 0, 0, 6, "vit", positioned=True)
+        Site(16, 2, Grid(4, 5), 0, 0, 6, "vit", positioned=True, image_size=(32, 40))
     }
     assert [m.shape for m in model.forward_pyramid(images(32, 40))] == [(2, 16, 4, 5)] * 4
     assert model.forward_features(images(32, 40)).shape == (2, 1 + 20, 16)
