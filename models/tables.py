@@ -62,14 +62,15 @@ def probe_sections() -> str:
 
 
 def family_table() -> str:
-    """Markdown, two papers in a line: families with the number of their models, and the range of parameters."""
+    """Markdown, three papers in a line: families with the number of their models, and the range of parameters."""
     by_paper: dict[str, dict[str, dict[str, dict]]] = {}
     for family, rows in _by_family().items():
         by_paper.setdefault(_paper(next(iter(rows.values()))), {})[family] = rows
     rows = [_paper_row(*papers) for papers in by_paper.items()]
-    half = (len(rows) + 1) // 2
-    pairs = zip_longest(rows[:half], rows[half:], fillvalue=("", "", ""))
-    return _table(("paper", "families, and how many models", "parameters (M)") * 2, (a + b for a, b in pairs))
+    third = -(-len(rows) // 3)
+    columns = (rows[start : start + third] for start in range(0, 3 * third, third))
+    lines = (sum(line, ()) for line in zip_longest(*columns, fillvalue=("", "", "")))
+    return _table(("paper", "families, and how many models", "parameters (M)") * 3, lines)
 
 
 def model_sections() -> str:
