@@ -19,7 +19,8 @@ THEIRS = "stages.0.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table"
 @pytest.mark.parametrize("size", SIZES)
 def test_timm_s_names_and_shapes_map_completely_and_back(size):
     with torch.device("meta"):
-        theirs, model = timm.create_model(f"maxvit_{size}_tf_224").state_dict(), create_model(f"maxvit_{size}")
+        theirs = timm.create_model(f"maxvit_{size}_tf_224", num_classes=1000).state_dict()
+        model = create_model(f"maxvit_{size}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = convert(theirs, f"maxvit_{size}", num_classes=1000)
