@@ -7,6 +7,7 @@ weights=        raw | ema | auto
 format=         {formats}
 -o              the file to write, or the folder of format=hf; a new one
 dynamic_size=   true: onnx and pt2 take images of other heights and widths too, where the mechanism allows it
+fold_norms=     true: batch norms become one with the products in front of them in onnx, pt2 and torchscript
 opset=          of ONNX; left out: that of torch's exporter
 quantize=       int8: the weights of linear layers of an ONNX file; the accuracy before and after is measured
 images=         how many validation images that is measured on; left out: all

@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.names import CONF, choosable, nearest
 from models.export.formats import FORMATS, refuse_missing
 
-OWN = ("format", "dynamic_size", "quantize", "opset", "images")
+OWN = ("format", "dynamic_size", "fold_norms", "quantize", "opset", "images")
 OUTPUT = ("-o", "--output")
 LOWEST_OPSET = 18  # that torch's exporter writes without converting
 
@@ -21,14 +21,15 @@ class Wanted(NamedTuple):
     """What is exported, and where to.
 
     format: one of `FORMATS`. output: a new file, or a new folder. dynamic_size: leaves height and width of the images
-    open. quantize: "int8" or None. opset: of ONNX, None for the exporter's. images: of the validation data, that the
-    accuracy of quantised weights is measured on; None for all. arguments: those that say which model and which data,
-    as `eval.py` takes them.
+    open. fold_norms: makes batch norms one with the products in front of them. quantize: "int8" or None. opset: of
+    ONNX, None for the exporter's. images: of the validation data, that the accuracy of quantised weights is measured
+    on; None for all. arguments: those that say which model and which data, as `eval.py` takes them.
     """
 
     format: str
     output: Path
     dynamic_size: bool
+    fold_norms: bool
     quantize: str | None
     opset: int | None
     images: int | None
@@ -50,6 +51,7 @@ def wanted(given: Sequence[str]) -> Wanted:
         name,
         _place(name, output),
         values.flag("export", "dynamic_size", _read(own, "dynamic_size", False), fix="set dynamic_size=true"),
+        values.flag("export", "fold_norms", _read(own, "fold_norms", False), fix="set fold_norms=true"),
         _read(own, "quantize", None),
         _read(own, "opset", None),
         _count(_read(own, "images", "all")),
@@ -135,6 +137,12 @@ def _refuse_misfit(found: Wanted) -> None:
         raise UserError(
             f"dynamic_size: {found.format} cannot have it, as {reason}; "
             f"leave it out, or choose format={' or '.join(sorted(others))}"
+        )
+    if found.fold_norms and not form.graph:
+        graphs = " or ".join(name for name, form in FORMATS.items() if form.graph)
+        raise UserError(
+            f"fold_norms: {found.format} cannot have it, as it holds the weights of the model as it is; leave it out, "
+            f"or choose format={graphs}"
         )
     if found.quantize is not None:
         values.choice("export", "quantize", found.quantize, ["int8"], fix="set quantize=int8")

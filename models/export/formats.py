@@ -12,6 +12,7 @@ class Format(NamedTuple):
 
     what: it is, for people. suffixes: of the file, none for a folder. packages: that writing it needs. resizes:
     whether it can leave the size of the images open. quantizes: whether its weights can be whole numbers of 8 bits.
+    graph: whether it holds what is computed, and not weights for the model of this project.
     """
 
     what: str
@@ -19,6 +20,7 @@ class Format(NamedTuple):
     packages: tuple[str, ...] = ()
     resizes: bool = False
     quantizes: bool = False
+    graph: bool = True
 
 
 FORMATS = {
@@ -31,8 +33,8 @@ FORMATS = {
     ),
     "pt2": Format("a compiled package of torch (AOTInductor) that runs without this project", (".pt2",), resizes=True),
     "torchscript": Format("a trace that torch.jit.load reads, in C++ too", (".pt", ".ts")),
-    "safetensors": Format("the weights, with the configuration that makes their model", (".safetensors",)),
-    "hf": Format("a folder to upload to Hugging Face's hub, with a model card", ()),
+    "safetensors": Format("the weights, with the configuration that makes their model", (".safetensors",), graph=False),
+    "hf": Format("a folder to upload to Hugging Face's hub, with a model card", (), graph=False),
 }
 
 

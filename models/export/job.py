@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from conf.names import short
 from models.export.agreement import Runs, agreement, refuse_difference
@@ -17,6 +19,7 @@ from models.export.graphs import Written, preparation, write_onnx, write_pt2, wr
 from models.export.quantized import measured, quantize
 from models.export.subject import Subject, subject_of
 from models.export.weights import write_folder, write_safetensors
+from models.layers.folded_norms import fold_norms
 from models.runs.preflight import quiet
 from models.runs.report import write_json
 
@@ -48,7 +51,8 @@ def export(cfg: DictConfig, asked: Wanted) -> Iterator[str]:
 
 def _exported(subject: Subject, asked: Wanted) -> Iterator[str]:
     start = time.perf_counter()
-    written: Written = WRITERS[asked.format](subject, asked.output, asked)
+    form = subject._replace(model=folded(subject.model)) if asked.fold_norms else subject
+    written: Written = WRITERS[asked.format](form, asked.output, asked)
     seconds = time.perf_counter() - start
     found = agreement(subject, written.runs, asked.format, asked.dynamic_size)
     refuse_difference(found, asked.format)
@@ -79,6 +83,13 @@ def quantized(subject: Subject, before: Runs, asked: Wanted) -> dict[str, Any]:
     now, apart = measured(subject, runs, asked.images), agreement(subject, runs, asked.format, asked.dynamic_size)
     facts = {"quantize": asked.quantize, "images": was.images, "top1_before": was.top1, "top1": now.top1}
     return facts | {"largest_difference_quantized": apart.difference}
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy whose batch norms are one with the products in front of them, as in `fold_norms`."""
+    model = copy.deepcopy(model)
+    fold_norms(model)
+    return model
 
 
 def facts_of(subject: Subject, asked: Wanted) -> dict[str, Any]:

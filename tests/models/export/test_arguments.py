@@ -35,6 +35,11 @@ ROOT = Path(__file__).parents[3]
             "cannot have it, as a trace holds one size",
         ),
         (["ckpt=x", "format=hf", "-o", "a", "dynamic_size=true"], "as it holds weights, which take any size"),
+        (
+            ["ckpt=x", "format=hf", "-o", "a", "fold_norms=true"],
+            "fold_norms: hf cannot have it, as it holds the weights",
+        ),
+        (["ckpt=x", "format=pt2", "-o", "a.pt2", "fold_norms=1"], "fold_norms must be true or false, got 1; set fold"),
         (["ckpt=x", "format=pt2", "-o", "a.pt2", "opset=20"], "opset: only format=onnx has one, got format=pt2"),
         (["ckpt=x", "format=onnx", "-o", "a.onnx", "opset=9"], "opset must be a whole number of at least 18, got 9"),
         (["ckpt=x", "format=onnx", "-o", "a.onnx", "images=0"], "images must be a positive number or all, got 0"),

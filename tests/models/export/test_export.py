@@ -135,6 +135,20 @@ def test_a_trace_for_one_batch_only_is_refused_by_name(export, tmp_path):
 
 
 @pytest.mark.full
+def test_folded_norms(export, run, tmp_path):
+    """The file has none, and was compared with the model that has them; a model without is refused."""
+    normed = run_of(tmp_path / "outputs", "model=swiftformer_32px", "model.depths=[1,1]", *TINY[4:])
+    status, output, errors = export(f"ckpt={normed}", "format=torchscript", "-o", "mine.pt", "fold_norms=true")
+    assert (status, errors) == (0, ""), errors
+    assert "largest difference" in output
+    names = set(torch.jit.load("mine.pt").state_dict())
+    left = {name.removesuffix(".bn.running_mean") for name in names if "running_mean" in name}
+    assert {name.rpartition(".")[2] for name in left} == {"norm", "norm2"} and len(left) == 3  # in front of products
+    status, _, errors = export(f"ckpt={run}", "format=torchscript", "-o", "other.pt", "fold_norms=true")
+    assert status == 2 and "fold_norms: a batch norm must stand behind a product, got none in ViT; leave it" in errors
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_torchscript(export, run):
     status, _, errors = export(f"ckpt={run}", "format=torchscript", "-o", "mine.pt")
     assert (status, errors) == (0, ""), errors
