@@ -82,10 +82,9 @@ def set_norm(model: nn.Module, kind: str) -> None:
                 setattr(module, name, as_norm(norm, kind))
                 found += 1
     if not found:
-        raise UserError(
-            f"{who}: its norms take scale and shift from the condition and are no modules, got norm={kind}; "
-            "set model.norm=null"
-        )
+        conditioned = "its norms take scale and shift from the condition and are no modules"
+        why = conditioned if any(_blocks(model)) else "its norms are batch norms of maps, which belong to convolutions"
+        raise UserError(f"{who}: {why}, got norm={kind}; set model.norm=null")
 
 
 def set_wiring(model: nn.Module, wiring: str) -> None:

@@ -177,7 +177,17 @@ def test_whole_botnets_equal_timm():
     options = {"self_attn_layer": "bottleneck", "self_attn_kwargs": {"num_heads": 4, "scale_pos_embed": True}}
     cfg = ByoModelCfg(blocks=tuple(blocks), stem_chs=64, stem_type="7x7", stem_pool="maxpool", **options)
     oracle.equal("botnet_50", ByobNet(cfg, img_size=(96, 96)), 96, own=branch_ends)
-    oracle.equal("botnet_26t", timm.create_model("botnet26t_256", img_size=(128, 128)), 128, own=branch_ends)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in TIMMS if name != "halonet_h1"])
+def test_whole_models_equal_timm(name):
+    """Of halonet_h1 a rounding error of one weight moves gradients by a quarter: it is compared shortened, above.
+
+    Two images: of a single one PyTorch 2.14 gives timm's `norm_v` a gradient that finite differences do not confirm.
+    """
+    sizes = {"img_size": (256, 256)} if name == "botnet_26t" else {}
+    oracle.equal(name, timm.create_model(TIMMS[name], **sizes), 256, own=branch_ends)
 
 
 @pytest.mark.parametrize("name", TIMMS)
@@ -279,6 +289,8 @@ def test_blocks_start_as_their_shortcuts():
     ("wrong", "message"),
     [
         ({"basic": "yes"}, r"ResNet: basic must be true or false, got 'yes'; set model.basic=true or false"),
+        ({"norm": "rmsnorm"}, r"ResNet: its norms are batch norms of maps, .* got norm=rmsnorm; set model.norm=null"),
+        ({"last_dim": 0}, r"ResNet: last_dim must be a whole number of at least 1, got 0; set model.last_dim"),
         ({"stem": "deep"}, r"ResNet: stem must be 7x7 or tiered, got 'deep'; set model.stem"),
         ({"act": "gelu"}, r"ResNet: act must be relu or silu, got 'gelu'; set model.act"),
         ({"stem_dim": 0}, r"ResNet: stem_dim must be a whole number of at least 1, got 0; set model.stem_dim"),
