@@ -6,7 +6,7 @@ They are carried out on a built model, before its weights are initialised otherw
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLU
 from torch import nn
 
 from conf.errors import UserError
@@ -58,7 +58,7 @@ def set_activation(model: nn.Module, setting: Any) -> None:
             mlp.act = made(who, setting, mlp.fc2.in_features)
         elif type(mlp) is Mlp:
             block.mlp = swiglu(mlp.fc1.in_features, mlp.fc1.out_features)
-        else:
+        elif type(mlp) is not SwiGLU:
             raise UserError(
                 f"{who}: its MLPs have a convolution or norms inside, which a SwiGLU has not, got activation={name}; "
                 "set model.activation to gelu, relu, relu2, silu or topk"

@@ -84,10 +84,17 @@ def made(who: str, setting: Any, hidden: int) -> nn.Module:
     return TopK(k)
 
 
-def swiglu(dim: int, hidden: int) -> SwiGLU:
-    """W₂ (silu(W x) ⊙ V x) in place of an MLP: two thirds of its hidden channels, so about its parameters."""
-    mlp = SwiGLU(dim, 2 * hidden // 3)
+def swiglu(dim: int, hidden: int, *, multiple: int = 1, bias: bool = True) -> SwiGLU:
+    """W₂ (silu(W x) ⊙ V x) in place of an MLP: two thirds of its hidden channels, so about its parameters.
+
+    Args:
+        dim, hidden: channels outside and inside of the MLP.
+        multiple: the hidden channels are rounded up to whole multiples of it.
+        bias: whether its three layers have one.
+    """
+    mlp = SwiGLU(dim, -(-(2 * hidden // 3) // multiple) * multiple, bias=bias)
     for layer in (mlp.fc1_g, mlp.fc1_x, mlp.fc2):
         nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+        if bias:
+            nn.init.zeros_(layer.bias)
     return mlp

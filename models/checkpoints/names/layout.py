@@ -47,12 +47,14 @@ class Axes:
         theirs: one letter per axis, in their order; a `1` is an axis of length one that ours lacks.
         ours: the same letters in our order; two in brackets are one axis here, the second one running faster: "(hw)m".
         flipped: letters of axes that run the other way there.
+        last: letters of axes whose first entry here is the last one there.
     """
 
     pattern: str
     theirs: str
     ours: str
     flipped: str = ""
+    last: str = ""
 
     def take(self, value: Tensor) -> Tensor:
         """Their value as ours; as it is when it has other axes than expected."""
@@ -62,7 +64,7 @@ class Axes:
             return value
         letters = self.theirs.replace("1", "")
         sides = [side for axis, side in zip(self.theirs, value.shape, strict=True) if axis != "1"]
-        value = self._turned(value.reshape(sides)).permute([letters.index(axis) for axis in "".join(self._groups)])
+        value = self._turned(value.reshape(sides), 1).permute([letters.index(axis) for axis in "".join(self._groups)])
         for place, group in enumerate(self._groups):
             value = value.flatten(place, place + 1) if len(group) == 2 else value
         return value
@@ -75,7 +77,9 @@ class Axes:
         """
         for place, group in reversed(list(enumerate(self._groups))):
             value = value.unflatten(place, (_side(value.shape[place]),) * 2) if len(group) == 2 else value
-        value = self._turned(value.permute(["".join(self._groups).index(axis) for axis in self.theirs if axis != "1"]))
+        value = self._turned(
+            value.permute(["".join(self._groups).index(axis) for axis in self.theirs if axis != "1"]), -1
+        )
         for place, axis in enumerate(self.theirs):
             if axis == "1":
                 value = value.unsqueeze(place)
@@ -86,9 +90,11 @@ class Axes:
         """The letters of each of our axes."""
         return [group.strip("()") for group in re.findall(r"\(\w\w\)|\w", self.ours)]
 
-    def _turned(self, value: Tensor) -> Tensor:
-        """A value with their axes, flipped: the same both ways."""
+    def _turned(self, value: Tensor, back: int) -> Tensor:
+        """A value with their axes, flipped, which is the same both ways, and rolled: by 1 to ours, by -1 to theirs."""
         letters = self.theirs.replace("1", "")
+        for axis in self.last:
+            value = value.roll(back, letters.index(axis))
         return value.flip([letters.index(axis) for axis in self.flipped]) if self.flipped else value
 
 

@@ -99,6 +99,14 @@ def test_a_sequence_counts_prefix_tokens():
     assert torch.equal(part.angles(PREFIXED, PREFIXED)[:, 0], torch.arange(22.0))
 
 
+def test_class_tokens_may_be_the_last_of_a_sequence():
+    q, k, v = heads(22)
+    first, last = (rope(SITE, base=10000, axes="sequence", prefix=place) for place in ("first", "last"))
+    order = [*range(2, 22), 0, 1]
+    found = last(q, k, v, PREFIXED, PREFIXED)[0][:, :, order]
+    torch.testing.assert_close(found, first(q[:, :, order], k, v, PREFIXED, PREFIXED)[0])
+
+
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_a_norm_makes_the_length_of_queries_irrelevant(norm):
     part = qk_norm(SITE, norm=norm, eps=0.0)
@@ -188,6 +196,12 @@ def test_what_needs_the_place_of_every_key_refuses_random_keys(parts, what):
     [
         (rope, {"base": 0}, "rope: base must be a number of at least 1, got 0; set attention.transform.base"),
         (rope, {"axes": "x"}, "rope: axes must be map or sequence, got 'x'; set attention.transform.axes"),
+        (rope, {"prefix": "x"}, "rope: prefix must be first or last, got 'x'; set attention.transform.prefix"),
+        (
+            rope,
+            {"prefix": "last"},
+            "rope: prefix=last is a place in a sequence, got axes=map; set attention.transform.axes=sequence",
+        ),
         (qk_norm, {"norm": "no"}, "qk_norm: norm must be layernorm or rmsnorm, got 'no'; set attention.transform.norm"),
         (qk_norm, {"eps": -1}, "qk_norm: eps must be a number of at least 0, got -1; set attention.transform.eps"),
         (primer, {"init": "x"}, "primer: init must be primer or delta, got 'x'; set attention.transform.init"),
