@@ -7,6 +7,7 @@ import torch
 from timm.layers import LayerNorm2d
 from timm.models import focalnet as timms
 
+from conf import families
 from models import create_model
 from models.attention import Grid
 from models.backbones.focalnet import FocalNet
@@ -27,6 +28,18 @@ SIZES = {
 TIMMS = ["tiny_srf", "tiny_lrf", "small_srf", "small_lrf", "base_srf", "base_lrf"]
 TIMMS += [f"{size}_{levels}" for size in ("large", "xlarge", "huge") for levels in ("fl3", "fl4")]
 QUICK = ("tiny_lrf", "huge_fl4")
+LARGE = 20_842 * 1537  # weights of the other classes of ImageNet-22k, which FocalNet-L has in timm
+COUNTS = {
+    "focalnet_tiny_srf": (28_427_116, 4.403),
+    "focalnet_tiny_lrf": (28_647_928, 4.475),
+    "focalnet_small_srf": (49_891_216, 8.599),
+    "focalnet_small_lrf": (50_342_440, 8.715),
+    "focalnet_base_srf": (88_148_144, 15.241),
+    "focalnet_base_lrf": (88_749_768, 15.397),
+    "focalnet_large_fl3": (239_134_898 - LARGE, 104.9),
+    "focalnet_large_fl4": (239_315_402 - LARGE, 105.0),
+}
+PAPER = {"focalnet_tiny_iso": 5.9, "focalnet_small_iso": 22.4, "focalnet_base_iso": 87.2, "focalnet_xlarge_fl3": 366}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +60,20 @@ def test_one_stage_equals_timms():
     theirs = timms.FocalNet(embed_dim=32, depths=(2,), focal_levels=(3,), focal_windows=(3,))
     theirs.stem = timms.Downsample(3, 32, stride=16, norm_layer=partial(LayerNorm2d, eps=1e-5))
     oracle.equal("focalnet_tiny_iso", theirs, 64, at=(64, 96), dims=[32], depths=[2], num_heads=[2])
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_and_multiply_adds(name):
+    """timm's, at the pixels of the row."""
+    counted, (parameters, billions) = families.models()[name]["counted"], COUNTS[name]
+    assert counted["parameters"] == parameters
+    assert counted["multiply_adds"] / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_of_the_paper(name):
+    """In millions; timm has none of one stage, and the paper's XL is counted with 1000 classes."""
+    assert families.models()[name]["counted"]["parameters"] / 1e6 == pytest.approx(PAPER[name], abs=0.1)
 
 
 @pytest.mark.parametrize("size", [pytest.param(s, marks=[] if s in QUICK else pytest.mark.full) for s in TIMMS])

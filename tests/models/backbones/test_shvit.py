@@ -7,6 +7,7 @@ import torch
 from timm.models import shvit as timms
 from torch import nn
 
+from conf import families
 from models import create_model
 from models.attention import Grid
 from models.attention.softmax import softmax_attention
@@ -18,6 +19,12 @@ from tests.models.backbones import oracle
 
 SMALL = {"dims": [32, 56, 72], "depths": [1, 2, 1], "num_heads": [1, 2, 2]}
 small = partial(timms.SHViT, embed_dim=(32, 56, 72), depth=(1, 2, 1), partial_dim=(8, 12, 15), types=("i", "s", "s"))
+COUNTS = {
+    "shvit_s1": (6_330_808, 0.241),
+    "shvit_s2": (11_483_072, 0.365),
+    "shvit_s3": (14_245_273, 0.601),
+    "shvit_s4": (16_588_484, 0.986),
+}
 make = partial(SHViT, image_size=32, num_classes=5, patch_size=4, **SMALL)
 
 
@@ -26,6 +33,14 @@ make = partial(SHViT, image_size=32, num_classes=5, patch_size=4, **SMALL)
 )
 def test_equals_timm(size, at):
     oracle.equal("shvit_s1", small(), size, at=at, **SMALL)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_and_multiply_adds(name):
+    """timm's, at the pixels of the row."""
+    counted, (parameters, billions) = families.models()[name]["counted"], COUNTS[name]
+    assert counted["parameters"] == parameters
+    assert counted["multiply_adds"] / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize("size", ["s1", "s2", "s3", "s4"])

@@ -7,6 +7,7 @@ import torch
 from timm.models import swiftformer as timms
 from torch import nn
 
+from conf import families
 from models import create_model
 from models.attention import Grid
 from models.attention.softmax import softmax_attention
@@ -18,6 +19,12 @@ from tests.models.backbones import oracle
 
 SMALL = {"dims": [16, 24, 32, 40], "depths": [1, 2, 2, 1], "num_heads": [2, 2, 4, 4]}
 small = partial(timms.SwiftFormer, layers=SMALL["depths"], embed_dims=SMALL["dims"])
+COUNTS = {
+    "swiftformer_xs": (3_475_360, 0.602),
+    "swiftformer_s": (6_092_128, 0.985),
+    "swiftformer_l1": (12_057_920, 1.596),
+    "swiftformer_l3": (28_494_736, 4.008),
+}
 make = partial(SwiftFormer, image_size=32, num_classes=5, dims=[16, 32], depths=[2, 3], num_heads=[2, 4])
 
 
@@ -27,6 +34,14 @@ make = partial(SwiftFormer, image_size=32, num_classes=5, dims=[16, 32], depths=
 def test_equals_timm(size, at):
     """Of an odd image ours completes the map, which for these convolutions is what their own padding does."""
     oracle.equal("swiftformer_xs", small(), size, at=at, **SMALL)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_and_multiply_adds(name):
+    """timm's, at the pixels of the row."""
+    counted, (parameters, billions) = families.models()[name]["counted"], COUNTS[name]
+    assert counted["parameters"] == parameters
+    assert counted["multiply_adds"] / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize("size", ["xs", "s", "l1", "l3"])
