@@ -19,9 +19,10 @@ from models.layers.conv_encoder import ConvEncoder
 from models.layers.convnext_block import ConvNeXtBlock
 from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
+from models.layers.mlp_block import MlpBlock
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 
-BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder)
+BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
@@ -148,7 +149,7 @@ def _halves(module: nn.Module | None) -> tuple[int, int] | None:
     """Channels before and after a module that only halves the map; None for others."""
     if type(module) is PatchMerging:
         return module.reduction.in_features // 4, module.reduction.out_features
-    if type(module) is ConvDownsample:
+    if type(module) in (ConvDownsample, DeformableDownsample):
         return module.conv.in_channels, module.conv.out_channels
     if type(module) is PoolDownsample and module.stride == 2:
         return module.proj.in_features, module.proj.out_features
