@@ -12,6 +12,7 @@ from typing import Any
 from conf.errors import UserError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+RANDOM = "random"  # bilinear or bicubic for each image, as timm's settings call it
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Augment:
     """One augmentation recipe.
 
     `scale` and `ratio`: area (share of the image) and aspect ratio of a random crop, resized to the image size;
-    without `scale` the whole image is resized and its centre taken. `shift`: the largest displacement in each
+    without `scale` the whole image is resized and its centre taken. `interpolation`: one for all, or `random`, which
+    draws bilinear or bicubic for each crop and each turn of RandAugment. `shift`: the largest displacement in each
     direction, as a share of the image size, black outside. `hflip`: probability of a mirror image.
     `rand_augment`: a timm policy, e.g. `rand-m9-mstd0.5-inc1`. `color_jitter`: strength for brightness,
     contrast and saturation; usual policies replace it. `draft`: decode JPEGs no larger than the crop needs; faster
@@ -78,8 +80,10 @@ class Augment:
             found.append(f"scale={self.scale!r}, expected two areas such as [0.08, 1], at most 1")
         if not _interval(self.ratio, 100):
             found.append(f"ratio={self.ratio!r}, expected two aspect ratios such as [0.75, 1.33]")
-        if self.interpolation not in INTERPOLATIONS:
-            found.append(f"interpolation={self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}")
+        if self.interpolation not in (known := (*INTERPOLATIONS, RANDOM)):
+            found.append(f"interpolation={self.interpolation!r}, expected one of {', '.join(known)}")
+        elif self.interpolation == RANDOM and (self.scale is None or self.draft is True):
+            found.append("interpolation='random', expected one for all where scale is null or draft is true")
         if not isinstance(self.repeated, int) or isinstance(self.repeated, bool) or self.repeated < 1:
             found.append(f"repeated={self.repeated!r}, expected a whole number from 1")
         for name in ("erase_mixed", "draft"):

@@ -19,10 +19,12 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from conf.values import is_whole
-from data.augment import INTERPOLATIONS, Augment, checked, plain
+from data.augment import INTERPOLATIONS, RANDOM, Augment, checked, plain
 from data.draft import DraftCover, DraftCrop
 from data.sources.decode import Look
 from data.sources.form import RGB, Form, from_float, to_tensor
+
+FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)  # of which `random` draws
 
 
 @dataclass(frozen=True)
@@ -106,18 +108,27 @@ class View(NamedTuple):
     mirrored: bool
 
 
+class DrawnCrop(v2.RandomResizedCrop):
+    """That crop, with a filter that is drawn for each image."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        mode = random.choice(FILTERS)
+        return F.resized_crop(inpt, **params, size=self.size, interpolation=mode, antialias=self.antialias)
+
+
 class TrainTransform:
     """Crop or resize, shift, mirror, jitter, RandAugment: those that are on, in this order."""
 
     def __init__(
         self, augment: Augment, image_size: int | Sequence[int], mean: Sequence[float], form: Form = RGB
     ) -> None:
-        mode, size = InterpolationMode(augment.interpolation), sides(image_size)
+        size, drawn = sides(image_size), augment.interpolation == RANDOM
+        mode = FILTERS[0] if drawn else InterpolationMode(augment.interpolation)
         self.size, self.form = size, form
         steps: list[Callable[[Image.Image], Image.Image]] = []
         self.look: Look | None = None  # at an image before it is decoded (`data.sources.decode.before_decoding`)
         if augment.scale is not None:
-            crop = v2.RandomResizedCrop(size, augment.scale, augment.ratio, mode)
+            crop = (DrawnCrop if drawn else v2.RandomResizedCrop)(size, augment.scale, augment.ratio, mode)
             steps.append(DraftCrop(crop) if augment.draft else crop)
         else:
             steps.append(functools.partial(resize_and_crop, size=size, mode=mode))
@@ -216,11 +227,12 @@ def rand_augment(policy: str, image_size: int, mean: Sequence[float], interpolat
     Its increasing posterize can ask for 0 bits, a black image in old Pillow and an error from Pillow 13 on: here at
     least one bit is kept.
     """
-    constants: Mapping[str, Any] = {
+    constants: dict[str, Any] = {
         "translate_const": int(image_size * 0.45),
         "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
-        "interpolation": Image.Resampling[interpolation.upper()],
     }
+    if interpolation != RANDOM:  # which timm draws where nothing is said
+        constants["interpolation"] = Image.Resampling[interpolation.upper()]
     transform = timm_augment.rand_augment_transform(policy, dict(constants))
     for op in transform.ops:
         if op.name.startswith("Posterize"):

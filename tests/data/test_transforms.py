@@ -152,6 +152,26 @@ def test_transforms_travel_to_workers():
     assert len(pickle.loads(pickle.dumps(TrainTransform(augment, 8, MEAN))).steps) == 5
 
 
+def test_a_drawn_filter_is_one_of_two():
+    """The box is that of one for all; RandAugment turns by timm's own choice of filters."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    boxes = {"scale": (0.3, 0.5), "ratio": (1, 1)}
+    found = {}
+    for name in ("bilinear", "bicubic", "random"):
+        transform = TrainTransform(Augment(interpolation=name, **boxes), 16, MEAN)
+        found[name] = []
+        for seed in range(12):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            found[name].append(transform(photo))
+    drawn = zip(*found.values(), strict=True)
+    like = {(torch.equal(third, first), torch.equal(third, second)) for first, second, third in drawn}
+    assert like == {(True, False), (False, True)}
+    policy = TrainTransform(Augment(interpolation="random", rand_augment="rand-m9", **boxes), 16, MEAN).steps[-1]
+    turns = [op.kwargs["resample"] for op in policy.ops if "Rotate" in op.name]
+    assert turns == [(Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -162,6 +182,8 @@ def test_transforms_travel_to_workers():
         ({"scale": 0.08}, "scale=0.08, expected two areas"),
         ({"ratio": [0, 1]}, "ratio=.*, expected two aspect ratios"),
         ({"interpolation": "cubic"}, "interpolation='cubic', expected one of nearest, bilinear, bicubic, lanczos"),
+        ({"interpolation": "random"}, "interpolation='random', expected one for all where scale is null or"),
+        ({"interpolation": "random", "scale": [0.1, 1], "draft": True}, "interpolation='random', expected one for all"),
         ({"repeated": 0}, "repeated=0, expected a whole number from 1"),
         ({"rand_augment": "m9"}, "rand_augment='m9', expected a policy such as rand-m9"),
         ({"cutmx": 1}, "unknown key cutmx, known are .*cutmix"),
