@@ -218,6 +218,12 @@ MAXVIT = {
 
 
 NATS = ("dinat", "nat", "vitrpb")  # recipes of SHI-Labs/Neighborhood-Attention-Transformer
+LARGE = {  # weights of ImageNet-22k tuned: pixels, decay of weights, blocks, top-1
+    "dinat/large_in1k": (224, 1e-4, 30, 86.6),
+    "dinat/large_384_in1k": (384, 1e-10, 30, 87.4),
+    "dinat/large_384_11x11_in1k": (384, 1e-10, 30, 87.5),
+    "dinat/s_large_384_in1k": (384, 1e-5, 24, 87.4),
+}
 AVERAGED = ("nat/isotropic_base_in1k", "dinat/isotropic_base_in1k", "vitrpb/base_in1k")
 
 
@@ -248,7 +254,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def test_the_recipes_are_the_published_ones():
-    assert sorted([*ROWS, *SAMPLED, *STAIRS, *MAXVIT]) == NAMES
+    assert sorted([*ROWS, *SAMPLED, *STAIRS, *MAXVIT, *LARGE]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -334,7 +340,8 @@ def test_results_that_are_not_in_a_table_are_marked():
 
 def test_fine_tuning_names_what_it_starts_from():
     found = {name: recipes.load(name).get("fine_tunes") for name in NAMES}
-    tuned = {name for name in NAMES if name.endswith(("_384_in1k", "_512_in1k"))}
+    tuned = {name for name in NAMES if name.endswith(("_384_in1k", "_512_in1k"))} - LARGE.keys()
+    assert all(found.pop(name) is True for name in LARGE)  # the authors' files of ImageNet-22k
     assert {name for name, source in found.items() if source} == tuned and len(tuned) == 14
     assert all(found[name] == re.sub("_(384|512)", "", name) for name in tuned)
 
@@ -564,6 +571,27 @@ def test_a_recipe_of_maxvit(name):
     evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
     assert EvaluationTransform(evaluation, px).target == ([px, px] if tuned else [256])
     assert set(cfg.data.mean) | set(cfg.data.std) == ({0.5} if tuned else {0.485, 0.456, 0.406, 0.229, 0.224, 0.225})
+
+
+# Weights of ImageNet-22k
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_of_large_dinat(name):
+    """30 epochs of images that are not mixed, at a rate that falls in a straight line."""
+    (px, decay, blocks, top1), (cfg, _), target = LARGE[name], composed(name), recipes.load(name).target
+    assert (target.paper, target.metric, target.value) == ("arXiv:2209.15001", "val/top1", top1)
+    assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch, cfg.trainer.max_epochs) == (px, 64, 512, 30)
+    assert rates(name, [0, 15, 30]) == pytest.approx([5e-5, 2.75e-5, 5e-6], rel=1e-3)
+    assert (cfg.trainer.gradient_clip_val, cfg.trainer.precision, cfg.seed) == (5.0, "32-true", 42)
+    assert (cfg.task.label_smoothing, cfg.callbacks.ema, cfg.checkpoint.monitor) == (0.1, None, "val/top1")
+    augment = Augment.build(OmegaConf.to_container(cfg.augment))
+    assert (augment.mixup, augment.cutmix, augment.erasing, augment.repeated) == (0, 0, 0.25, 1)
+    dropping = [m.drop_path.drop_prob for m in model_of(name).modules() if hasattr(m, "drop_path")]
+    assert dropping == pytest.approx([0.35 * i / (blocks - 1) for i in range(blocks)])
+    assert (cfg.optimizer.opt, cfg.optimizer.weight_decay, list(cfg.optimizer.betas)) == ("adamw", decay, [0.9, 0.999])
+    evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
+    assert EvaluationTransform(evaluation, px).target == [256 if px == 224 else px]
 
 
 # Diffusion
