@@ -117,4 +117,5 @@ class ResidualBlock(nn.Module):
         y_BCHW = to_map(mixed.x, reduced(here) if self.halves else here)
         if self.pools:
             y_BCHW = F.avg_pool2d(y_BCHW, 2, ceil_mode=True, count_include_pad=False)
+            mixed = mixed._replace(carry=None)  # it is of the larger map
         return self.attn_norm(y_BCHW), mixed.losses, handed(self.attn, mixed, carry)
