@@ -23,7 +23,7 @@ from models.attention.biases.relative import RelativePositionBias
 from models.attention.biases.rpb import NeighborBias
 from models.attention.contract import Grid, Mixer, Refused, Runs, Site
 from models.attention.contract.heads import head_channels, heads_to_map, map_to_heads
-from models.attention.contract.layout import KEYS, SCATTERED, SURROUNDING, Around
+from models.attention.contract.layout import KEYS, RUNS, SCATTERED, SURROUNDING, Around
 from models.attention.contract.options import check_flags, check_whole
 from models.attention.contract.places import of_maps
 from models.attention.lepe import depthwise
@@ -144,7 +144,7 @@ class SoftmaxCore(Core):
         placed = [part for part in (bias, factor) if part is not None]
         self.flexible = not self.explicit and not lepe and (bias is None or hasattr(bias, "at"))
         self.finds_neighbors = self.flexible and not qk_norm and (bias is None or isinstance(bias, NeighborBias))
-        lost = {SCATTERED} if placed else set()
+        lost = {RUNS, SCATTERED} if placed else set()
         lost |= {SURROUNDING} if any(not hasattr(part, "at") for part in placed) else set()
         self.keys = KEYS - lost
 

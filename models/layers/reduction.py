@@ -1,4 +1,4 @@
-"""Fewer keys and values: the map is shortened by a strided convolution or by pooling to a fixed size.
+"""Fewer keys and values: the map is shortened by a strided convolution, by pooling to a fixed size, or in its rows.
 
 Every module is called as `(x_BNC, grid) -> (x_BSC, kv_grid)`; prefix tokens are not expected. `cells` says of which
 tokens a new one is made, as shares along both axes: (rows of the shortened map, rows) and (its columns, columns).
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.layers.norm import TokenBatchNorm
 from models.layers.tokens import completed, to_map, to_tokens
 
 
@@ -87,6 +88,37 @@ class PooledReduction(nn.Module):
     def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
         pooled = F.adaptive_avg_pool2d(to_map(x_BNC, grid), (self.size, self.size))
         return F.gelu(self.norm(to_tokens(self.conv(pooled)))), self.reduced(grid)
+
+
+class RunReduction(nn.Module):
+    """The mean of every ratio² tokens in a row, then batch norm: ratio² times fewer tokens.
+
+    What is left at the end and makes no whole run is left out, as in the authors' code; fewer tokens than a run
+    are one.
+    Source: MedViT, Manzari et al., 2023, arXiv:2302.09462.
+
+    Args:
+        dim: channels C.
+        ratio: square root of the tokens of a run.
+    """
+
+    def __init__(self, dim: int, ratio: int) -> None:
+        super().__init__()
+        self.run, self.norm = ratio**2, TokenBatchNorm(dim)
+
+    def reduced(self, grid: tuple) -> tuple:
+        """The row of keys and values for a map of queries; the same type as `grid`."""
+        return grid._replace(height=1, width=max(grid.height * grid.width // self.run, 1))
+
+    def cells(self, grid: tuple) -> tuple[Tensor, Tensor]:
+        """Runs of the map as one row."""
+        count, size = self.reduced(grid).width, min(self.run, grid.height * grid.width)
+        run = torch.arange(grid.height * grid.width) // size
+        return torch.ones(1, 1), (run == torch.arange(count)[:, None]).float() / size
+
+    def forward(self, x_BNC: Tensor, grid: tuple) -> tuple[Tensor, tuple]:
+        pooled_BCS = F.avg_pool1d(x_BNC.mT, min(self.run, x_BNC.shape[1]))
+        return self.norm(pooled_BCS.mT), self.reduced(grid)
 
 
 def averaged(side: int, pooled: int) -> Tensor:

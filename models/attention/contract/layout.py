@@ -14,9 +14,10 @@ from models.attention.contract import Grid
 # what the keys of a group are, beside its queries
 SAME = "same"  # the same tokens
 SHORTENED = "shortened"  # a coarser map of the same place
+RUNS = "runs"  # of tokens in raster order, pooled
 SURROUNDING = "surrounding"  # a map of another place: with what lies around
 SCATTERED = "scattered"  # tokens without a map
-KEYS = frozenset({SAME, SHORTENED, SURROUNDING, SCATTERED})
+KEYS = frozenset({SAME, SHORTENED, RUNS, SURROUNDING, SCATTERED})
 
 
 class Groups(NamedTuple):
