@@ -8,6 +8,8 @@ and every class has a classifier of its own query. What stands in front of the m
 Shapes: B = batch, N = prefix + H·W tokens, C = channels, Q = queries, M = heads, D = C / M, K = classes.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
@@ -71,6 +73,12 @@ class AttentionAggregation(Pool):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Earlier checkpoints have the queries of classes as `queries`, (1, K, C)."""
+        if self.per_class and f"{prefix}queries" in state:
+            state[f"{prefix}class_queries"] = state.pop(f"{prefix}queries")[0]
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Pooled:
         queries = self.class_queries[None] if self.per_class else self.queries

@@ -77,6 +77,16 @@ def test_the_minimum_of_the_batch_couples_images_and_that_of_the_image_does_not(
     assert differs["image"] < 1e-6 < 1e-3 < differs["batch"]
 
 
+def test_checkpoints_that_name_queries_of_classes_otherwise_load():
+    pool = AttentionAggregation(DIM, GRID, 3, queries="classes")
+    state = pool.state_dict()
+    earlier = {("queries" if name == "class_queries" else name): value for name, value in state.items()}
+    earlier["queries"] = earlier["queries"][None]
+    fresh = AttentionAggregation(DIM, GRID, 3, queries="classes")
+    fresh.load_state_dict(earlier)
+    assert torch.equal(fresh.class_queries, pool.class_queries)
+
+
 def test_the_class_token_is_a_key_of_the_aggregation_and_queries_of_classes_are_none():
     one, each = AttentionAggregation(DIM, GRID, 3), AttentionAggregation(DIM, GRID, 3, queries="classes")
     x = tokens()
