@@ -120,6 +120,7 @@ SMALL = {
     "agent/deit_tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "agent/swin_tiny_in1k": (*TINY, HEADS),
     "ecanet/50_in1k": ("model.dims=[16,32,64,128]", *TINY[1:]),
+    "flowformer/cv_in1k": (*TINY, "model.num_heads=[4,4,4,4]"),
     "focalnet/tiny_srf_in1k": (*TINY, HEADS),
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),

@@ -36,6 +36,7 @@ QUICK = {
     "davit/davit_mm_tiny__200x264",
     "flatten/flatten_cswin_tiny",
     "flatten/flatten_pvt_v2_b0",
+    "flowformer/flowformer_cv",
     "inline/inline_deit_tiny",
     "inline/inline_swin_tiny",
     "moh/transnext_micro",
@@ -84,7 +85,7 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    families = {"biformer", "davit", "agent", "flatten", "inline", "moh", "nat", "van"}
+    families = {"biformer", "davit", "agent", "flatten", "flowformer", "inline", "moh", "nat", "van"}
     assert families == {name.partition("/")[0] for name in QUICK}
     assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
