@@ -158,7 +158,7 @@ def added_by(mixer: Mixer, x: Tensor, grid: Grid) -> Tensor:
 
 
 def projections(mixer: Mixer) -> list[nn.Linear]:
-    found = [module for name, module in mixer.named_modules() if name.rpartition(".")[2] == "qkv"]
+    found = [module for name, module in mixer.named_modules() if name.rpartition(".")[2] in ("qkv", "linear1")]
     assert found
     return found
 

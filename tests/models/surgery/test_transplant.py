@@ -12,6 +12,8 @@ OTHERS = (
     "axial",
     "relational",
     "single_head",
+    "dynamic_conv",
+    "light_conv",
 )  # without one projection of all heads to queries, keys and values
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "class_token": False}
 
