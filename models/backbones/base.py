@@ -178,8 +178,15 @@ class Backbone(Trunk):
         self, x_BNC: Tensor, grid: Grid, labels: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`classify`, and the losses of the pool, each (1,)."""
+        features, losses = self.pooled_with_losses(x_BNC, grid, labels)
+        return self.logits(features), losses
+
+    def pooled_with_losses(
+        self, x_BNC: Tensor, grid: Grid, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the classifier is given, and the losses of the pool, each (1,)."""
         pooled = self.pooled(x_BNC, grid)
-        return self.logits(pooled.x), stacked([pooled.losses_with(labels)])
+        return pooled.x, stacked([pooled.losses_with(labels)])
 
     def logits(self, features: Tensor) -> Tensor:
         """What the classifier makes of what the pool gives."""

@@ -78,4 +78,9 @@ class SwiftFormer(Hierarchical):
     def logits(self, features: Tensor) -> Tensor:
         if self.distill_head is None:
             return self.head(features)
-        return (self.head(features) + self.distill_head(features)) / 2
+        of_labels, of_teacher = self.both_logits(features)
+        return (of_labels + of_teacher) / 2
+
+    def both_logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the head that learns from labels, and of the one that learns from a teacher."""
+        return self.head(features), self.distill_head(features)

@@ -36,7 +36,7 @@ FREE = frozenset(
         *(f"trainer.{name}" for name in ("accelerator", "devices", "strategy", "num_nodes", "timeout", "static_graph")),
         *(f"trainer.{name}" for name in ("deterministic", "benchmark", "plugins", "use_distributed_sampler")),
         *("task.compile", "task.gradient_checkpointing", "data.workers", "data.timeout"),
-        *("task.autoencoder", "task.sampling", "task.score", "task.seed"),
+        *("task.autoencoder", "task.teacher_weights", "task.sampling", "task.score", "task.seed"),
         # what is done where something fails
         *("data.on_error", "data.max_skipped", "callbacks.non_finite", "callbacks.spikes"),
         # judged elsewhere: images per step (`models.tasks.effective_batch`), the data and its split

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from conf.errors import UserError
 from models.tasks.base import Task
+from models.tasks.distillation import distillation_of, has_two_heads, with_both_heads
 from models.tasks.fit import check_fits, check_outputs
 from models.tasks.multilabel import check_labels
 from models.tasks.objective import check_loss, check_weights, class_weights, loss_of
@@ -40,6 +41,9 @@ class Classification(Task):
         loss: `ce`, or `bce` for a binary cross entropy per class; the loss of validation is the cross entropy.
         class_weights: in the loss of training, a number per class; `auto`: in inverse proportion to the images of a
             class. None: all the same.
+        distillation: `hard` or `soft`, from a teacher (`models.tasks.distillation`); None for none.
+        teacher, teacher_weights: its name for `models.create_model`, and its file.
+        distillation_weight, temperature: share of the loss on what it says; of `soft`.
 
     Raises:
         ValueError: a setting out of range, or a model that generates images instead of naming their class.
@@ -57,6 +61,11 @@ class Classification(Task):
         token_weight: float = 0.0,
         loss: str = "ce",
         class_weights: str | Sequence[float] | None = None,
+        distillation: str | None = None,
+        teacher: str | None = None,
+        teacher_weights: str | None = None,
+        distillation_weight: float = 0.5,
+        temperature: float = 3.0,
         adaptive_clip: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -72,6 +81,13 @@ class Classification(Task):
         check_outputs(model, num_classes)
         check_loss(loss)
         check_weights(class_weights, num_classes)
+        taught = distillation_of(distillation, teacher, teacher_weights, distillation_weight, temperature)
+        if taught is not None and token_weight > 0:
+            raise UserError(
+                f"task: a model learns from token labels or from a teacher, got token_weight={token_weight} beside "
+                f"distillation={distillation}; set task.token_weight=0 or task.distillation=null"
+            )
+        two_heads = taught is not None and has_two_heads(model)
         shared = {"auxiliary": auxiliary, "adaptive_clip": adaptive_clip, "compile": compile}
         shared["gradient_checkpointing"] = gradient_checkpointing
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
@@ -80,8 +96,10 @@ class Classification(Task):
         self.register_buffer("class_weights", None, persistent=False)
         self.with_labels = getattr(model, "learns_from_labels", False)
         self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
+        self.distillation, self.two_heads = taught, two_heads
         # `model.compile` is about `model(images)` alone
         self.with_tokens = torch.compile(with_tokens) if compile else with_tokens
+        self.with_both_heads = torch.compile(with_both_heads) if compile else with_both_heads
 
     def prepare(self, data: pl.LightningDataModule) -> None:
         check_fits(self.model, data)
@@ -91,19 +109,28 @@ class Classification(Task):
             labels = np.asarray(data.source.train.labels)
             self.class_weights = class_weights(self.given_weights, labels, self.num_classes).to(self.device)
         prepare(data, self.token_weight, self.model)
+        if self.distillation is not None and self.model.training:
+            self.distillation.prepare(data, self.num_classes)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         labels = {"labels": batch.labels} if self.with_labels else {}
-        if self.token_head is None:
-            logits, losses = self.model(batch.images, return_losses=True, **labels)
-        else:
+        if self.token_head is not None:
             logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images, **labels)
+        elif self.two_heads:
+            logits, for_teacher, losses = self.with_both_heads(self.model, batch.images, **labels)
+        else:
+            logits, losses = self.model(batch.images, return_losses=True, **labels)
+            for_teacher = logits
         loss = loss_of(logits.float(), batch.labels, self.loss, self.label_smoothing, self.class_weights)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
         if self.token_head is not None:
             of_tokens = self.token_head.loss(tokens_BHWC, batch.token_labels, self.label_smoothing)
             self.log("train/token_loss", of_tokens.detach(), batch_size=len(batch.images))
             loss = loss + self.token_weight * of_tokens
+        if self.distillation is not None:
+            of_teacher = self.distillation.loss(for_teacher.float(), batch.images)
+            self.log("train/distillation_loss", of_teacher.detach(), batch_size=len(batch.images))
+            loss = self.distillation.with_labels(loss, of_teacher)
         return loss + self.auxiliary_loss(losses, len(batch.images))
 
     def measure(self, weights: str, model: nn.Module, batch: Any) -> Tensor:
