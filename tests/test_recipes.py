@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 from conf import recipes, sweeps
 from conf.compose import compose_run
 from conf.names import PLACES
+from models import create_model
 from models.runs import verdict
 from models.runs.initial import check_given
 from models.runs.verdict import deviations, judge
@@ -135,6 +137,7 @@ SMALL = {
         *PIXELS,
     ),
     "shvit/s1_in1k": ("model.dims=[16,32,64]", "model.depths=[1,1,1]", "model.num_heads=[1,2,4]", *TINY[2:]),
+    "swiftformer/xs_in1k": (*TINY, HEADS),
     "nat/mini_in1k": (*TINY, HEADS),
     "dinat/s_tiny_in1k": (*TINY, HEADS),
     "vitrpb/small_in1k": ("model.dims=[16]", "model.depths=[2]", "model.num_heads=[2]", *TINY[2:]),
@@ -160,6 +163,10 @@ def test_two_steps_and_an_evaluation(name, command, images, tmp_path):
     """Two optimizer steps of two accumulated batches each, on images that fit, then the verdict of eval.py."""
     data = ["data=imagefolder", f"data.root={images}"]
     maps = [f"data.token_labels={images / 'maps'}"] if "token_labels" in name else []
+    if "swiftformer" in name:
+        teacher = tmp_path / "teacher.safetensors"
+        save_file(create_model("timm/test_resnet", num_classes=2).state_dict(), teacher)
+        maps += ["task.teacher=timm/test_resnet", f"task.teacher_weights={teacher}"]
     status, out, err = command("train", f"recipe={name}", *SMALL[name], *data, *maps, *RUN, "run.name=short")
     assert status == 0, err
     wanted = recipes.load(name).global_batch

@@ -21,6 +21,7 @@ from conf.source import GIVEN
 from data.augment import Augment
 from data.transforms import FILTERS, DrawnCrop, Evaluation, EvaluationTransform, TrainTransform
 from models.factory import build_model
+from models.tasks.effective_batch import scaled_rate
 from models.tasks.schedule import Schedule
 from tests.compositions import compose_once
 
@@ -179,6 +180,10 @@ shvit/s2                    224 256   0.004   1e-06   1e-05    300  0  5 0.032  
 shvit/s3                    224 256   0.004   1e-06   1e-05    300  0  5 0.035    -    0     13  256     0.99996 77.4
 shvit/s4                    256 256   0.004   1e-06   1e-05    300  0  5  0.03    -    0     17  292     0.99996 79.4
 flowformer/cv               224  96 0.00075   1e-06   1e-05    300  0  5  0.05  1.0  0.2     19  256           - 80.6
+swiftformer/xs              224 256   0.002   1e-06   1e-05    300  0  5 0.025    -    0     20  256     0.99996 75.7
+swiftformer/s               224 256   0.002   1e-06   1e-05    300  0  5 0.025    -    0     25  256     0.99996 78.5
+swiftformer/l1              224 256   0.002   1e-06   1e-05    300  0  5 0.025    -    0     26  256     0.99996 80.9
+swiftformer/l3              224 256   0.002   1e-06   1e-05    300  0  5 0.025    -    0     30  256     0.99996 83.0
 """
 
 # FID of 50,000 samples, thousands of steps before them, and the scale of their guidance. The rest is alike.
@@ -285,6 +290,8 @@ def everything(name: str) -> dict:
         OmegaConf.update(cfg, key, None, force_add=True)
     cfg.run = {key: choices[key] for key in ("model", "attention", "data")}
     judged = ("label_smoothing", "token_weight", "auxiliary", "adaptive_clip", "diffusion_steps", "sampling")
+    if cfg.task.get("distillation") is not None:
+        judged += ("distillation", "distillation_weight", "teacher", "teacher_weights")
     cfg.task = {key: cfg.task[key] for key in judged if cfg.task.get(key) is not None}
     config = OmegaConf.to_container(cfg, resolve=True)
     kinds.check_kinds(config)
@@ -349,14 +356,14 @@ def test_fine_tuning_names_what_it_starts_from():
 
 # Learning rates
 
-LATE = ("biformer/", "convit/", "flowformer/", "moh/", "shvit/", "twins/", "xcit/")
+LATE = ("biformer/", "convit/", "flowformer/", "moh/", "shvit/", "swiftformer/", "twins/", "xcit/")
 
 
 def rates(name: str, epochs: list[float]) -> list[float]:
     """Learning rates at the given epochs of the run on ImageNet-1k, as the schedule sets them."""
     cfg, _ = composed(name)
     steps = IMAGES // cfg.global_batch
-    lr = cfg.optimizer.lr * cfg.global_batch / cfg.optimizer.reference_batch
+    lr = scaled_rate(cfg.optimizer.lr, cfg.optimizer.reference_batch, cfg.global_batch)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     settings = OmegaConf.to_container(cfg.schedule)
     schedule = Schedule(optimizer, settings, total=cfg.trainer.max_epochs * steps, per_epoch=steps)
@@ -397,7 +404,7 @@ def test_batch_and_epochs(name):
     assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch) == (row.px, row.gpu, 8 * row.gpu)
     assert cfg.trainer.max_epochs == row.epochs + row.cooldown
     assert cfg.trainer.gradient_clip_val == row.clip
-    assert cfg.task.adaptive_clip == (0.02 if paper == "shvit" else None)
+    assert cfg.task.adaptive_clip == {"shvit": 0.02, "swiftformer": 0.01}.get(paper)
     assert cfg.trainer.precision == ("32-true" if paper in ("agent", "flatten", "van") else "16-mixed")
     assert cfg.task.label_smoothing == 0.1 and cfg.seed == (42 if paper in ("davit", "van", *NATS) else 0)
     assert cfg.checkpoint.monitor == metric(name)
@@ -484,7 +491,7 @@ def test_training_images(name):
     """Random resized crop, mirror, RandAugment, in this order; then erasing and mixing of batches."""
     (cfg, _), px, paper = composed(name), ROWS[name].px, name.partition("/")[0]
     augment = Augment.build(OmegaConf.to_container(cfg.augment))
-    crop, mirror, policy = TrainTransform(augment, cfg.image_size, cfg.data.mean).steps
+    crop, mirror, *policies = TrainTransform(augment, cfg.image_size, cfg.data.mean).steps
     assert isinstance(crop, v2.RandomResizedCrop) and isinstance(mirror, v2.RandomHorizontalFlip)
     assert (tuple(crop.size), crop.scale) == ((px, px), (0.08, 1.0))
     if paper == "van":  # draws one of two
@@ -492,15 +499,24 @@ def test_training_images(name):
     else:
         assert type(crop) is v2.RandomResizedCrop and crop.interpolation == InterpolationMode.BICUBIC
     assert crop.ratio == pytest.approx((3 / 4, 4 / 3)) and mirror.p == 0.5
-    assert type(policy).__name__ == "RandAugment" and policy.num_layers == 2
-    assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
-    assert "PosterizeIncreasing" in {op.name for op in policy.ops}
+    if name == "swiftformer/xs_in1k":
+        assert isinstance(policies[0], v2.ColorJitter) and policies.pop().brightness == (0.6, 1.4)
+    assert len(policies) == (name != "swiftformer/xs_in1k")
+    for policy in policies:
+        assert type(policy).__name__ == "RandAugment" and policy.num_layers == 2
+        assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
+        assert "PosterizeIncreasing" in {op.name for op in policy.ops}
     assert augment.erase_mixed == (paper in ("davit", "van", *NATS))
     assert augment.erasing == (0 if paper == "flowformer" else 0.25)
-    assert (augment.cutmix, augment.mix_probability, augment.switch_probability) == (1, 1, 0.5)
-    assert augment.mixup == (0 if "token_labels" in name else 0.8)
-    assert augment.repeated == (3 if paper in ("biformer", "convit", "moh", "shvit", "xcit") else 1)
+    assert (augment.mix_probability, augment.switch_probability) == (1, 0.5)
+    unmixed = name in ("swiftformer/xs_in1k", "swiftformer/s_in1k")
+    assert augment.cutmix == (0 if unmixed else 1)
+    assert augment.mixup == (0 if unmixed or "token_labels" in name else 0.8)
+    assert augment.repeated == (3 if paper in ("biformer", "convit", "moh", "shvit", "swiftformer", "xcit") else 1)
     assert cfg.task.token_weight == (0.5 if "token_labels" in name else 0)
+    learns = (cfg.task.distillation, cfg.task.distillation_weight, cfg.task.teacher)
+    assert (learns == ("hard", 0.5, "timm/regnety_160")) == (paper == "swiftformer")
+    assert (cfg.task.distillation is None) == (paper != "swiftformer")
 
 
 @EVERY
