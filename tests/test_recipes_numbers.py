@@ -121,6 +121,9 @@ convit/base                 224 128   0.001   1e-06   1e-05    300  0  5  0.05  
 davit/tiny                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.1     12  248           - 82.8
 davit/small                 224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.2     24  248           - 84.2
 davit/base                  224 128   0.001   1e-06   1e-05    300 10  5  0.05  1.0  0.4     24  248           - 84.6
+lit/small                   224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.2     12  256           - 81.5
+lit/medium                  224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.3     24  256           - 83.0
+lit/base                    224 128   0.001   1e-06   1e-05    300  0 20  0.05  5.0  0.5     24  256           - 83.4
 moh/transnext_small_75      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.6
 moh/transnext_small_80      224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0 0.45     37  256           - 84.7
 moh/transnext_base_50       224 128   0.001   1e-06   1e-05    300  0  5  0.05  1.0  0.6     38  256           - 84.7
@@ -447,6 +450,7 @@ SPARED = {
     "convit": {"downsample.class_token", "position.table"},
     "deit": {"stem.class_token", "position.table"},
     "flowformer": {"position.table"},
+    "lit": {"bias.table"},
     "swin": {"bias.table"},
     "xcit": {"downsample.class_token"},
     "transnext": {"core.query_embedding", "core.relative_pos_bias_local", "core.temperature"},
@@ -467,7 +471,8 @@ def test_weight_decay(name):
     if row.decay == 0:  # of FocalNet nothing decays
         return
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
-    families = ("convit", "deit", "cswin", "flowformer", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit", *NATS)
+    families = ("convit", "deit", "cswin", "flowformer", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit", "lit")
+    families += NATS
     family = next((f for f in families if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
