@@ -40,3 +40,14 @@ def first_blocks(
             "use numbers of blocks up to the depth of the stage, or all",
         )
     return make(first if count == "all" or site.block < count else rest, site)
+
+
+def in_turn(site: Site, *, even: AttentionFactory, odd: AttentionFactory, backend: str = "auto") -> Mixer:
+    """The mixer of a place: `even` in the first, third, … block of its stage, `odd` in the others, as in L2ViT.
+
+    Args:
+        site: the place in the backbone.
+        even, odd: factories of mixers, for blocks counted from 0.
+        backend: what both are configured with.
+    """
+    return make(odd if site.block % 2 else even, site)

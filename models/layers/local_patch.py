@@ -19,17 +19,24 @@ class LocalPatchInteraction(nn.Module):
 
     Args:
         dim: channels C.
+        kernel_size: side of both convolutions, odd; 7 in L2ViT (arXiv:2501.16182), where it has the name LCM.
         drop_path, layer_scale, norm_eps: see `models.layers.block.Block`.
     """
 
     def __init__(
-        self, dim: int, *, drop_path: float = 0.0, layer_scale: float | None = None, norm_eps: float = 1e-6
+        self,
+        dim: int,
+        *,
+        kernel_size: int = 3,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.bn = TokenBatchNorm(dim)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.scale, self.drop_path = scale(dim, layer_scale), DropPath(drop_path)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:

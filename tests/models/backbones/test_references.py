@@ -39,6 +39,7 @@ QUICK = {
     "flowformer/flowformer_cv",
     "inline/inline_deit_tiny",
     "inline/inline_swin_tiny",
+    "l2vit/l2vit_tiny",
     "moh/transnext_micro",
     "nat/dinat_mini",
     "van/van_b0",
@@ -85,7 +86,7 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_the_cases_are_found():
-    families = {"biformer", "davit", "agent", "flatten", "flowformer", "inline", "moh", "nat", "van"}
+    families = {"biformer", "davit", "agent", "flatten", "flowformer", "inline", "l2vit", "moh", "nat", "van"}
     assert families == {name.partition("/")[0] for name in QUICK}
     assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
