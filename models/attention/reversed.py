@@ -47,10 +47,11 @@ class ReversedAttention(Mixer):
 
     def forward(self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, carry: Tensor | None = None) -> Mixed:
         m_BN1 = self.messages(x_BNC, carry)
-        weights_BMNN = self._weights(x_BNC, m_BN1)
+        q, k, v = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+        weights_BMNN = self._weights(q, k, x_BNC, m_BN1)
         if is_explaining():
             note(self, weights_BMNN)
-        return Mixed(self._attended(weights_BMNN, x_BNC, gates_BNM), {}, m_BN1)
+        return Mixed(self._finished(weights_BMNN, v, gates_BNM), {}, m_BN1)
 
     def messages(self, x_BNC: Tensor, carry: Tensor | None = None) -> Tensor:
         """m behind this block, (B, N, 1), of that behind the one before it."""
@@ -62,20 +63,19 @@ class ReversedAttention(Mixer):
 
         Without `carry`, m is that of this block alone, as a call from outside does not know what came before.
         """
-        return self._weights(x_BNC, self.messages(x_BNC, carry))
+        q, k, _ = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+        return self._weights(q, k, x_BNC, self.messages(x_BNC, carry))
 
     def attend(self, weights: Tensor, x_BNC: Tensor, grid: Grid) -> Tensor:
         """See `models.attention.Mixer`."""
-        return self._attended(weights, x_BNC, None)
+        return self._finished(weights, split_heads(self.qkv(x_BNC), 3, self.num_heads)[2])
 
-    def _weights(self, x_BNC: Tensor, m_BN1: Tensor) -> Tensor:
-        q, k, _ = split_heads(self.qkv(x_BNC), 3, self.num_heads)
+    def _weights(self, q: Tensor, k: Tensor, x_BNC: Tensor, m_BN1: Tensor) -> Tensor:
         A_BMNN = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
         p_BNM = (self.head_selector(x_BNC) / self.temperature).softmax(-1)
         return A_BMNN.mT * (p_BNM * m_BN1).mT.unsqueeze(2)
 
-    def _attended(self, weights_BMNN: Tensor, x_BNC: Tensor, gates_BNM: Tensor | None) -> Tensor:
-        v_BMND = split_heads(self.qkv(x_BNC), 3, self.num_heads)[2]
+    def _finished(self, weights_BMNN: Tensor, v_BMND: Tensor, gates_BNM: Tensor | None = None) -> Tensor:
         return self.proj(gated_heads(merge_heads(weights_BMNN.to(v_BMND.dtype) @ v_BMND), gates_BNM))
 
 

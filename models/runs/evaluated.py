@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from conf import cases, probes, recipes, text
+from conf import cases, probes, text
 from conf.compose import compose_run
 from conf.errors import UserError
 from conf.files import inside
@@ -119,7 +119,7 @@ def _of_file(arguments: dict[str, str]) -> dict:
         return _composed(arguments | {"data": "imagenet1k"})
     raise UserError(
         f"eval: {arguments['ckpt']} holds weights and no configuration; say of what: recipe=... or model=... data=..."
-        f"\nrecipes: {', '.join(recipes.names())}"
+        "\n`python train.py list recipes` shows them"
     )
 
 

@@ -132,7 +132,7 @@ def _factories(attention: Any, options: Mapping[str, Any], stages: int) -> tuple
     if not all(map(callable, made)) or len(made) != stages:
         raise UserError(
             f"replace: attention must be a name, a factory or a list with one for each of {stages} stages, "
-            f"got {attention!r}; names are {', '.join(names.options('attention'))}"
+            f"got {attention!r}; `python train.py list attentions` shows the names"
         )
     return name, made
 

@@ -105,6 +105,13 @@ def test_its_sites_are_shares_of_the_last_blocks(recorder):
     assert [m.shape[1:] for m in maps] == [(32, 15, 11), (64, 8, 6)]
 
 
+def test_branches_share_the_rate_of_their_block():
+    model = create_model("medvit_small", num_classes=5, image_size=64, **TINY, drop_path=0.3)
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    wanted = [0.0, 0.75 * 0.1, 0.25 * 0.1, 0.2, 0.75 * 0.3, 0.25 * 0.3]  # convolution, and mixer beside it, in turn
+    assert rates == pytest.approx(wanted)
+
+
 def test_keys_are_means_of_tokens_in_a_row():
     module, x = RunReduction(4, 2).eval(), torch.randn(2, 15, 4)
     found, grid = module(x, Grid(3, 5))
