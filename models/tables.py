@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from models import list_attentions, recipe_tables, scaling_table
 from models.facts import comment, facts, small_figure
 
 ROOT = families.CONF.parent
+PER_LINE = 5  # families in the README
 REFERENCE = ROOT / "docs" / "reference"
 
 
@@ -61,16 +61,11 @@ def probe_sections() -> str:
     return "\n\n".join(_probe_section(name) for name in names_in("probe"))
 
 
-def family_table() -> str:
-    """Markdown, three papers in a line: families with the number of their models, and the range of parameters."""
-    by_paper: dict[str, dict[str, dict[str, dict]]] = {}
-    for family, rows in _by_family().items():
-        by_paper.setdefault(_paper(next(iter(rows.values()))), {})[family] = rows
-    rows = [_paper_row(*papers) for papers in by_paper.items()]
-    third = -(-len(rows) // 3)
-    columns = (rows[start : start + third] for start in range(0, 3 * third, third))
-    lines = (sum(line, ()) for line in zip_longest(*columns, fillvalue=("", "", "")))
-    return _table(("paper", "families, and how many models", "parameters (M)") * 3, lines)
+def family_list() -> str:
+    """Markdown: every family with its paper, the number of its models, and the range of their parameters."""
+    items = [_family(family, rows) for family, rows in _by_family().items()]
+    lines = [" · ".join(items[start : start + PER_LINE]) for start in range(0, len(items), PER_LINE)]
+    return "Families, models of each, and millions of parameters:\n" + " ·\n".join(lines) + "."
 
 
 def model_sections() -> str:
@@ -198,10 +193,13 @@ def _settings(name: str) -> dict[str, Any]:
     return settings | node
 
 
-def _paper_row(paper: str, by_family: dict[str, dict[str, dict]]) -> tuple[str, ...]:
-    counted = sorted(row["counted"]["parameters"] for rows in by_family.values() for row in rows.values())
-    listed = ", ".join(f"`{family}` {len(rows)}" for family, rows in by_family.items())
-    return paper, listed, " to ".join(small_figure(count / 1e6) for count in dict.fromkeys([counted[0], counted[-1]]))
+def _family(family: str, rows: dict[str, dict]) -> str:
+    counted = sorted(row["counted"]["parameters"] for row in rows.values())
+    least, most = (small_figure(count / 1e6) for count in (counted[0], counted[-1]))
+    number = next(iter(rows.values()))["paper"].removeprefix("arXiv:")
+    return (
+        f"[{family}](https://arxiv.org/abs/{number}) {len(rows)} ({least if least == most else f'{least} to {most}'})"
+    )
 
 
 def _model_section(family: str, rows: dict[str, dict]) -> str:
@@ -241,7 +239,7 @@ def plain(value: object) -> str:
 
 
 TABLES = {
-    ROOT / "README.md": {"families": family_table},
+    ROOT / "README.md": {"families": family_list},
     ROOT / "docs" / "scale.md": {"scale": scaling_table.table},
     REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
     REFERENCE / "models.md": {"models": model_sections},

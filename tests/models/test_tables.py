@@ -164,10 +164,10 @@ def test_the_table_of_mechanisms_says_what_they_are(name: str) -> None:
 def test_the_command(capsys, monkeypatch, tmp_path) -> None:
     page = tmp_path / "models.md"
     page.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
-    monkeypatch.setattr(tables, "TABLES", {page: {"families": tables.family_table}})
+    monkeypatch.setattr(tables, "TABLES", {page: {"families": tables.family_list}})
     tables.main([])
     assert capsys.readouterr().out.startswith("written: models.md, in ")
-    assert page.read_text() == f"before\n<!-- families -->\n{tables.family_table()}\n<!-- /families -->\nafter\n"
+    assert page.read_text() == f"before\n<!-- families -->\n{tables.family_list()}\n<!-- /families -->\nafter\n"
     tables.main(["--count", "cswin_32px"])
     assert capsys.readouterr().out == "cswin_32px: counted: {parameters: 662696, multiply_adds: 11551744}\n"
     row = families.models()["cswin_32px"] | {"counted": {}}
