@@ -97,7 +97,7 @@ class ResNet(Backbone):
             self._block(site, stem_dim, mixers.get(site), rate, **shared)
             for site, rate in zip(sites, rates, strict=True)
         ]
-        self.stem, self.branch_gate = ResNetStem(in_channels, stem_dim, STEMS[stem], ACTS[act]()), branch_gate
+        self.stem, self.branch_gate = ResNetStem(in_channels, stem_dim, STEMS[stem], ACTS[act]), branch_gate
         starts = list(accumulate(depths, initial=0))
         self.stages = nn.ModuleList(Stage(blocks[a:b]) for a, b in pairwise(starts))
         if last_dim is not None:
@@ -126,18 +126,19 @@ class ResNet(Backbone):
 class ResNetStem(nn.Module):
     """Convolutions with norm and activation, the first with stride 2, and max pooling."""
 
-    def __init__(self, in_channels: int, dim: int, layers: Sequence[tuple[int, float]], act: nn.Module) -> None:
+    def __init__(self, in_channels: int, dim: int, layers: Sequence[tuple[int, float]], act: type[nn.Module]) -> None:
         super().__init__()
-        self.depth, self.act = len(layers), act
+        self.depth = len(layers)
         for i, (kernel, share) in enumerate(layers):
             out = max(int(dim * share), 1)
             self.add_module(f"conv{i + 1}", ConvNorm(in_channels, out, kernel, stride=1 if i else 2))
+            self.add_module(f"act{i + 1}", act())
             in_channels = out
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         x_BCHW = images
         for i in range(self.depth):
-            x_BCHW = self.act(self.get_submodule(f"conv{i + 1}")(x_BCHW))
+            x_BCHW = self.get_submodule(f"act{i + 1}")(self.get_submodule(f"conv{i + 1}")(x_BCHW))
         x_BCHW = F.max_pool2d(x_BCHW, 3, stride=2, padding=1)
         return to_tokens(x_BCHW), Grid(*x_BCHW.shape[-2:])
 

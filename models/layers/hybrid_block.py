@@ -67,7 +67,7 @@ class ConvBlock(nn.Module):
         self, dim: int, out_dim: int, *, head_dim: int, mlp_ratio: int, stride: int = 1, drop_path: float = 0.0
     ) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.out_dim = stride, out_dim
         self.entry, self.conv = Entry(dim, out_dim, stride), ConvAttention(out_dim, head_dim)
         self.norm, self.mlp = TokenBatchNorm(out_dim), LocalMlp(out_dim, mlp_ratio * out_dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
@@ -105,7 +105,7 @@ class HybridBlock(nn.Module):
     ) -> None:
         super().__init__()
         width = mixer.site.dim
-        self.stride, self.gate_site = stride, mixer.site._replace(dim=out_dim)
+        self.stride, self.out_dim, self.gate_site = stride, out_dim, mixer.site._replace(dim=out_dim)
         self.entry, self.norm1, self.attn = Entry(dim, width, stride), TokenBatchNorm(width), mixer
         self.side, self.conv = Entry(width, out_dim - width), ConvAttention(out_dim - width, head_dim)
         self.norm2, self.mlp = TokenBatchNorm(out_dim), LocalMlp(out_dim, mlp_ratio * out_dim, mlp_ratio)

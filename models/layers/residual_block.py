@@ -82,7 +82,8 @@ class ResidualBlock(nn.Module):
             self.halves, self.pools = (second > 1 and mixer.strided, second > 1 and not mixer.strided)
         self.conv3 = ConvNorm(inner, out_dim) if bottleneck else None
         self.shortcut = ConvNorm(dim, out_dim, stride=stride) if (dim, stride) != (out_dim, 1) else nn.Identity()
-        self.act, self.scale, self.drop_path = act(), scale(out_dim, layer_scale), DropPath(drop_path)
+        self.act1, self.act2, self.act3 = act(), act() if bottleneck else None, act()
+        self.scale, self.drop_path = scale(out_dim, layer_scale), DropPath(drop_path)
         self.gate, self.gate_at, self.mlp = None, "mixer", None
         last = self.conv3 or self.conv2
         nn.init.zeros_((self.attn_norm if last is None else last.bn).weight)  # the block starts as its shortcut
@@ -95,16 +96,16 @@ class ResidualBlock(nn.Module):
     def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
         """Tokens and losses; given `carry`, also what is carried on."""
         x_BCHW = to_map(x_BNC, grid)
-        y_BCHW, kept = self.act(self.conv1(x_BCHW)), ({}, carry or {})
+        y_BCHW, kept = self.act1(self.conv1(x_BCHW)), ({}, carry or {})
         if self.conv2 is None:
             y_BCHW, *kept = self._mixed(y_BCHW, grid, carry)
         else:
             y_BCHW = self.conv2(y_BCHW)
         if self.conv3 is not None:
-            y_BCHW = self.conv3(self.act(y_BCHW))
+            y_BCHW = self.conv3(self.act2(y_BCHW))
         small = grid._replace(height=y_BCHW.shape[2], width=y_BCHW.shape[3])
         y_BNC, *kept = gated(self, "mixer", to_tokens(y_BCHW), small, *kept)
-        x_BNC = self.act(to_tokens(self.shortcut(x_BCHW)) + self.drop_path(self.scale(y_BNC)))
+        x_BNC = self.act3(to_tokens(self.shortcut(x_BCHW)) + self.drop_path(self.scale(y_BNC)))
         x_BNC, losses, on = gated(self, "block", x_BNC, small, *kept)
         return (x_BNC, losses) if carry is None else (x_BNC, losses, on)
 

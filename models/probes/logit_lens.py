@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from data.batch import Batch
 from models.backbones.base import Backbone
+from models.layers.downsample import reduced
 from models.layers.grid import Grid
 from models.probes import Report
 from models.probes.drawing.charts import BLUE, ORANGE, canvas
@@ -97,13 +98,14 @@ class Lens:
                     self._add(name, "identifiability_class_token", found_BN[:, 0].sum())
 
     def _tokens(self, images: Tensor) -> dict[str, tuple[Tensor, Grid]]:
-        """Of each layer, normalised as those that the model pools."""
+        """Of each layer, finished as those that the model pools: normalised, behind class attention where there is."""
         found: dict[str, tuple[Tensor, Grid]] = {}
         of_stage = getattr(self.model.stages[-1], "norm", nn.Identity())  # PVT v2's stages end with one
 
         def note(name: str) -> Any:
             def hook(block: nn.Module, given: tuple, output: tuple) -> None:
-                found[name] = (self.model.norm(of_stage(output[0])), given[1])
+                grid = reduced(given[1], getattr(block, "stride", 1))
+                found[name] = self.model.finished(of_stage(output[0]), grid)
 
             return hook
 
@@ -142,11 +144,12 @@ def _places(model: nn.Module) -> tuple[list[Place], str]:
     first = len(model.stages) - 1
     while first and model.stages[first].downsample is None:
         first -= 1
+    last = model.channels[-1]
     places = [
         Place(f"stages.{s}.blocks.{i}", block)
         for s, stage in enumerate(model.stages)
         for i, block in enumerate(stage.blocks)
-        if s >= first
+        if s >= first and getattr(block, "out_dim", last) == last
     ]
     if not places:
         raise UserError(f"logit_lens: the last stage of {type(model).__name__} has no blocks; choose another model")
