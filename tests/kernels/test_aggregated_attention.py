@@ -84,6 +84,7 @@ def test_what_is_far_is_seen_through_the_pool_only(backend):
     assert different.nonzero().tolist() == [[0, 3], [0, 4], [1, 3], [1, 4]]
 
 
+@pytest.mark.full
 def test_sums_over_several_tiles_and_images(monkeypatch, poisoned):
     """A program of the passes over the pooled map takes several tiles, or images, and the last one has less to do."""
     monkeypatch.setattr(triton_pool, "turns", lambda work, most: min(2, most))

@@ -52,6 +52,7 @@ def new_variants() -> dict[str, list[str]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.full
 def test_an_odd_last_batch_is_not_compiled(new_variants):
     assert {name: new for name, new in new_variants.items() if new} == PARTS
 
