@@ -125,7 +125,7 @@ def test_leaving_out_compiles_passes_opcheck_and_repeats(dynamic):
     qkv, gates = (t.detach() for t in leaves)
     out, lse, index, count = register.forward_op(qkv, gates, 0.25, True)
     torch.library.opcheck(register.forward_op, (qkv, gates, 0.25, True))
-    torch.library.opcheck(register.backward_op, (out, qkv, gates, out, lse, index, count, 0.25))
+    torch.library.opcheck(register.backward_op, (out, qkv, gates, out, lse, index, count, 0.25, [True, True]))
 
 
 # The router
