@@ -89,7 +89,7 @@ def test_unknown_names_are_one_error(bench, arguments, message):
 def against(monkeypatch, capsys):
     """`against("--model", "vit_32px") -> (exit status, output, errors)`, with ours for timm's."""
     monkeypatch.setitem(partners.TIMM, "vit_32px", "zoo_test")
-    monkeypatch.setattr(pairs.timm, "create_model", lambda name, drop_path_rate: create_model("vit_32px"))
+    monkeypatch.setattr(pairs.timm, "create_model", lambda name: create_model("vit_32px"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(*arguments: str):
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_is_one_error(against, arguments, message):
 
 
 def test_another_architecture_under_the_name_is_refused(monkeypatch):
-    monkeypatch.setattr(pairs.timm, "create_model", lambda name, drop_path_rate: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(pairs.timm, "create_model", lambda name: torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"vit_32px and timm's b must have the same number of parameters, got 555,"):
         next(pairs.compare("vit_32px", "b", ["forward"], 1, 1, torch.device("cpu")))
 

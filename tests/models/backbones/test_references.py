@@ -41,6 +41,7 @@ QUICK = {
     "inline/inline_swin_tiny",
     "l2vit/l2vit_tiny",
     "moh/transnext_micro",
+    "nat/dinat_mini",
     "van/van_b0",
 }
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
