@@ -1,5 +1,6 @@
 """ResNets: equal to timm's with the same weights, gates and all; which blocks mix tokens; what is refused."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -51,11 +52,20 @@ TIMMS = {
 }
 
 
+def gate_of(dims: list[int], kernels: list[int]) -> Callable[..., EcaModule]:
+    """What timm calls for the gate at the end of a branch, by the channels of its stage."""
+    of_dim = dict(zip(dims, kernels, strict=True))
+
+    def gate(channels: int, **_) -> EcaModule:
+        return EcaModule(kernel_size=of_dim[channels])
+
+    return gate
+
+
 def theirs(block: type, depths: list[int]) -> ResNet:
     """timm's, with the kernels of ECA by stage and few channels."""
-    kernels = {channels * block.expansion: kernel for channels, kernel in zip(CHANNELS, KERNELS, strict=True)}
-    gate = lambda channels, **_: EcaModule(kernel_size=kernels[channels])  # noqa: E731
-    return ResNet(block, depths, channels=CHANNELS, block_args={"attn_layer": gate})
+    gates = {"attn_layer": gate_of([channels * block.expansion for channels in CHANNELS], KERNELS)}
+    return ResNet(block, depths, channels=CHANNELS, block_args=gates)
 
 
 def settings(basic: bool, depths: list[int]) -> dict:
@@ -106,10 +116,9 @@ def test_ecanet_equals_timm(basic, timms, depths, at):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("ecanet")])
 def test_whole_ecanets_equal_timm(name):
     row = families.models()[name]["model"]
-    kernels = dict(zip(row["dims"], row["branch_gate"]["kernel_size"], strict=True))
-    gate = lambda channels, **_: EcaModule(kernel_size=kernels[channels])  # noqa: E731
+    gates = {"attn_layer": gate_of(row["dims"], row["branch_gate"]["kernel_size"])}
     block = BasicBlock if row["basic"] else Bottleneck
-    oracle.equal(name, ResNet(block, row["depths"], block_args={"attn_layer": gate}), 64, own=branch_ends)
+    oracle.equal(name, ResNet(block, row["depths"], block_args=gates), 64, own=branch_ends)
 
 
 def byobnet(places: list, size: int | tuple[int, int], heads: list[int] | None = None, **model) -> ByobNet:
