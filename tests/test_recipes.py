@@ -127,6 +127,7 @@ SMALL = {
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),
     "inline/cswin_tiny_in1k": ("model.dims=[16,32,64,128]", "model.num_heads=[2,4,8,16]", *TINY[1:]),
+    "l2vit/tiny_in1k": (*TINY, HEADS),
     "lit/small_in1k": (*TINY, HEADS),
     "maxvit/tiny_in1k": ("model.head_dim=16", *TINY),
     "moh/transnext_small_75_in1k": ("model.dims=[12,24,48,96]", *TINY[1:]),

@@ -233,6 +233,13 @@ LARGE = {  # weights of ImageNet-22k tuned: pixels, decay of weights, blocks, to
     "dinat/large_384_11x11_in1k": (384, 1e-10, 30, 87.5),
     "dinat/s_large_384_in1k": (384, 1e-5, 24, 87.4),
 }
+# Trained by ConvNeXt's script, L2ViT at 09ac377: warm-up, drop path, blocks, mixup and cutmix, decay of the average,
+# top-1. The rest is alike.
+CONVNEXTS = {
+    "l2vit/tiny_in1k": (20, 0.1, 12, (0.8, 1.0), 0.9999, 83.1),
+    "l2vit/small_in1k": (20, 0.2, 24, (0.8, 1.0), 0.9999, 84.1),
+    "l2vit/base_in1k": (20, 0.3, 24, (0.8, 1.0), 0.9999, 84.4),
+}
 AVERAGED = ("nat/isotropic_base_in1k", "dinat/isotropic_base_in1k", "vitrpb/base_in1k")
 
 
@@ -263,7 +270,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def test_the_recipes_are_the_published_ones():
-    assert sorted([*ROWS, *SAMPLED, *STAIRS, *MAXVIT, *LARGE]) == NAMES
+    assert sorted([*ROWS, *SAMPLED, *STAIRS, *MAXVIT, *LARGE, *CONVNEXTS]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -595,6 +602,48 @@ def test_a_recipe_of_maxvit(name):
     evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
     assert EvaluationTransform(evaluation, px).target == ([px, px] if tuned else [256])
     assert set(cfg.data.mean) | set(cfg.data.std) == ({0.5} if tuned else {0.485, 0.456, 0.406, 0.229, 0.224, 0.225})
+
+
+# ConvNeXt's script
+
+
+@pytest.mark.parametrize("name", CONVNEXTS)
+def test_a_recipe_of_convnexts_script(name):
+    """4096 images at once, a cosine that begins behind the warm-up, no mixed precision and no clipping."""
+    (warmup, path, blocks, mixed, ema, top1), (cfg, _) = CONVNEXTS[name], composed(name)
+    target = recipes.load(name).target
+    measured = "val/top1" if ema is None else "val/top1_ema"
+    assert set(target) == {"paper", "source", "metric", "value", "tolerance", "images", "status"}
+    assert (target.metric, target.value, cfg.checkpoint.monitor) == (measured, top1, measured)
+    assert (cfg.image_size, cfg.data.batch_size, cfg.global_batch, cfg.trainer.max_epochs) == (224, 128, 4096, 300)
+    assert (cfg.trainer.precision, cfg.trainer.gradient_clip_val, cfg.task.label_smoothing) == ("32-true", None, 0.1)
+    half = warmup + (300 - warmup) / 2
+    last = 1e-6 + 0.5 * (4e-3 - 1e-6) * (1 + np.cos(np.pi * (299 - warmup) / (300 - warmup)))
+    expected = {0: 0.0, warmup / 2: 2e-3, warmup: 4e-3, half: (4e-3 + 1e-6) / 2, 299: last}
+    assert rates(name, list(expected)) == pytest.approx(list(expected.values()), rel=1e-9)
+    average = cfg.callbacks.ema
+    assert (average and (average.decay, average.warmup)) == (ema and (ema, False))
+    model = model_of(name)
+    dropping = [module.drop_path.drop_prob for module in model.modules() if type(module).__name__ == "Block"]
+    assert dropping == pytest.approx([path * i / (blocks - 1) for i in range(blocks)])
+    settings = {key: value for key, value in OmegaConf.to_container(cfg.optimizer).items() if value is not None}
+    settings.pop("reference_batch")
+    optimizer = create_optimizer_v2(model, **settings)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    spared = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    tables = {last_two(key) for key, p in model.named_parameters() if p.ndim > 1 and id(p) in spared}
+    assert tables == set()
+    augment = Augment.build(OmegaConf.to_container(cfg.augment))
+    assert (augment.mixup, augment.cutmix, augment.erasing, augment.repeated) == (*mixed, 0.25, 1)
+    assert (augment.mix_probability, augment.switch_probability, augment.erase_mixed) == (1, 0.5, False)
+    crop, mirror, policy = TrainTransform(augment, 224, cfg.data.mean).steps
+    assert (crop.scale, crop.interpolation, mirror.p) == ((0.08, 1.0), InterpolationMode.BICUBIC, 0.5)
+    assert policy.num_layers == 2
+    assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
+    evaluation = Evaluation.build(OmegaConf.to_container(cfg.data.eval, resolve=True))
+    transform = EvaluationTransform(evaluation, 224)
+    assert (transform.target, transform.mode) == ([256], InterpolationMode.BICUBIC)
+    assert (list(cfg.data.mean), list(cfg.data.std)) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 # Weights of ImageNet-22k

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
+from conf import values
 from conf.errors import UserError
 
 SCHEDULES = ("cosine", "constant", "step", "poly")
@@ -21,7 +22,8 @@ class Schedule:
         settings: `sched`, `warmup_epochs`, `warmup_lr`, `min_lr`, `cooldown_epochs` and more, see conf/schedule.
             `interval`: "step", or "epoch" for one rate throughout an epoch. `late_epochs`: the schedule begins that
             much later, holds its first value until then, and is cut off at the end; it is 1 for authors whose code
-            calls timm's `step(epoch)` after the epoch of that number.
+            calls timm's `step(epoch)` after the epoch of that number. `warmup_prefix`: a cosine begins where the
+            warm-up ends, as in ConvNeXt's code, instead of counting from the first step.
         total: steps of the run.
         per_epoch: steps of an epoch.
 
@@ -41,9 +43,10 @@ class Schedule:
             options["decay_epochs"] = max(round(options["decay_epochs"] * epoch), 1)
         if options.get("sched") == "constant":
             options |= {"sched": "cosine", "min_lr": max(group["lr"] for group in optimizer.param_groups)}
+        before = warmup if options.get("warmup_prefix") else 0
         self.timm, _ = create_scheduler_v2(
             optimizer,
-            num_epochs=max(total - cooldown, 1),
+            num_epochs=max(total - cooldown - before, 1),
             warmup_epochs=warmup,
             cooldown_epochs=cooldown,
             updates_per_epoch=1,
@@ -73,6 +76,7 @@ def check_schedule(settings: dict[str, Any]) -> None:
             check_number("schedule", name, settings[name])
     if settings.get("sched", "cosine") not in SCHEDULES:
         raise UserError(f"schedule: sched must be one of {', '.join(SCHEDULES)}, got {settings['sched']!r}")
+    values.flag("schedule", "warmup_prefix", settings.get("warmup_prefix", False), fix="set schedule.warmup_prefix")
     interval = settings.get("interval", "step")
     if interval not in INTERVALS:
         raise UserError(

@@ -79,6 +79,18 @@ def test_without_the_new_settings_a_schedule_counts_steps():
     )
 
 
+def test_a_cosine_that_begins_behind_the_warm_up():
+    """ConvNeXt's code: a line of 20 steps, then half a cosine over the other 75, then five at the end of it."""
+    found = rates(SETTINGS | {"warmup_prefix": True, "cooldown_epochs": 1.25}, range(100), total=100, per_epoch=4)
+    scheduler, group = authors(t_initial=75, warmup_t=0, t_in_epochs=False)
+    expected = [1e-6 + step * (LR - 1e-6) / 20 for step in range(20)]
+    for step in range(80):
+        scheduler.step_update(step)
+        expected.append(group["lr"])
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found[20] == LR and found[-5:] == [1e-5] * 5 and found[-6] > 1e-5
+
+
 def test_a_late_schedule_per_step_holds_its_first_value():
     late = rates(SETTINGS | {"late_epochs": 2}, range(100), total=100, per_epoch=4)
     prompt = rates(SETTINGS, range(100), total=100, per_epoch=4)
@@ -165,6 +177,10 @@ def test_a_run_can_be_limited_by_its_steps_alone():
         ({"interval": "batch"}, r"schedule: interval must be one of step, epoch, got 'batch'; set schedule.interval"),
         ({"late_epochs": -1}, r"schedule: late_epochs must be a number of at least 0, got -1; set schedule.late_epoch"),
         ({"decay_rate": "a tenth"}, r"schedule: decay_rate must be a number of at least 0, got 'a tenth'"),
+        (
+            {"warmup_prefix": "no"},
+            r"schedule: warmup_prefix must be true or false, got 'no'; set schedule.warmup_prefix",
+        ),
         ({"late_epochs": True}, r"schedule: late_epochs must be a number of at least 0, got True"),
         (
             {"interval": "epoch", "warmup_epochs": 2.5},
