@@ -14,13 +14,14 @@ from rich.table import Table
 from conf import families, recipes
 from conf.errors import UserError
 from conf.names import PARTS, PLACES, choosable, group_of, nearest, options
-from models import list_attentions
+from models import list_attentions, systems
 from models.facts import facts, small_figure, summary
 from models.recipe_tables import figure, read
 
 USAGE = """python train.py list                    the kinds of things that can be chosen
 python train.py list models             models: attention, pixels, parameters, FLOPs, paper, published figure, status
 python train.py list models=swin,vit    those with a word that begins so; patterns such as '*_tiny' work too
+python train.py list systems            systems of the literature: what chooses each, and what vouches for it
 python train.py list attentions parts recipes data ...
 
 Status, of published results: unverified, forward (the authors' weights give it here) or trained (a run of ours does).
@@ -79,8 +80,10 @@ def _table(argument: str) -> Table:
 
 def _is_called(name: str, wanted: str) -> bool:
     """Whether a word of the name begins with one of these, or the name is of a pattern among them."""
+    name = name.lower()
     return any(
-        fnmatchcase(name, w) if "*" in w else re.search(rf"(^|[_/=]){re.escape(w)}", name) for w in _words(wanted)
+        fnmatchcase(name, w) if "*" in w else re.search(rf"(^|[ _/=]){re.escape(w)}", name)
+        for w in _words(wanted.lower())
     )
 
 
@@ -158,6 +161,11 @@ def _recipes() -> Iterator[tuple[str, ...]]:
         yield name, recipe["model_name"], recipe.get("data_name", ""), paper, figure(target), target["status"]
 
 
+def _systems() -> Iterator[tuple[str, ...]]:
+    for system in systems.rows():
+        yield system.name, system.command, system.paper, system.shown
+
+
 def _of_group(group: str) -> Listed:
     return Listed((f"{group}=", "what it is"), (), lambda: [(name, summary(group, name)) for name in options(group)])
 
@@ -177,5 +185,6 @@ KINDS = {
     "attentions": Listed(("attention=", "mechanism", "paper", "cost"), (), _attentions),
     "plans": Listed(("attention=", "of the models"), (), _plans),
     "parts": Listed(("part or place", "what it is", "paper", "cost"), (), _parts),
+    "systems": Listed(("system", "command", "paper", "status"), (), _systems),
     "recipes": Listed(("recipe=", "model", "data", "paper", "published", "status"), ("published",), _recipes),
 }

@@ -15,7 +15,7 @@ import yaml
 from conf import families
 from conf.names import PARTS, PLACES, group_of
 from conf.names import options as names_in
-from models import list_attentions, recipe_tables, scaling_table
+from models import list_attentions, recipe_tables, scaling_table, systems
 from models.facts import comment, facts, small_figure
 
 ROOT = families.CONF.parent
@@ -59,6 +59,12 @@ def place_sections() -> str:
 def probe_sections() -> str:
     """Markdown: a section per probe: what it is, the command, and its options."""
     return "\n\n".join(_probe_section(name) for name in names_in("probe"))
+
+
+def system_table() -> str:
+    """Markdown: systems of the literature, what chooses them, and what vouches for them."""
+    rows = ((row.name, _arxiv(row.paper), f"`{row.command}`", row.shown, _proof(row)) for row in systems.rows())
+    return _table(("system", "paper", "command", "status", "where"), rows)
 
 
 def family_list() -> str:
@@ -221,6 +227,11 @@ def _model_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     return f"`{name}`", f"`{row.get('attention', 'softmax')}`", str(row["image_size"]), *costs, said
 
 
+def _proof(row: systems.System) -> str:
+    folder = "tests/references/" if row.status.startswith("cases") else ""
+    return ", ".join(f"[{path.rpartition('/')[2]}](../{folder}{path})" for path in row.proof)
+
+
 def _paper(row: dict[str, Any]) -> str:
     return _arxiv(row["paper"].removeprefix("arXiv:"))
 
@@ -240,6 +251,7 @@ def plain(value: object) -> str:
 
 TABLES = {
     ROOT / "README.md": {"families": family_list},
+    ROOT / "docs" / "systems.md": {"systems": system_table},
     ROOT / "docs" / "scale.md": {"scale": scaling_table.table},
     REFERENCE / "attentions.md": {"attentions": attention_table, "options": option_sections},
     REFERENCE / "models.md": {"models": model_sections},
