@@ -86,7 +86,8 @@ def definition(
     Args:
         q_WMTD, k_WMTD, v_WMTD: queries, keys and values.
         bias_MTT: added to the logits of every window; None for none.
-        mask_RTT: of the R windows of a map: bool, True where a pair may attend, or numbers that are added.
+        mask_RTT: of the R windows of a map: bool, True where a pair may attend, or numbers that are added; (W, M, T, T)
+            where windows and heads differ.
         scale: of the logits; None for D^-1/2.
     """
     if is_written_out(q_WMTD, bias_MTT):
@@ -106,6 +107,8 @@ def _written_out(
         if mask_RTT.dtype == torch.bool:
             lowest = torch.finfo(logits.dtype).min
             closed = torch.zeros_like(mask_RTT, dtype=logits.dtype).masked_fill_(~mask_RTT, lowest)
+        if mask_RTT.dim() == 4:
+            return (logits + closed.to(logits.dtype)).softmax(-1)
         logits = (logits.unflatten(0, (-1, mask_RTT.shape[0])) + closed.to(logits.dtype)[:, None]).flatten(0, 1)
     return logits.softmax(-1)
 
@@ -118,8 +121,10 @@ def added_to_logits(q_WMTD: Tensor, bias_MTT: Tensor | None, mask_RTT: Tensor | 
     closed = mask_RTT
     if mask_RTT.dtype == torch.bool:
         closed = torch.zeros_like(mask_RTT, dtype=q_WMTD.dtype).masked_fill_(~mask_RTT, float("-inf"))
-    closed = closed.to(q_WMTD.dtype)[:, None]
-    total = closed if bias is None else closed + bias
+    closed = closed.to(q_WMTD.dtype)
+    if mask_RTT.dim() == 4:
+        return closed if bias is None else closed + bias
+    total = closed[:, None] if bias is None else closed[:, None] + bias
     return total.repeat(q_WMTD.shape[0] // mask_RTT.shape[0], 1, 1, 1)
 
 

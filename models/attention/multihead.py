@@ -28,9 +28,9 @@ class Core(nn.Module):
     """Computes the heads of one group of tokens: `core(q_BMND, k_BMSD, v_BMSD, grid, kv_grid) -> o_BMND`.
 
     `grid` and `kv_grid` are the maps of the queries and of the keys and values, equal unless the layout says otherwise.
-    One that `masks` also takes `mask`, (R, T, S): bool and True where a pair may attend, or numbers that are added to
-    the logits. One with `places` also takes `offsets`, (T, S, 2) or (R, T, S, 2): how far, in rows and columns, each
-    query lies behind each key, where the two maps do not tell.
+    One that `masks` also takes `mask`, (R, T, S), or (B·R, M, T, S) where images and heads differ: bool and True where
+    a pair may attend, or numbers that are added to the logits. One with `places` also takes `offsets`, (T, S, 2) or
+    (R, T, S, 2): how far, in rows and columns, each query lies behind each key, where the two maps do not tell.
 
     One whose `runs` is fused has `fused(qkv_BNC, grid, num_heads, ...) -> o_BNC`, which computes the same from the
     packed projection (B, N, 3·M·D). Where its kernel finds the windows by itself, that also takes `window`, `shift` and
@@ -145,7 +145,7 @@ class MultiHead(Resizable, Mixer):
         self.strided = self.layout.stride > 1
         self.reads_stream, self.has_matrix = core.reads_stream, core.has_matrix and not self.strided
         self.without_matrix = "it has fewer queries than tokens" if self.strided else core.without_matrix
-        self.row_stochastic = core.row_stochastic
+        self.row_stochastic = core.row_stochastic and self.layout.whole_rows
         self.adds = core.adds
         self.accepts = accepts or Accepts(prefix="attended" if self.layout.takes_prefix else "refused")
         self.grid, self.usual_mask = site.grid, True
@@ -206,6 +206,8 @@ class MultiHead(Resizable, Mixer):
             return "class tokens stand in every window"
         if self.layout.masks and not self.core.finds_windows:
             return "its windows are masked"
+        if self.content is not None:
+            return "what tokens hold decides which see each other"
         if self.head_dim > WIDEST_HEAD:
             return f"heads wider than {WIDEST_HEAD} channels have no kernel"
         if not self.usual_mask:

@@ -277,10 +277,12 @@ def check_tokens(grid: Grid, kv_grid: Grid, *, explicit: bool, most: int) -> Non
 
 
 def _open(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Which pairs may attend, (B, 1, T, S), of a mask of all groups of a map."""
+    """Which pairs may attend, (B, 1, T, S), or (B, M, T, S) where heads differ, of a mask of all groups of a map."""
     if mask is None:
         return None
     allowed = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dim() == 4:
+        return allowed
     return allowed[:, None].repeat(batch // mask.shape[0], 1, 1, 1)
 
 

@@ -38,7 +38,11 @@ class LearnedPosition(Resizable, nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x_BNC: Tensor, grid: tuple) -> Tensor:
-        return x_BNC + self._fitted(self.table, self.grid, tuple(grid))
+        return x_BNC + self.on(grid)
+
+    def on(self, grid: tuple) -> Tensor:
+        """The table (1, N, C) of another map."""
+        return self._fitted(self.table, self.grid, tuple(grid))
 
     def resized(self, name: str, value: Tensor) -> Tensor:
         """A table (1, N', C) of another square map as the one of this module.

@@ -62,6 +62,7 @@ class Layout:
             those of the queries. A mixer owns it, under this name.
         around: of neighbourhoods, which PyTorch's FlexAttention finds by itself on the map `between`; None for none.
         stride: above 1, queries are those of every so many rows and columns alone, see `asking`.
+        whole_rows: whether every query sees something; one that sees nothing gets zero.
         content: module that decides the groups by what they hold; None: the map decides. A mixer owns it.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     window: tuple[int, int] | None = None
     shift: tuple[int, int] = (0, 0)
     reduce: nn.Module | None = None
+    whole_rows = True
     content: nn.Module | None = None
     around: Around | None = None
     stride: int = 1
