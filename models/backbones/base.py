@@ -35,11 +35,12 @@ class Trunk(nn.Module, metaclass=Furnished):
     """Stem and stages: what a classifier and a pyramid of the same family have in common.
 
     Attributes that a family sets in its constructor:
-        stem: `images -> (x_BNC, grid)`.
+        stem: `images -> (x_BNC, grid)`, and whatever else every block is given.
         stages: ModuleList of `models.layers.block.Stage`.
         channels, strides: of the map that each stage ends with.
         undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
             authors' codes of most families.
+        latent: whether its tokens are latents, which have no places on the image; `strides` are then none.
         reducers: what `furnish` puts in front of stages, by their number; None for none.
     """
 
@@ -48,6 +49,7 @@ class Trunk(nn.Module, metaclass=Furnished):
     channels: list[int]
     strides: list[int]
     undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
+    latent = False
     reducers: nn.ModuleDict | None
 
     def __init__(self) -> None:
@@ -92,7 +94,7 @@ class Trunk(nn.Module, metaclass=Furnished):
         return {"stem": stem, "blocks": [*blocks, (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,))]}
 
     def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
-        x, grid = self.stem(images)
+        x, grid, *given = self.stem(images)
         maps, losses, carry = [], [], {}
         for s, stage in enumerate(self.stages):
             if self.reducers is not None and str(s) in self.reducers:
@@ -100,7 +102,7 @@ class Trunk(nn.Module, metaclass=Furnished):
                 reduced = reducer(x, grid, carry)
                 x, grid, carry = reduced.x, reducer.onward(reduced, grid), {}
                 losses.append(reduced.losses)
-            x, grid, of_stage, carry = stage(x, grid, carry=carry)
+            x, grid, of_stage, carry = stage(x, grid, *given, carry=carry)
             maps.append((x, grid))
             losses += of_stage
         return maps, losses
@@ -272,9 +274,19 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def check_maps(backbone: Trunk, who: str) -> None:
     """Refuses a backbone whose tokens do not make up a map all the way."""
+    check_places(backbone, who)
     if backbone.reducers is not None:
         names = ", ".join(sorted({type(reducer).__name__ for reducer in backbone.reducers.values()}))
         raise UserError(f"{who}: maps need all tokens, got the reducer {names}; leave reducer= out")
+
+
+def check_places(model: nn.Module, who: str) -> None:
+    """Refuses a model whose tokens are latents."""
+    if getattr(model, "latent", False):
+        raise UserError(
+            f"{who}: tokens in their places on the image are needed, got {type(model).__name__}, whose tokens are "
+            "latents; choose another model"
+        )
 
 
 def pair(image_size: int | Sequence[int], name: str = "image_size") -> tuple[int, int]:

@@ -20,6 +20,7 @@ from models.attention.cross_shaped import CrossShaped
 from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
+from models.backbones.base import check_places
 from models.probes import Report
 from models.probes.drawing.overlays import MOST, enlarged, overlay, sheet
 from models.probes.reading.heads import check_head, check_heads
@@ -69,6 +70,7 @@ def agents(
     check_heads(heads)
     if whole("probe", "shown", shown, fix="set probe.shown=6") >= MOST:
         refuse("probe", "shown", f"at most {MOST - 1} agents", shown, "set probe.shown=6")
+    check_places(model, WHO)
     mixers = chosen_layers(WHO, model, layers, has_agents, "agents", "attention=agent")
     check_head(heads, {name: ungated(mixer).num_heads for name, mixer in mixers.items()})
     seen = first_images(data, images, trainer.strategy.root_device)

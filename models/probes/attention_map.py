@@ -17,6 +17,7 @@ from conf.looking import Point
 from conf.values import is_whole, whole
 from models.attention import Grid, Mixer
 from models.attention.recording import Call, recorded
+from models.backbones.base import check_places
 from models.probes import Report
 from models.probes.drawing.overlays import enlarged, overlay, sheet
 from models.probes.reading.heads import HEADS, check_head, check_heads
@@ -59,6 +60,7 @@ def attention_map(
     check_heads(heads)
     point = looking.point(point)
     whole("probe", "max_tokens", max_tokens, fix="set probe.max_tokens")
+    check_places(model, "attention_map")
     mixers = chosen_layers("attention_map", model, layers)
     seen = first_images(data, images, trainer.strategy.root_device)
     with torch.no_grad(), recorded(model) as calls:

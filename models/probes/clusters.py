@@ -16,6 +16,7 @@ from models.attention.contract.layout import SCATTERED
 from models.attention.gating import ungated
 from models.attention.multihead import MultiHead
 from models.attention.recording import recorded
+from models.backbones.base import check_places
 from models.probes import Report
 from models.probes.drawing.overlays import enlarged, sheet
 from models.probes.reading.images import Images, first_images
@@ -50,6 +51,7 @@ def clusters(
     Raises:
         UserError: an option that has no meaning, or a model or layer without clusters.
     """
+    check_places(model, WHO)
     mixers = chosen_layers(WHO, model, layers, clustered, "clusters", "attention=boat or routing")
     seen = first_images(data, images, trainer.strategy.root_device)
     found = clusters_of(model, mixers, seen.batch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conf.errors import UserError
 from conf.values import refuse, whole
+from models.backbones.base import check_places
 from models.layers.grid import Grid
 from models.layers.pooled import Pool
 from models.probes import Report
@@ -49,6 +50,7 @@ def pool_map(
     """
     if whole("probe", "queries", queries, fix="set probe.queries=8") >= MOST:
         refuse("probe", "queries", f"at most {MOST - 1}", queries, "set probe.queries=8")
+    check_places(model, WHO)
     pool = pool_of(WHO, model)
     seen = first_images(data, images, trainer.strategy.root_device)
     found = maps_of(model, seen.batch)

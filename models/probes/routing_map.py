@@ -19,6 +19,7 @@ from models.attention.biformer import BiLevelRoutingAttention, Regions
 from models.attention.contract import Grid, Mixer
 from models.attention.gating import ungated
 from models.attention.recording import recorded
+from models.backbones.base import check_places
 from models.probes import Report, Subject
 from models.probes.drawing.overlays import MOST, enlarged, sheet
 from models.probes.reading.images import Images, first_images
@@ -66,6 +67,7 @@ def routing_map(
         whole("probe", "every", every, fix="set probe.every=8, or null for the region at a point")
         if place is not None:
             raise UserError(f"probe: point and every both say who asks, got {point} and {every}; leave one of them out")
+    check_places(model, WHO)
     mixers = chosen_layers(WHO, model, layers, routed, "router of regions", "a biformer")
     shown = first_images(data, images, trainer.strategy.root_device)
     found = routes_of(model, mixers, shown.batch)

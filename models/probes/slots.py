@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.errors import UserError
+from models.backbones.base import check_places
 from models.pools.slot import SlotPool
 from models.probes import Report
 from models.probes.clusters import coloured
@@ -31,6 +32,7 @@ def slots(
     Raises:
         UserError: an option that has no meaning, or a model without slots.
     """
+    check_places(model, WHO)
     if not isinstance(pool := getattr(model, "pooling", None), SlotPool):
         got = type(model).__name__ if pool is None else type(pool).__name__
         raise UserError(f"{WHO}: {got} has no slots; choose a model that was trained with pool=slot")

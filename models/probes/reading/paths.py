@@ -17,6 +17,7 @@ from conf.looking import Point
 from conf.values import choice
 from models.attention import Grid, Mixer, mixers_of
 from models.attention.recording import Call
+from models.backbones.base import check_places
 from models.pools.mean import Mean
 from models.probes.reading.layers import kind_of
 from models.probes.reading.points import token_at
@@ -74,6 +75,7 @@ def followed(who: str, model: nn.Module, stages: str, stochastic: bool = False, 
         UserError: a layer has no such matrix, or the map too many cells.
     """
     choice("probe", "stages", stages, STAGES, fix="set probe.stages=last")
+    check_places(model, who)
     mixers = dict(mixers_of(model))
     if not mixers:
         raise UserError(f"{who}: {type(model).__name__} has no attention; choose e.g. model=vit_tiny")
