@@ -17,12 +17,13 @@ from models.layers.block import Block
 from models.layers.class_attention import ClassBlock
 from models.layers.conv_encoder import ConvEncoder
 from models.layers.convnext_block import ConvNeXtBlock
+from models.layers.cross_block import CrossBlock
 from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
 from models.layers.mlp_block import MlpBlock
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 
-BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock)
+BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock, CrossBlock)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
@@ -61,8 +62,8 @@ def set_activation(model: nn.Module, setting: Any) -> None:
             block.mlp = swiglu(mlp.fc1.in_features, mlp.fc1.out_features)
         elif type(mlp) is not SwiGLU:
             raise UserError(
-                f"{who}: its MLPs have a convolution or norms inside, which a SwiGLU has not, got activation={name}; "
-                "set model.activation to gelu, relu, relu2, silu or topk"
+                f"{who}: its MLPs have a convolution or norms inside, or a gate, which a SwiGLU has not, got "
+                f"activation={name}; set model.activation to gelu, relu, relu2, silu or topk"
             )
 
 

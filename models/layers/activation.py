@@ -1,8 +1,8 @@
 """What stands between the two linear layers of an MLP, by name, and the gated MLP that needs no name of its own.
 
 Source: `relu2`: Primer, So et al., NeurIPS 2021, arXiv:2109.08668, section 4.1; `topk`: The Lazy Neuron Phenomenon, Li
-et al., ICLR 2023, arXiv:2210.06313, section 4; `swiglu`: GLU Variants Improve Transformer, Shazeer, 2020,
-arXiv:2002.05202, equation 6.
+et al., ICLR 2023, arXiv:2210.06313, section 4; `swiglu` and `geglu`: GLU Variants Improve Transformer, Shazeer,
+2020, arXiv:2002.05202, equation 6.
 Shapes: any, channels last.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
 from conf.errors import UserError
@@ -98,3 +98,8 @@ def swiglu(dim: int, hidden: int, *, multiple: int = 1, bias: bool = True) -> Sw
         if bias:
             nn.init.zeros_(layer.bias)
     return mlp
+
+
+def geglu(dim: int, hidden: int) -> GluMlp:
+    """W₂ (V x ⊙ gelu(W x)) in place of an MLP with as many hidden channels, and half as many weights more."""
+    return GluMlp(dim, 2 * hidden, act_layer=nn.GELU, gate_last=True)

@@ -32,7 +32,10 @@ def test_settings_of_a_part_are_changed_one_by_one():
     assert first.core.agents == (5, 5) and first.core.dwc.kernel_size == (3, 3) and rest.window == (7, 7)
 
 
-@pytest.mark.parametrize("name", families.small())
+WITH_MAPS = [name for name in families.small() if name != "perceiver_32px"]  # whose tokens have no places
+
+
+@pytest.mark.parametrize("name", WITH_MAPS)
 def test_features_only_gives_the_maps_of_all_stages(name):
     model = create_model(name, features_only=True)
     maps = model(torch.randn(2, 3, 64, 96))

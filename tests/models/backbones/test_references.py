@@ -24,7 +24,7 @@ from models.checkpoints import convert, export
 ALL = [  # DiT is no classifier: test_references_dit.py; models that only show a part are rebuilt where it is tested
     name
     for name in reference.cases("model")
-    if not name.startswith(("attribution/", "illama/", "lit/", "sigma_reparam/"))
+    if not name.startswith(("attribution/", "fit/", "illama/", "lit/", "perceiver/", "sigma_reparam/"))
     and (not name.startswith("moh/") or reference.info(name)["official_constructor"].startswith("transnext."))
 ]
 # Every paper and every backbone. The others differ from these in depth, width, image size and filling, or join a
