@@ -1,6 +1,6 @@
 """Mixture of heads during a run: balancing without a loss after every step, and what the routers do in validation.
 
-Random keys (`attention/transform=random_keys`) are drawn anew after every step, too.
+What mechanisms draw, such as random keys (`attention/transform=random_keys`), is drawn anew after every step, too.
 
 In validation it logs
     routing/active    the share of all heads of all layers that a token uses
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytorch_lightning as pl
 from torch import nn
 
+from models.attention.drawn import Drawn
 from models.attention.head_router import HeadRouter
 from models.attention.moh import balance_heads
-from models.attention.transforms.random_keys import RandomKeys
 from models.callbacks.after_step import AfterStep
 from models.loggers.weights_and_biases import log_picture
 from models.side_outputs import attempt, put, put_figure
@@ -57,7 +57,7 @@ class Routing(AfterStep):
     def update(self, model: nn.Module) -> None:
         balance_heads(model)
         for module in model.modules():
-            if isinstance(module, RandomKeys):
+            if isinstance(module, Drawn):
                 module.after_step()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
