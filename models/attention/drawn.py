@@ -5,6 +5,9 @@ images, and after a resume. The step is a buffer that `after_step` moves: a run 
 step (`models.callbacks.routing`); a training loop of your own has to.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,14 +27,29 @@ class Drawn(nn.Module):
         self.seed, self.layer = seed, 1000 * site.stage + site.block
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Weights that were trained without draws load too: the step stays."""
+        state_dict.setdefault(f"{prefix}step", self.step)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def after_step(self) -> None:
         """The next draw, after an optimizer step."""
         self.step.add_(1)
 
     def drawn(self, count: int) -> Tensor:
         """Whole numbers (count,) of this step, of all sizes and signs."""
-        name = (self.step * 1_000_003 + self.layer) * 1_000_003 + self.seed
-        return _scrambled(_scrambled(name) + torch.arange(count, device=self.step.device))
+        return self._numbers(self.step, count)
+
+    def normal(self, count: int) -> Tensor:
+        """Numbers (count,) of a normal distribution, which are those of every step."""
+        before = self.step.clamp_max(-1)  # no constant, whose products a compiler would work out without wrapping
+        whole = self._numbers(before, 2 * count) & (2**22 - 1)
+        length, angle = ((whole.float() + 0.5) / 2**22).chunk(2)
+        return (-2 * length.log()).sqrt() * (2 * math.pi * angle).cos()
+
+    def _numbers(self, step: Tensor, count: int) -> Tensor:
+        name = (step * 1_000_003 + self.layer) * 1_000_003 + self.seed
+        return _scrambled(_scrambled(name) + torch.arange(count, device=step.device))
 
 
 def _scrambled(x: Tensor) -> Tensor:
