@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from conf.errors import UserError
-from conf.names import CONF, choosable, nearest
+from conf.names import CONF, PLACES, choosable, nearest
 from conf.signatures import ANY, Kind, kind_of, signature
 from conf.source import GIVEN
 
@@ -57,7 +57,7 @@ RANGES = {
 SIGNED = ("data.mean", "data.std")
 OF_SOURCES = ("seed", "train_images", "val_images", "val_fraction", "digits", "cells")  # others are of one's own source
 TIMMS = {"schedule": "timm.scheduler.scheduler_factory.create_scheduler_v2"}  # what takes a group's settings too
-OF_A_MODEL = ("model", "attention", "gate", "pool", "head", "reducer", "reparam", "initializer", "adapter")
+OF_A_MODEL = ("model", "attention", *PLACES)
 
 
 def check_kinds(config: dict[str, Any]) -> None:

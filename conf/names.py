@@ -10,7 +10,7 @@ CONF = Path(__file__).parent
 # a mechanism is composed of these, each a group `attention/<part>`
 PARTS = ("layout", "pre", "transform", "score", "bias", "weights", "factor", "value")
 # other places where a paper changes a model, each a group of its own
-PLACES = ("gate", "pool", "head", "reducer", "reparam", "initializer", "adapter")
+PLACES = ("gate", "pool", "head", "reducer", "wrapper", "reparam", "initializer", "adapter")
 
 
 def groups() -> list[str]:

@@ -165,7 +165,9 @@ def _part_row(group: str, name: str) -> tuple[str, ...]:
     about = comment(path)
     paper = facts(group, name).paper
     what = re.sub(r"\s*\([^()]*arXiv:[^()]*\)", "", about).strip().rstrip(".")
-    options = {key: value for key, value in yaml.safe_load(path.read_text()).items() if not key.startswith("_")}
+    written = yaml.safe_load(path.read_text())
+    own = written.get(group, written)  # a file may bring settings of other groups
+    options = {key: value for key, value in own.items() if not key.startswith("_")}
     listed = ", ".join(f"`{key}={plain(value)}`" for key, value in options.items())
     return f"`{name}`", what.replace("|", "\\|"), _arxiv(paper), listed.replace("|", "\\|")
 

@@ -31,6 +31,7 @@ ONLY = {
     "models.pools": ("conf", "kernels", "models.attention", "models.layers"),
     "models.heads": ("conf", "kernels", "models.attention", "models.layers"),
     "models.reducers": ("conf", "kernels", "models.attention", "models.layers"),
+    "models.wrappers": ("conf", "kernels", "models.attention", "models.layers"),
     "models.backbones": ("conf", "models.attention", "models.layers"),
     "models.gates": ("conf", "kernels", "models.attention", "models.layers"),
     "models.diffusion": ("conf", "models.loggers", "models.side_outputs"),

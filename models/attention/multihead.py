@@ -229,19 +229,32 @@ class MultiHead(Resizable, Mixer):
         """(R, T, T): 0 where a pair may attend and -100 where not, as in the files of Swin."""
         return torch.where(self.layout.mask(self.grid, device), 0.0, -100.0)
 
+    @property
+    def closes_keys(self) -> bool:
+        """Whether keys can be closed, image by image: on all tokens, with a core that takes a mask."""
+        drops = getattr(self.transform, "drops_keys", False)
+        return type(self.layout) is Layout and self.core.masks and not drops
+
     def forward(
-        self, x_BNC: Tensor, grid: Grid, gates_BNM: Tensor | None = None, stream_BNC: Tensor | None = None
+        self,
+        x_BNC: Tensor,
+        grid: Grid,
+        gates_BNM: Tensor | None = None,
+        stream_BNC: Tensor | None = None,
+        open_BN: Tensor | None = None,
     ) -> Mixed:
         x_BNC = x_BNC if self.pre is None else self.pre(x_BNC, grid)
         runs = self.runs(gated=self._gates_heads(gates_BNM))
-        explain = is_explaining() and self.has_matrix
-        if runs.fused and not explain and is_fused(runs.operation, self.backend, x_BNC):
+        written = (is_explaining() and self.has_matrix) or open_BN is not None
+        if runs.fused and not written and is_fused(runs.operation, self.backend, x_BNC):
             return Mixed(self._forward_fused(x_BNC, grid, gates_BNM, stream_BNC), {})
-        if runs.operation == flex.WHO and not explain and x_BNC.is_cuda and is_fused(flex.WHO, self.backend, x_BNC):
+        if runs.operation == flex.WHO and not written and x_BNC.is_cuda and is_fused(flex.WHO, self.backend, x_BNC):
             return Mixed(self._forward_flex(x_BNC, grid, gates_BNM), {})
         groups, v, kv_grid = self._groups(x_BNC, grid)
+        if open_BN is not None:
+            groups.given["mask"] = open_keys(open_BN, grid)
         given = groups.given | self._context(x_BNC, stream_BNC, grid)
-        compute = self._explained if explain else self.core
+        compute = self._explained if is_explaining() and self.has_matrix else self.core
         o_WMTD = compute(groups.q, groups.k, groups.v, groups.grid, groups.kv_grid, **given)
         return Mixed(self._finish(groups.back(o_WMTD), v, grid, kv_grid, gates_BNM), groups.losses)
 
@@ -393,6 +406,13 @@ class MultiHead(Resizable, Mixer):
         bias = None if self.qkv.bias is None else self.qkv.bias[inner:]
         k, v = split_heads(F.linear(reduced, self.qkv.weight[inner:], bias), 2, self.num_heads)
         return self.queries(self.layout.asking(x, grid)), k, v, kv_grid
+
+
+def open_keys(open_BS: Tensor, grid: Grid) -> Tensor:
+    """(B, 1, 1, N): which keys may be seen by all queries, or what is added to their logits; the prefix is open."""
+    always = open_BS.new_ones(open_BS.shape[0], grid.prefix)
+    keys_B11N = torch.cat([always, open_BS], dim=1)[:, None, None]
+    return keys_B11N if open_BS.dtype == torch.bool else (keys_B11N + 1e-10).log()
 
 
 def unprojected(inner: int, dim: int) -> nn.Identity:

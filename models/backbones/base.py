@@ -14,8 +14,10 @@ from conf.errors import UserError
 from models.attention import Grid
 from models.backbones.furnish import PLACES, furnish
 from models.layers.block import Stage
+from models.layers.gated import Carry
 from models.layers.pooled import Pool, Pooled
 from models.layers.tokens import to_map
+from models.layers.wrapped import Passed, Wrapper
 
 
 class Furnished(ABCMeta):
@@ -42,6 +44,7 @@ class Trunk(nn.Module, metaclass=Furnished):
             authors' codes of most families.
         latent: whether its tokens are latents, which have no places on the image; `strides` are then none.
         reducers: what `furnish` puts in front of stages, by their number; None for none.
+        wrapper: what it puts around them, see `models.layers.wrapped`; None for none.
     """
 
     stem: nn.Module
@@ -51,10 +54,11 @@ class Trunk(nn.Module, metaclass=Furnished):
     undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
     latent = False
     reducers: nn.ModuleDict | None
+    wrapper: Wrapper | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.reducers = None
+        self.reducers = self.wrapper = None
 
     @classmethod
     def renamed(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +97,15 @@ class Trunk(nn.Module, metaclass=Furnished):
         ]
         return {"stem": stem, "blocks": [*blocks, (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,))]}
 
-    def _forward_stages(self, images: Tensor) -> tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]:
+    def through(self, images: Tensor, carry: Carry | None = None) -> Passed:
+        """The map behind each stage, and the losses of blocks, without the wrapper; the first is given `carry`."""
+        return self._forward_stages(images, carry=carry or {})
+
+    def _forward_stages(self, images: Tensor, labels: Tensor | None = None, carry: Carry | None = None) -> Passed:
+        if self.wrapper is not None and carry is None:
+            return self.wrapper(self, images, labels)
         x, grid, *given = self.stem(images)
-        maps, losses, carry = [], [], {}
+        maps, losses, carry = [], [], carry or {}
         for s, stage in enumerate(self.stages):
             if self.reducers is not None and str(s) in self.reducers:
                 reducer = self.reducers[str(s)]
@@ -134,7 +144,7 @@ class Backbone(Trunk):
     @property
     def learns_from_labels(self) -> bool:
         """Whether `forward` has a loss more when it is given the labels."""
-        return self.pooling is not None and self.pooling.learns_from_labels
+        return any(part is not None and part.learns_from_labels for part in (self.pooling, self.wrapper))
 
     @property
     def pooled_grid(self) -> Grid:
@@ -154,9 +164,10 @@ class Backbone(Trunk):
     def forward(self, images, return_losses=False, labels=None):
         """Logits (B, num_classes); with `return_losses` also the auxiliary losses, each stacked over layers (L,).
 
-        Those of the pool are among these; one with classifiers of its own trains them by labels (B,) or (B, K).
+        Those of the pool are among these; one with classifiers of its own trains them by labels (B,) or (B, K), and so
+        does a wrapper.
         """
-        maps, losses = self._forward_stages(images)
+        maps, losses = self._forward_stages(images, labels)
         logits, of_pool = self.classify_with_losses(*self.finished(*maps[-1]), labels)
         return (logits, stacked(losses) | of_pool) if return_losses else logits
 
@@ -273,8 +284,11 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check_maps(backbone: Trunk, who: str) -> None:
-    """Refuses a backbone whose tokens do not make up a map all the way."""
+    """Refuses a backbone whose tokens do not make up a map all the way, or not that of the image alone."""
     check_places(backbone, who)
+    if backbone.wrapper is not None:
+        name = type(backbone.wrapper).__name__
+        raise UserError(f"{who}: maps are those of a model alone, got the wrapper {name}; leave wrapper= out")
     if backbone.reducers is not None:
         names = ", ".join(sorted({type(reducer).__name__ for reducer in backbone.reducers.values()}))
         raise UserError(f"{who}: maps need all tokens, got the reducer {names}; leave reducer= out")

@@ -11,10 +11,11 @@ from models.backbones.block_keys import change_blocks
 from models.backbones.classifier import put_pool_and_head
 from models.backbones.gating import put_gates
 from models.backbones.reducing import put_reducers
+from models.backbones.wrapping import put_wrapper
 
 PLACES = frozenset(
     {
-        "gate", "gate_at", "pool", "head", "reducer", "reparam", "initializer", "adapter",
+        "gate", "gate_at", "pool", "head", "reducer", "wrapper", "reparam", "initializer", "adapter",
         "activation", "norm", "wiring", "downsample",
     }
 )  # fmt: skip
@@ -26,6 +27,7 @@ def furnish(model: nn.Module, **places: Any) -> None:
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
     put_gates(model, places.get("gate"), places.get("gate_at"))
     put_reducers(model, places.get("reducer"))
+    put_wrapper(model, places.get("wrapper"))
     for key in ("initializer", "reparam", "adapter"):  # of the weights of all that stands above
         if (change := places.get(key)) is not None:
             change(model)

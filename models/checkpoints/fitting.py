@@ -94,7 +94,8 @@ def skeleton(name: str, **settings: Any) -> Skeleton:
         for key in (*module._parameters, *module._buffers)
     }
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    dense = hasattr(model, "forward_pyramid") and model.reducers is None and not model.latent
+    dense = hasattr(model, "forward_pyramid") and not model.latent
+    dense = dense and model.reducers is None and model.wrapper is None
     return Skeleton(shapes, resized, dense)
 
 

@@ -89,7 +89,7 @@ def check(model: nn.Module, processes: int) -> None:
         raise _refusal("a class token is of no rows of the map, got model.class_token=true")
     if (rows := model.grids[0].height) % processes:
         raise _uneven(rows, processes)
-    for name in ("pooling", "head_norm", "reducers"):
+    for name in ("pooling", "head_norm", "reducers", "wrapper"):
         if getattr(model, name) is not None:
             raise _refusal(f"{type(getattr(model, name)).__name__} ({name}) looks at all tokens")
     for part in ("stages", "norm"):

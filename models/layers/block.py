@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conf.errors import UserError
 from models.layers.downsample import reduced
-from models.layers.gated import Carry, carries, gated, given, handed
+from models.layers.gated import OPEN, Carry, carries, gated, given, handed
 from models.layers.mlp import ConvMlp
 from models.layers.position import ConvPosition
 
@@ -110,7 +110,8 @@ class Stage(nn.Module):
 
     A block may do that too: one with a `stride` above 1 leaves a map whose sides are divided by it, rounded up.
     `gradient_checkpointing` recomputes each part in the backward pass instead of keeping its activations. What is given
-    besides tokens and map goes to every block, `carry` from one to the next of those that carry.
+    besides tokens and map goes to every block, `carry` from one to the next of those that carry. Cells that are closed
+    there are zeros in front of every block, so that others learn nothing of them, whatever mixes tokens.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None) -> None:
@@ -125,7 +126,8 @@ class Stage(nn.Module):
         if self.downsample is not None:
             x, grid = recomputed(self.downsample, x, grid) if recompute else self.downsample(x, grid)
         for block in self.blocks:
-            named = {"carry": on} if getattr(block, "carries", False) else {}
+            named = {"carry": on} if getattr(block, "carries", False) or OPEN in on else {}
+            x = without_closed(x, grid, on)
             run = partial(recomputed, block) if recompute else block
             x, loss, *carried = run(x, grid, *given, **named)
             losses.append(loss)
@@ -133,6 +135,14 @@ class Stage(nn.Module):
                 grid = reduced(grid, stride)
             on = carried[0] if carried else on
         return (x, grid, losses) if carry is None else (x, grid, losses, on)
+
+
+def without_closed(x_BNC: Tensor, grid: tuple, carry: Carry) -> Tensor:
+    """Zeros in cells of the map that are closed to all others; shares of being open change nothing here."""
+    open_BS = carry.get(OPEN)
+    if open_BS is None or open_BS.dtype != torch.bool:
+        return x_BNC
+    return torch.cat([x_BNC[:, : grid.prefix], x_BNC[:, grid.prefix :].masked_fill(~open_BS.unsqueeze(-1), 0)], dim=1)
 
 
 def recomputed(module: nn.Module, *inputs: object, **named: object) -> tuple:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 Carry = dict[str, Any]  # by what carries: a tensor, or a tuple or dict of tensors
+OPEN = "open cells"  # carried: which cells of the map others may see, (B, H·W), bool, or shares in 0 … 1
 
 
 class Gated(NamedTuple):
@@ -49,8 +50,10 @@ class Gate(nn.Module):
 
 
 def given(part: nn.Module, carry: Carry | None) -> Carry:
-    """What a mixer or a gate is called with besides: `carry`, if it carries."""
-    return {"carry": (carry or {}).get(_name(part))} if part.carries else {}
+    """What a mixer or a gate is called with besides: `carry`, if it carries; `open_BN`, if it can close keys."""
+    carry = carry or {}
+    named = {"carry": carry.get(_name(part))} if part.carries else {}
+    return {**named, "open_BN": carry[OPEN]} if OPEN in carry and getattr(part, "closes_keys", False) else named
 
 
 def handed(part: nn.Module, result: Any, carry: Carry | None) -> Carry:

@@ -21,7 +21,7 @@ from models.surgery.replacement import replace
 from models.surgery.transplant import transplanted
 
 NAME = "timm"
-REFUSED = ("gate", "pool", "head", "reducer", "reparam", "initializer")
+REFUSED = ("gate", "pool", "head", "reducer", "wrapper", "reparam", "initializer")
 # what an option may not be, since a configuration may come from a file: other weights, or another kind of model
 NOT_OPTIONS = ("pretrained", "checkpoint", "cache_dir", "features_only", "num_classes", "in_chans", "img_size")
 

@@ -23,6 +23,7 @@ SITES = {
     "class token": Site(dim=32, num_heads=4, grid=Grid(6, 6, 1), stage=1, block=1, depth=2, kind="vit"),
 }
 PLACES = ("class token", "shifted windows", "neighborhood")  # of parts
+OF_CLASS_TOKENS = {("pool", "class_token"), ("wrapper", "ifam")}
 SMALL = {"model": "vit_32px", "attention": "softmax", "depth": 1, "dim": 32, "num_heads": 4}
 Given = tuple[nn.Module, tuple[Tensor, ...]]
 
@@ -96,7 +97,7 @@ CASES["attention/pre=ssm2d, complex"] = complex_states
 CASES |= {name: partial(model, model=name) for name in families.small()}
 CASES["dit"] = partial(model, model="dit_s_2", image_size=32, depth=2)
 CASES |= {
-    f"{place}={name}": partial(model, **SMALL, class_token=(place, name) == ("pool", "class_token"), **{place: name})
+    f"{place}={name}": partial(model, **SMALL, class_token=(place, name) in OF_CLASS_TOKENS, **{place: name})
     for place in names.PLACES
     for name in names.options(place)
 }

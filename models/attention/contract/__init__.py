@@ -140,6 +140,8 @@ class Mixer(nn.Module):
         adds: whether it gives more than `attend`, such as a convolution beside weights times values.
         ignores_grid: whether its result depends on the tokens alone, however they are laid out.
         strided: whether it gives the smaller map itself, at a site with a `stride`.
+        closes_keys: whether it also takes `open_BN`, (B, H·W): which cells of the map may be seen, bool, or shares in
+            0 … 1 whose logarithms are added to the logits; tokens in front of the map always are.
     """
 
     accepts = Accepts()
@@ -155,6 +157,7 @@ class Mixer(nn.Module):
     adds = False
     ignores_grid = False
     strided = False
+    closes_keys = False
 
     def __init__(self, site: Site, backend: str = "auto") -> None:
         super().__init__()

@@ -24,7 +24,7 @@ BUILT = ("attention", "model", "augment", "data", *PLACES)
 # Keys of Hydra that a configuration of ours uses: factories of attention, and plain lists and dicts as arguments.
 _HARMLESS = {"_partial_": (True, False), "_convert_": ("all", "partial", "none")}
 # What models and data are made of. Other modules of ours delete directories, start runs or reach for the network.
-_ROOMS = "backbones|attention|layers|gates|pools|heads|reducers|reparam|initializers|adapters|surgery"
+_ROOMS = "backbones|attention|layers|gates|pools|heads|reducers|wrappers|reparam|initializers|adapters|surgery"
 _TARGET = re.compile(rf"(models\.({_ROOMS})|data\.(module|sources))(\.[A-Za-z][A-Za-z0-9_]*)+")
 
 

@@ -81,6 +81,9 @@ def followed(who: str, model: nn.Module, stages: str, stochastic: bool = False, 
         raise UserError(f"{who}: {type(model).__name__} has no attention; choose e.g. model=vit_tiny")
     if getattr(model, "reducers", None) is not None:
         raise UserError(f"{who}: the tokens that are left make up no map, got a reducer; choose a model without one")
+    if getattr(model, "wrapper", None) is not None:
+        name = type(model.wrapper).__name__
+        raise UserError(f"{who}: a wrapper has layers of its own, got {name}; leave wrapper= out")
     if getattr(model, "class_stage", None) is not None:
         raise UserError(
             f"{who}: behind the last layer class attention reads the map, which is not followed, got "

@@ -60,6 +60,8 @@ def _without_rule(model: ViT) -> Iterator[str]:
         yield f"head {type(model.head).__name__}"
     if model.reducers is not None:
         yield "a reducer of tokens"
+    if model.wrapper is not None:
+        yield f"wrapper {type(model.wrapper).__name__}"
     for s, stage in enumerate(model.stages):
         for b, block in enumerate(stage.blocks):
             parts = [part for part in (_part_of_block(block), *_parts_of_attention(block.attn)) if part]
