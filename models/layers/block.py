@@ -40,6 +40,7 @@ class Block(nn.Module):
         mlp_kernel: side of a depth-wise convolution inside the MLP, see `ConvMlp`; 0 for none.
         post_norm: norms after the residual sums.
         branch_norm: norms at the ends of the branches, before their scales.
+        shared_norm: one norm, with the same weights, in front of both branches.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Block(nn.Module):
         mlp_kernel: int = 0,
         post_norm: bool = False,
         branch_norm: bool = False,
+        shared_norm: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm, self.branch_norm, self.mlp_kernel = post_norm, branch_norm, mlp_kernel
@@ -64,7 +66,8 @@ class Block(nn.Module):
         self.reads_stream = mixer.reads_stream
         self.mlp = None
         if mlp_ratio:
-            self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)
+            self.norm2 = None if shared_norm else nn.LayerNorm(dim, eps=norm_eps)
+            self.scale2 = scale(dim, layer_scale)
             hidden = int(dim * mlp_ratio)
             self.mlp = ConvMlp(dim, hidden, mlp_kernel) if mlp_kernel else Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
@@ -89,10 +92,11 @@ class Block(nn.Module):
             x = x if self.mlp_position is None else self.mlp_position(x, grid)
         else:
             parallel = self.parallel  # then there is neither a position nor a norm between the branches
-            x, y = (x, self.norm2(start)) if parallel else self._positioned(x, grid, self.mlp_position, self.norm2)
+            norm = self.norm1 if self.norm2 is None else self.norm2
+            x, y = (x, norm(start)) if parallel else self._positioned(x, grid, self.mlp_position, norm)
             hidden, *kept = gated(self, "mlp", self.mlp(y, grid) if self.mlp_kernel else self.mlp(y), grid, *kept)
-            x = x + self.drop_path(self.scale2(self.norm2(hidden) if self.branch_norm else hidden))
-            x = self.norm2(x) if self.post_norm else x
+            x = x + self.drop_path(self.scale2(norm(hidden) if self.branch_norm else hidden))
+            x = norm(x) if self.post_norm else x
         x, losses, on = gated(self, "block", x, grid, *kept)
         return (x, losses) if carry is None else (x, losses, on)
 

@@ -15,6 +15,7 @@ OTHERS = (
     "dynamic_conv",
     "light_conv",
     "lambda_conv",
+    "nin_gate",
 )  # without one projection of all heads to queries, keys and values
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "class_token": False}
 
