@@ -20,6 +20,7 @@ SITE = Site(dim=64, num_heads=8, grid=Grid(8, 8), stage=0, block=0, depth=2, kin
 NONE = ("halo", "overlap", "memory", "decay", "lepe_kernel", "cpe_kernel", "shared_heads", "topk", "basis_threshold")
 NONE += ("sample_size", "seed")
 BROKEN = ("power", "denominator_min", "scale", "locality", "temperature")
+BROKEN += ("tolerance",)
 ALLOWED = {*((name, 0) for name in NONE), *((name, 2.5) for name in BROKEN)}
 
 
