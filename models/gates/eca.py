@@ -38,11 +38,11 @@ class ECA(Gate):
         return Gated(x_BNC * weights_B1C, {})
 
 
-def channel_convolution(site: Site, who: str, kernel_size: int | Sequence[int] | None) -> nn.Conv1d:
-    """(B, 1, C) → (B, 1, C): the same few weights for the neighbours of each channel."""
+def channel_convolution(site: Site, who: str, kernel_size: int | Sequence[int] | None, sources: int = 1) -> nn.Conv1d:
+    """(B, sources, C) → (B, 1, C): the same few weights for the neighbours of each channel in every source."""
     kernel = kernel_of(site.dim) if kernel_size is None else for_stage("kernel_size", kernel_size, site, group="gate")
     values.odd(who, "kernel_size", kernel, fix="set gate.kernel_size, or null for the paper's formula")
-    return nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+    return nn.Conv1d(sources, 1, kernel, padding=kernel // 2, bias=False)
 
 
 def kernel_of(dim: int) -> int:

@@ -17,6 +17,7 @@ from models.gates.gaussian import GaussianAdaptive
 from models.gates.pkcam import PKCAM
 from models.gates.psa import PolarizedParallel, PolarizedSequential
 from models.gates.se import SqueezeExcitation
+from models.gates.stepnet import StepNet
 from models.gates.ulsam import ULSAM
 from models.layers.gated import Gate
 from models.layers.tokens import to_map, to_tokens
@@ -146,6 +147,37 @@ def test_ulsam_adds_a_share_that_sums_to_one_over_the_map():
     assert sum(p.numel() for p in gate.parameters()) == 332
 
 
+def test_stepnet_is_eca_where_means_do_not_change():
+    """As in the first block of a stage, and behind a block of the same means."""
+    gate, eca, x = made(StepNet), made(ECA), tokens()
+    with torch.no_grad():
+        eca.conv.weight.copy_(gate.conv.weight[:, :1])
+    first = gate(x, GRID)
+    torch.testing.assert_close(first.x, eca(x, GRID).x)
+    torch.testing.assert_close(gate(x.flip(1), GRID, carry=first.carry).x, eca(x, GRID).x.flip(1))
+
+
+def test_a_weight_of_stepnet_depends_on_the_change_of_its_neighbours():
+    gate, x = made(StepNet, kernel_size=3), tokens()
+    before = x.mean(1).clone().requires_grad_()
+    result = gate(2 * x, GRID, carry=before)
+    (seen,) = torch.autograd.grad((result.x / x)[0, 0, 10], before)
+    assert seen[0].nonzero().flatten().tolist() == [9, 10, 11] and not seen[1].any()
+    torch.testing.assert_close(result.carry, 2 * before)
+    now, change = 2 * before, before  # of means that have doubled
+    logits = gate.conv(torch.stack([now, change], dim=1)).squeeze(1)
+    torch.testing.assert_close(result.x, 2 * x * logits.sigmoid().unsqueeze(1))
+
+
+def test_stepnet_starts_anew_in_every_stage():
+    first, second = (made(StepNet, site(stage=0, block=b)) for b in (0, 1))
+    assert first.carries and not first.carries_across_stages
+    x, carry = tokens(), None
+    for gate in (first, second):
+        carry = gate(x, GRID, carry=carry).carry
+        assert carry.shape == (2, 32)
+
+
 def test_pkcam_is_eca_in_the_first_block_of_a_stage():
     gate, x = made(PKCAM), tokens()
     eca = ECA(site()).double()
@@ -229,6 +261,7 @@ def test_prefix_tokens_pass_what_weights_places(gate):
 REFUSED = [
     (ECA, {"kernel_size": 4}, r"eca: kernel_size must be odd and positive, got 4; set gate.kernel_size, or null"),
     (ECA, {"kernel_size": [3]}, r"kernel_size=\[3\] has no entry for stage 1; set gate.kernel_size to one value, or"),
+    (StepNet, {"kernel_size": 2}, r"stepnet: kernel_size must be odd and positive, got 2; set gate.kernel_size"),
     (PKCAM, {"kernel_size": 0}, r"pkcam: kernel_size must be odd and positive, got 0"),
     (ELA, {"size": "M"}, r"ela: size must be one of T, B, S, L, got 'M'; set gate.size"),
     (ELA, {"norm_groups": 5}, r"ela: 32 channels are no multiple of the 5 groups of the norm; set gate.norm_groups"),
