@@ -11,6 +11,7 @@ CONF = Path(__file__).parent
 PARTS = ("layout", "pre", "transform", "score", "bias", "weights", "factor", "value")
 # other places where a paper changes a model, each a group of its own
 PLACES = ("gate", "pool", "head", "reducer", "wrapper", "reparam", "initializer", "adapter")
+OWN = ("own_reparam",)  # what a row of conf/model has there, until something else is chosen
 
 
 def groups() -> list[str]:

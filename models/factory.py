@@ -46,7 +46,7 @@ def merged(who: str, key: str, old: Any, new: Any) -> Any:
     Raises:
         ValueError: something else than a mapping for a part, or a setting that it has not.
     """
-    if not isinstance(old, DictConfig):
+    if not isinstance(old, DictConfig) or (new is None and key in names.OWN):
         return new
     known = sorted(_settings(old))
     if not isinstance(new, Mapping):

@@ -15,14 +15,18 @@ from models.backbones.wrapping import put_wrapper
 
 PLACES = frozenset(
     {
-        "gate", "gate_at", "pool", "head", "reducer", "wrapper", "reparam", "initializer", "adapter",
-        "activation", "norm", "wiring", "downsample",
+        "gate", "gate_at", "pool", "head", "reducer", "wrapper", "reparam", "own_reparam", "initializer",
+        "adapter", "activation", "norm", "wiring", "downsample",
     }
 )  # fmt: skip
 
 
 def furnish(model: nn.Module, **places: Any) -> None:
-    """Puts into a model what is chosen; None leaves it as it is."""
+    """Puts into a model what is chosen; None leaves it as it is.
+
+    `own_reparam` is what some models have in their row, where no other `reparam` is chosen.
+    """
+    places["reparam"] = places.get("reparam") or places.get("own_reparam")
     put_pool_and_head(model, places.get("pool"), places.get("head"))
     change_blocks(model, **{key: places.get(key) for key in ("activation", "norm", "wiring", "downsample")})
     put_gates(model, places.get("gate"), places.get("gate_at"))

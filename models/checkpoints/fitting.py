@@ -59,7 +59,13 @@ class Table(NamedTuple):
 
         head_dim = self.layout.head_dim(mine, lambda other: state[self.parts[other][0].name].shape)
         pieces = [self.layout.take(part.name, state[part.name], head_dim) for part in self.parts[mine]]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return torch.cat(pieces) if len(pieces) > 1 else self.kernel(mine, pieces[0])
+
+    def kernel(self, mine: str, value: Tensor) -> Tensor:
+        """The kernel that a matrix of theirs is, where the layout has it flattened; with other sides as it is."""
+        shape = self.model.shapes[mine]
+        flat = self.layout.flattened and re.search(self.layout.flattened, mine)
+        return value.reshape(shape) if flat and tuple(value.shape) == (shape[0], shape[1:].numel()) else value
 
 
 def family_of(name: str) -> ModuleType | None:
@@ -156,7 +162,7 @@ def problem_of(table: Table, state: dict[str, Tensor], name: str, resize: bool =
 
 def _misfit(mine: str, part: Part, table: Table, state: dict[str, Tensor], name: str, resize: bool) -> str:
     """What is wrong with the shape of a value; there may be any number of classes."""
-    taken = table.layout.take(part.name, state[part.name])
+    taken = table.kernel(mine, table.layout.take(part.name, state[part.name]))
     wanted, got = table.layout.shape_of(part, table.model.shapes[mine]), tuple(taken.shape)
     free = int(is_of_classes(mine))
     if len(got) == len(wanted) and got[free:] == wanted[free:]:

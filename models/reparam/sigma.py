@@ -17,17 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from conf import values
 from conf.errors import UserError
 from models.layers.norm import TokenBatchNorm
 
 WEIGHTED = (nn.Linear, nn.Conv2d)
 NORMALISING = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, TokenBatchNorm)
 NORMS = ("kept", "removed")
+STD = 0.02
 ZERO = ("offset", "modulation", "final.linear")  # what starts at zero in models of ours has no spectral norm
 
 
 def sigma(
-    model: nn.Module, *, only: Sequence[str] | None = None, skip: Sequence[str] = ZERO, norms: str = "kept"
+    model: nn.Module,
+    *,
+    only: Sequence[str] | None = None,
+    skip: Sequence[str] = ZERO,
+    norms: str = "kept",
+    conv_gain: float | None = None,
 ) -> None:
     """Reparametrises the linear layers and convolutions of a built model.
 
@@ -36,13 +43,20 @@ def sigma(
         only: ends of the names of modules, e.g. [qkv, proj]; None for all, the head and the patches too, as the paper.
         skip: ends of the names of modules that stay plain, such as those that start at zero.
         norms: "kept", or "removed": Identity in place of every norm, as in the authors' vision transformers.
+        conv_gain: kernels of convolutions start as numbers of deviation 0.02 times this, cut off as in `trunc_normal_`,
+            as the authors' do; None: as the model has them.
 
     Raises:
         ValueError: no module has such a name, one starts at zero, or an option is none.
     """
     if norms not in NORMS:
         raise UserError(f"sigma: norms must be one of {', '.join(NORMS)}, got {norms!r}; set reparam.norms")
+    if conv_gain is not None:
+        values.number("sigma", "conv_gain", conv_gain, 1e-6, fix="set reparam.conv_gain=1.0, or null")
     places = _places(model, _ends("only", only), _ends("skip", skip))
+    for _, module in places if conv_gain is not None else ():
+        if isinstance(module, nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=STD * conv_gain)
     for _, module in places:
         parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
     if norms == "removed":

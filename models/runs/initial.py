@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from conf.errors import UserError
-from conf.names import PLACES
+from conf.names import OWN, PLACES
 from models.attention.moh import active_heads
 from models.checkpoints import load_weights, settings_of
 from models.checkpoints.conversion import converted
@@ -31,6 +31,7 @@ from models.surgery.any_timm import NAME, OfTimm, fitted
 from models.surgery.dense_to_moh import gated_weights
 from models.surgery.transplant import transplanted
 
+REPARAMETRISED = (".parametrizations.", ".spectral_normed_weight.")  # in names of weights, ours and σReparam's authors'
 _OF_INPUT = ("in_channels", "class_token", "image_size")  # in which a file may differ, see `transplanted`
 
 
@@ -114,13 +115,15 @@ def start_from(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]
 
 def _started(path: str, model: nn.Module, config: dict[str, Any]) -> list[str]:
     state = load_weights(path)
-    if not is_reparametrised(model) or any(".parametrizations." in key for key in state):
+    if not is_reparametrised(model) or any(mark in key for key in state for mark in REPARAMETRISED):
         return [f"starts from {path}", *_given(state, model, config), *_normalised(path, config.get("data") or {})]
     plain = deepcopy(model)
     fold(plain)
-    notes = _given(state, plain, config | {"model": config["model"] | {"reparam": None, "adapter": None}})
+    without = dict.fromkeys(("reparam", "adapter", *OWN) & config["model"].keys())
+    notes = _given(state, plain, config | {"model": config["model"] | without})
     adopt(model, plain.state_dict())
-    reparam = ["its weights are reparametrised"] if config["model"].get("reparam") is not None else []
+    chosen = [config["model"].get(key) for key in ("reparam", *OWN)]
+    reparam = ["its weights are reparametrised"] if any(chosen) else []
     return [f"starts from {path}", *notes, *reparam, *_normalised(path, config.get("data") or {})]
 
 

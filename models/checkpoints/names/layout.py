@@ -130,6 +130,7 @@ class Layout:
         source: whose names these are, for messages, e.g. "rayleizhu/BiFormer".
         rules: pairs (pattern, replacement) of `re.sub`, applied in turn to one of our names; the result is theirs.
         pointwise: pattern of those of our names whose Linear weights are 1×1 convolutions there; "" for none.
+        flattened: pattern of those of our names whose kernels are matrices (out, in·height·width) there; "" for none.
         warning: what a user should know who loads such a file, by model; a model that is not named has nothing to know.
         joined: weights that are several there.
         axes: weights with other axes there.
@@ -145,6 +146,7 @@ class Layout:
     source: str
     rules: Rules = ()
     pointwise: str = ""
+    flattened: str = ""
     warning: tuple[tuple[str, str], ...] = ()
     joined: tuple[Joined, ...] = ()
     axes: tuple[Axes, ...] = ()
@@ -207,6 +209,8 @@ class Layout:
         """
         if self.pointwise and value.dim() == 2 and re.search(self.pointwise, name):
             value = value[..., None, None]
+        if self.flattened and re.search(self.flattened, name):
+            value = value.flatten(1)
         if len(parts) == 1:
             return {parts[0].name: self._axes(parts[0].name, value)}
         if len(value) % parts[0].of:

@@ -159,6 +159,7 @@ def test_options():
     [
         ({"norms": "gone"}, "sigma: norms must be one of kept, removed, got 'gone'; set reparam.norms"),
         ({"only": "qkv"}, "sigma: only must be a list of names of modules, got 'qkv'; set reparam.only=.qkv."),
+        ({"conv_gain": 0}, "sigma: conv_gain must be a number of at least 1e-06, got 0; set reparam.conv_gain=1.0, or"),
         ({"skip": None}, "sigma: skip must be a list of names of modules, got None; set reparam.skip"),
         ({"only": ["query"]}, r"sigma: no linear layer .* has such a name, got only=\('.query',\); set reparam.only"),
     ],

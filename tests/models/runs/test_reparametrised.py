@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import create_model
+from models.checkpoints import export
 from models.checkpoints.__main__ import main
 from models.cost import multiply_adds
 
@@ -56,6 +57,30 @@ def test_export_says_that_it_folds(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "reparametrised weights were folded into plain ones" in said and "→ facebookresearch/deit" in said
     assert "blocks.0.attn.qkv.weight" in torch.load(tmp_path / "theirs.pth")["model"]
+
+
+@pytest.mark.parametrize("of", ["plain", pytest.param("authors", marks=pytest.mark.full)])
+def test_a_model_that_is_reparametrised_by_its_row(of, command, tmp_path):
+    """From plain weights and from a file of the authors, in whose names it is written again."""
+    torch.manual_seed(3)
+    chosen = {"image_size": 32, "num_classes": 10, **SHAPE} | ({"own_reparam": None} if of == "plain" else {})
+    file = create_model("sigma_vit_tiny", **chosen).state_dict()
+    if of == "authors":
+        file = export(file, "sigma_vit_tiny", **chosen)
+    file = {name: value for name, value in file.items() if of == "authors" or "norm" not in name}
+    save_file({name: value.contiguous() for name, value in file.items()}, tmp_path / "start.safetensors")
+    sizes = (f"model.{key}={value}" for key, value in SHAPE.items())
+    given = ("model=sigma_vit_tiny", *sizes, *FAKE, *STILL, f"init={tmp_path / 'start.safetensors'}", "run.name=first")
+    status, out, err = command("train", *given)
+    assert status == 0, err
+    assert ("its weights are reparametrised" in out) == (of == "plain")
+    last = tmp_path / "outputs" / "first" / "checkpoints" / "last"
+    trained = load_file(last / "model.safetensors")
+    weight = trained["head.parametrizations.weight.original"]
+    torch.testing.assert_close(weight, file["head.weight"])
+    assert main(["export", str(last), "--model", "sigma_vit_tiny", "-o", str(tmp_path / "theirs.pth")]) == 0
+    theirs = torch.load(tmp_path / "theirs.pth")["model"]
+    torch.testing.assert_close(theirs["head.sigma"], trained["head.parametrizations.weight.0.sigma"])
 
 
 @pytest.mark.full
