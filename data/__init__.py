@@ -7,6 +7,7 @@
     token_labels.py  label maps beside the images, cropped with them and resampled to a model's tokens
     dataset.py       one draw of the sampler -> one sample, its augmentation seeded by the draw alone
     device.py        uint8 -> normalised float, mixup, cutmix and random erasing, where the images are
+    view.py          what is made of a whole image last: a foveated view
     module.py        `ImageData`, the Lightning data module that puts these together
 
 This file imports nothing heavy: a command line that only composes does not wait for torch.

@@ -41,7 +41,7 @@ def sizes_of(split: "Split", count: int = HEADERS) -> np.ndarray:
 
 
 def _of_size(data: "ImageData") -> str | None:
-    size, found = sides(data.image_size), sizes_of(data.source.train)
+    size, found = sides(data.crop_size), sizes_of(data.source.train)
     if max(size) > SMALL or len(found) == 0:
         return None
     width, height = np.median(found, axis=0).astype(int)

@@ -31,8 +31,8 @@ def setting_problems(data: "ImageData") -> list[str]:
     for name in ("num_classes", "batch_size"):
         if not _whole(getattr(data, name), 1):
             found.append(f"data.{name}: got {getattr(data, name)!r}; give a whole number from 1")
-    if not is_size(data.image_size):
-        found.append(f"data.image_size: got {data.image_size!r}; give a whole number from 1, or [height, width]")
+    if not is_size(data.crop_size):
+        found.append(f"data.image_size: got {data.crop_size!r}; give a whole number from 1, or [height, width]")
     if not _whole(data.seed, 0) or data.seed > LARGEST_SEED:
         found.append(f"seed: got {data.seed!r}; give a whole number from 0 to {LARGEST_SEED}")
     if data.workers != "auto" and not _whole(data.workers, 0):
@@ -44,6 +44,8 @@ def setting_problems(data: "ImageData") -> list[str]:
         found.append(f"data.max_skipped: got {data.max_skipped!r}; give a share from 0 to 1")
     if data.token_labels is not None and not isinstance(data.token_labels, str | os.PathLike):
         found.append(f"data.token_labels: got {data.token_labels!r}; give the folder of the label maps, or null")
+    if data.view is not None and data.token_labels is not None:
+        found.append("data.view: got logpolar, but label maps (data.token_labels) do not follow it; set data.view=null")
     if not isinstance(data.balanced, bool):
         found.append(f"data.balanced: got {data.balanced!r}; give true or false")
     if not isinstance(data.drop_last, bool):
@@ -101,7 +103,7 @@ def _scaled(data: "ImageData") -> str:
 
 def _crop_problems(data: "ImageData") -> list[str]:
     """An evaluation that sees more than there is would measure a frame of black pixels."""
-    size, whole = data.evaluation.sides(data.image_size)
+    size, whole = data.evaluation.sides(data.crop_size)
     if whole[0] >= size[0] and whole[1] >= size[1]:
         return []
     return [

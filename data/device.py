@@ -21,6 +21,7 @@ from data.batch import Batch, TokenLabels
 from data.order.randomness import MIX, preserved, seed_all
 from data.sources.form import LARGEST
 from data.token_labels import MixToken, token_targets
+from data.view import LogPolar
 
 
 class BatchMixup(Mixup):
@@ -42,6 +43,7 @@ class DeviceStage:
         num_classes: length of soft targets.
         seed: names the randomness together with epoch, batch number and rank.
         depth: of the images that come.
+        view: what is made of every image last; None for nothing.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class DeviceStage:
         num_classes: int,
         seed: int,
         depth: str = "uint8",
+        view: LogPolar | None = None,
     ) -> None:
+        self.view = view
         self.depth, self.dtype = depth, getattr(torch, depth)
         self.mean, self.std, self.augment, self.seed = tuple(mean), tuple(std), augment, seed
         self.num_classes = num_classes
@@ -72,7 +76,7 @@ class DeviceStage:
             )
 
     def __call__(self, batch: Batch, training: bool, rank: int = 0, token_grid: tuple[int, int] | None = None) -> Batch:
-        """Normalises; in training also makes token targets for `token_grid`, mixes and erases.
+        """Normalises; in training also makes token targets for `token_grid`, mixes and erases; then the view.
 
         Raises:
             ValueError: the images are not (B, channels, H, W) of the run's depth: normalised twice, nothing would
@@ -87,11 +91,11 @@ class DeviceStage:
         batch = batch._replace(images=self._normalise(images))
         if batch.token_labels is not None:
             batch = batch._replace(token_labels=self._token_targets(batch.token_labels, token_grid))
-        if not training or not (self._mixup or self.augment.erasing > 0):
-            return batch
-        with preserved(images.device):
-            seed_all(self.seed, MIX, batch.epoch, *(batch.named or (batch.number, rank)), device=images.device)
-            return self._change(batch)
+        if training and (self._mixup or self.augment.erasing > 0):
+            with preserved(images.device):
+                seed_all(self.seed, MIX, batch.epoch, *(batch.named or (batch.number, rank)), device=images.device)
+                batch = self._change(batch)
+        return batch if self.view is None else batch._replace(images=self.view(batch.images))
 
     def _normalise(self, images: Tensor) -> Tensor:
         if images.device not in self._constants:

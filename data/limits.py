@@ -27,7 +27,7 @@ def limit_problems(data: "ImageData", workers: int, processes: int) -> list[str]
     """
     if workers == 0:
         return []
-    batch = data.batch_size * data.channels * int(np.prod(sides(data.image_size))) * np.dtype(data.depth).itemsize
+    batch = data.batch_size * data.channels * int(np.prod(sides(data.crop_size))) * np.dtype(data.depth).itemsize
     needed = batch * AHEAD * workers * processes
     return _shared_memory(needed, batch, workers) + _open_files(workers)
 

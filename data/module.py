@@ -33,7 +33,8 @@ from data.sources import Source
 from data.sources.form import Form, per_channel
 from data.sources.part import Part, subset_problems
 from data.token_labels import LabelMaps
-from data.transforms import Evaluation, EvaluationTransform, TrainTransform
+from data.transforms import Evaluation, EvaluationTransform, TrainTransform, is_size
+from data.view import LogPolar, seen
 
 
 class ImageData(pl.LightningDataModule):
@@ -42,12 +43,13 @@ class ImageData(pl.LightningDataModule):
     Args:
         source: where images come from (`data.sources`).
         num_classes: known before data is read, because the model needs it.
-        image_size: of training images in pixels, one number or (height, width).
+        image_size: of training images in pixels, one number or (height, width); with a `view`, of what it is made of.
         batch_size: images per process and batch, in training and evaluation; a run makes a number of `auto` before
             (`models.runs.batch_size`).
         seed: names order and augmentation.
         augment: values of `data.augment.Augment`.
         eval: values of `data.transforms.Evaluation`.
+        view: what is made of every image last, `logpolar` with or without options (`data.view`); None for nothing.
         mean, std: per channel, of images scaled to 0 … 1; of float images as they are.
         channels: of the images that the model sees, 1 to 16.
         depth: `uint8`, `uint16` or `float32`: what numbers are read from the files (`data.sources.form`).
@@ -77,6 +79,7 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
         augment: Mapping[str, Any] | None = None,
         eval: Mapping[str, Any] | None = None,
+        view: str | Mapping[str, Any] | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         channels: int = 3,
@@ -98,7 +101,9 @@ class ImageData(pl.LightningDataModule):
         self.subset = subset
         self.source = Part(source, subset, seed) if subset is not None and not subset_problems(subset) else source
         self.num_classes, self.batch_size = num_classes, batch_size
-        self.image_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
+        self.crop_size = tuple(image_size) if hasattr(image_size, "__iter__") else image_size
+        self.view = LogPolar.build(view)
+        self.image_size = seen(self.view, self.crop_size) if is_size(self.crop_size) else self.crop_size
         self.balanced = balanced
         self.seed, self.workers, self.drop_last, self.on_error = seed, workers, drop_last, on_error
         self.max_skipped = max_skipped
@@ -199,7 +204,7 @@ class ImageData(pl.LightningDataModule):
         split = self.source.train
         labels = np.asarray(split.labels)
         self._skips = Skips(labels, self.max_skipped, self.class_names) if self.on_error == "skip" else None
-        transform = TrainTransform(self.augment, self.image_size, self.mean, self.form)
+        transform = TrainTransform(self.augment, self.crop_size, self.mean, self.form)
         maps = None if self.token_labels is None else LabelMaps(self.token_labels, split, self.num_classes)
         samples = Samples(split, transform, self.seed, self._skips, maps, self.form)
         sampler = self._train_sampler(*self._place())
@@ -208,7 +213,7 @@ class ImageData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         split = self.source.val
-        transform = EvaluationTransform(self.evaluation, self.image_size, self.form)
+        transform = EvaluationTransform(self.evaluation, self.crop_size, self.form)
         samples = Samples(split, transform, seed=None, form=self.form)
         return self._loader(samples, EvaluationBatchSampler(len(split), self.batch_size, *self._place()))
 
@@ -273,7 +278,7 @@ class ImageData(pl.LightningDataModule):
 
     @cached_property
     def _stage(self) -> DeviceStage:
-        return DeviceStage(self.mean, self.std, self.augment, self.num_classes, self.seed, self.form.depth)
+        return DeviceStage(self.mean, self.std, self.augment, self.num_classes, self.seed, self.form.depth, self.view)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Whole numbers to normalised float on the device; training batches are mixed and erased, and counted."""

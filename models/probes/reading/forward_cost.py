@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from data.view import seen
 from models.cost import example_inputs, multiply_adds, parameters
 
 SECONDS = 1.0  # that a model is timed for
@@ -14,7 +15,8 @@ SECONDS = 1.0  # that a model is timed for
 
 def forward_cost(model: nn.Module, data: pl.LightningDataModule, trainer: pl.Trainer) -> dict[str, Any]:
     """`cost` at the size that the data is evaluated at, in the precision of the trainer, on its device."""
-    size = data.evaluation.size or data.image_size
+    size = data.evaluation.size or data.crop_size
+    size = seen(data.view, size)
     with trainer.precision_plugin.forward_context():
         return cost(model, size, data.batch_size, trainer.strategy.root_device)
 
