@@ -119,6 +119,7 @@ SMALL = {
         *TINY[2:],
     ),
     "davit/tiny_in1k": (*TINY, "model.num_heads=[1,1,2,2]"),
+    "hedgehog/tune_deit_small": ("model.dim=16", "model.depth=2", "model.num_heads=2", "fine_tunes=null", *TINY[2:]),
     "agent/deit_tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "agent/swin_tiny_in1k": (*TINY, HEADS),
     "ecanet/50_in1k": ("model.dims=[16,32,64,128]", *TINY[1:]),

@@ -84,14 +84,15 @@ class DiT(Trunk):
         self._init_weights()
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, labels: Tensor, return_losses: bool = False
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor, return_losses: bool = False, drop: bool = True
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Latents (B, Z, H, W), timesteps (B,) and labels (B,) in 0 … num_classes → the prediction (B, Z or 2·Z, H, W).
 
-        With `return_losses` also the auxiliary losses, each stacked over layers (L,).
+        With `return_losses` also the auxiliary losses, each stacked over layers (L,). Without `drop` training drops no
+        labels, as of a batch whose labels `dropped` has changed.
         """
         self._check(latents, timesteps, labels)
-        x_BNC, grid, condition_BC = self.stem(latents, timesteps, self._dropped(labels))
+        x_BNC, grid, condition_BC = self.stem(latents, timesteps, self.dropped(labels) if drop else labels)
         x_BNC, grid, losses = self.stages[0](x_BNC, grid, condition_BC)
         prediction = self._to_latents(self.final(x_BNC, condition_BC), grid)
         return (prediction, stacked(losses)) if return_losses else prediction
@@ -125,7 +126,7 @@ class DiT(Trunk):
         guided = free[:, :count] + scale * (given[:, :count] - free[:, :count])
         return torch.cat([guided, given[:, count:]], dim=1)
 
-    def _dropped(self, labels_B: Tensor) -> Tensor:
+    def dropped(self, labels_B: Tensor) -> Tensor:
         """In training some labels become the one of no class."""
         if not self.training or not self.class_dropout:
             return labels_B

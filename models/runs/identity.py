@@ -37,6 +37,7 @@ FREE = frozenset(
         *(f"trainer.{name}" for name in ("deterministic", "benchmark", "plugins", "use_distributed_sampler")),
         *("task.compile", "task.gradient_checkpointing", "data.workers", "data.timeout"),
         *("task.autoencoder", "task.teacher_weights", "task.sampling", "task.score", "task.seed"),
+        "task.match.original",
         # what is done where something fails
         *("data.on_error", "data.max_skipped", "callbacks.non_finite", "callbacks.spikes"),
         # judged elsewhere: images per step (`models.tasks.effective_batch`), the data and its split

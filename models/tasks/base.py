@@ -19,6 +19,7 @@ from conf.errors import UserError
 from models.side_outputs import attempt, put
 from models.tasks.adaptive_clip import check_alone, check_clip, clip
 from models.tasks.effective_batch import images_per_step, scaled_rate, share_of
+from models.tasks.matching import Predict, matching_of
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
@@ -43,6 +44,7 @@ class Task(pl.LightningModule):
         auxiliary: for each auxiliary loss that the model returns, its weight and its reduction over layers.
         adaptive_clip: gradients are clipped to this share of the norm of their weight, row by row, see
             `models.tasks.adaptive_clip`; None for not.
+        match: settings of `models.tasks.matching.Matching`, of a task that knows them; None for none.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile: run the model through torch.compile; keys of the state dict stay the same.
 
@@ -63,6 +65,7 @@ class Task(pl.LightningModule):
         metrics: Any,
         auxiliary: dict[str, dict[str, Any]] | None = None,
         adaptive_clip: float | None = None,
+        match: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
@@ -74,7 +77,7 @@ class Task(pl.LightningModule):
                     f"task: auxiliary.{name}.reduction must be one of {sorted(REDUCTIONS)}, got {how['reduction']!r}"
                 )
         check_clip(adaptive_clip)
-        self.model, self.adaptive_clip = model, adaptive_clip
+        self.model, self.adaptive_clip, self.matching = model, adaptive_clip, matching_of(match, compile)
         self.optimizer, self.schedule, self.auxiliary = dict(optimizer), dict(schedule), auxiliary or {}
         self.metrics = nn.ModuleDict({"raw": metrics(), "ema": metrics()})
         self.ema_model: nn.Module | None = None
@@ -109,6 +112,8 @@ class Task(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_alone(self.adaptive_clip, self.trainer)
+            if self.matching is not None:
+                self.matching.spread(self.trainer.strategy)
             self.prepare(self.trainer.datamodule)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -154,6 +159,16 @@ class Task(pl.LightningModule):
             self.log(f"train/{name}", value.detach(), batch_size=batch_size)
             total = total + weight * value
         return total
+
+    def matched(self, predict: Predict, batch_size: int) -> tuple[Tensor | None, dict[str, Tensor], Tensor]:
+        """Prediction and auxiliary losses of the model, and the weighted sum of what it does not match, also logged."""
+        prediction, losses, terms = self.matching(self.model, predict)
+        for name, value in terms.items():
+            self.log(f"train/match_{name}", value.detach(), batch_size=batch_size)
+        total = self.matching.total(terms)
+        if prediction is None:
+            self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        return prediction, losses, total
 
     def configure_optimizers(self) -> dict[str, Any]:
         total = self.trainer.estimated_stepping_batches

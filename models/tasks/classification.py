@@ -5,6 +5,7 @@ Shapes: B = batch, K = classes, L = layers that return an auxiliary loss, H W C 
 
 from collections.abc import Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class Classification(Task):
         distillation: `hard` or `soft`, from a teacher (`models.tasks.distillation`); None for none.
         teacher, teacher_weights: its name for `models.create_model`, and its file.
         distillation_weight, temperature: share of the loss on what it says; of `soft`.
+        match: what the layers of another model did is to be matched (`models.tasks.matching`); None for none.
 
     Raises:
         ValueError: a setting out of range, or a model that generates images instead of naming their class.
@@ -66,6 +68,7 @@ class Classification(Task):
         teacher_weights: str | None = None,
         distillation_weight: float = 0.5,
         temperature: float = 3.0,
+        match: dict[str, Any] | None = None,
         adaptive_clip: float | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -87,8 +90,13 @@ class Classification(Task):
                 f"task: a model learns from token labels or from a teacher, got token_weight={token_weight} beside "
                 f"distillation={distillation}; set task.token_weight=0 or task.distillation=null"
             )
+        if match is not None and (taught is not None or token_weight > 0):
+            raise UserError(
+                f"task: a model matches another one by itself, got task.match beside token_weight={token_weight} and "
+                f"distillation={distillation}; set task.token_weight=0 task.distillation=null"
+            )
         two_heads = taught is not None and has_two_heads(model)
-        shared = {"auxiliary": auxiliary, "adaptive_clip": adaptive_clip, "compile": compile}
+        shared = {"auxiliary": auxiliary, "adaptive_clip": adaptive_clip, "match": match, "compile": compile}
         shared["gradient_checkpointing"] = gradient_checkpointing
         super().__init__(model, optimizer, schedule, metrics=partial(_metrics, num_classes), **shared)
         self.label_smoothing, self.token_weight = label_smoothing, token_weight
@@ -111,6 +119,8 @@ class Classification(Task):
         prepare(data, self.token_weight, self.model)
         if self.distillation is not None and self.model.training:
             self.distillation.prepare(data, self.num_classes)
+        if self.matching is not None and self.model.training:
+            self.matching.prepare(self.model, data, self.num_classes)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         labels = {"labels": batch.labels} if self.with_labels else {}
@@ -118,6 +128,11 @@ class Classification(Task):
             logits, losses, tokens_BHWC = self.with_tokens(self.model, batch.images, **labels)
         elif self.two_heads:
             logits, for_teacher, losses = self.with_both_heads(self.model, batch.images, **labels)
+        elif self.matching is not None:
+            predict = methodcaller("__call__", batch.images, return_losses=True, **labels)
+            logits, losses, apart = self.matched(predict, len(batch.images))
+            if logits is None:
+                return apart
         else:
             logits, losses = self.model(batch.images, return_losses=True, **labels)
             for_teacher = logits
@@ -131,6 +146,8 @@ class Classification(Task):
             of_teacher = self.distillation.loss(for_teacher.float(), batch.images)
             self.log("train/distillation_loss", of_teacher.detach(), batch_size=len(batch.images))
             loss = self.distillation.with_labels(loss, of_teacher)
+        if self.matching is not None:
+            loss = self.matching.own * loss + apart
         return loss + self.auxiliary_loss(losses, len(batch.images))
 
     def measure(self, weights: str, model: nn.Module, batch: Any) -> Tensor:

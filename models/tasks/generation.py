@@ -6,6 +6,7 @@ sampling these are; see `models.diffusion`.
 Shapes: B = batch, Z = channels that the model sees, h w = its map, T = timesteps.
 """
 
+from operator import methodcaller
 from typing import Any
 
 import pytorch_lightning as pl
@@ -37,6 +38,7 @@ class Generation(Task):
         sample_every_n_epochs: make samples during training too, after the validation of such an epoch; None for the
             end only.
         seed: names the noise of validation.
+        match: what the layers of another model did is to be matched (`models.tasks.matching`); None for none.
 
     Validation measures the loss with noise and timesteps that belong to the images, so that epochs, raw and averaged
     weights, and numbers of processes are compared on the same ones.
@@ -61,11 +63,13 @@ class Generation(Task):
         sample_every_n_epochs: int | None = None,
         seed: int = 0,
         auxiliary: dict[str, dict[str, Any]] | None = None,
+        match: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
         check_generates(model, num_classes)
-        shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        shared = {"auxiliary": auxiliary, "match": match, "compile": compile}
+        shared["gradient_checkpointing"] = gradient_checkpointing
         diffusion = linear_diffusion(diffusion_steps)
         latents = latents_of(autoencoder, model)
         settings = Sampling.build(sampling, diffusion, model)
@@ -83,6 +87,8 @@ class Generation(Task):
 
     def prepare(self, data: pl.LightningDataModule) -> None:
         check_images(data)
+        if self.matching is not None and self.model.training:
+            self.matching.prepare(self.model, data, self.model.num_classes)
 
     def on_fit_start(self) -> None:
         self.latents.to(self.device)
@@ -93,13 +99,23 @@ class Generation(Task):
         size = len(batch.images)
         x0 = self.latents.encode(batch.images, torch.randn_like)
         step_B = torch.randint(len(self.diffusion), (size,), device=x0.device)
-        prediction, losses, noise, x = self._predict(self.model, x0, step_B, batch.labels, torch.randn_like(x0))
+        noise, apart = torch.randn_like(x0), None
+        if self.matching is None:
+            prediction, losses, noise, x = self._predict(self.model, x0, step_B, batch.labels, noise)
+        else:
+            x, labels = self.diffusion.noised(x0, step_B, noise), self.model.dropped(batch.labels)  # alike for both
+            given = x, self.diffusion.timesteps[step_B], labels
+            predict = methodcaller("__call__", *given, return_losses=True, drop=False)
+            prediction, losses, apart = self.matched(predict, size)
+            if prediction is None:
+                return apart
         parts = training_losses(self.diffusion, prediction, x0, x, step_B, noise)
         means = {name: part.mean() for name, part in parts.items()}
         loss = sum(means.values())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         for name, value in means.items():
             self.log(f"train/{name}", value.detach(), batch_size=size)
+        loss = loss if apart is None else self.matching.own * loss + apart
         return loss + self.auxiliary_loss(losses, size)
 
     def measure(self, weights: str, model: nn.Module, batch: Any) -> None:

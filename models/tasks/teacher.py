@@ -56,18 +56,30 @@ def read_teacher(name: str, path: str, data: Any, num_classes: int) -> Teacher:
     Raises:
         ValueError: there is no such model or file, or it is of other classes or for images of another size.
     """
-    settings = {"num_classes": num_classes, "image_size": data.image_size}
-    if data.channels != 3:
-        settings["in_channels"] = data.channels
     try:
         with torch.random.fork_rng(devices=[]):
-            _try(name, settings, data)
-            content = load_weights(path)
-            model = create(name, None, dict(settings))
-        model.load_state_dict(_for(name, content, model, settings))
+            _try(name, _settings(data, num_classes), data)
+            model = finished(name, path, data, num_classes)
     except (ValueError, OSError) as error:
         raise UserError(f"task: the teacher {name} cannot teach here: {error}") from error
     return Teacher(model, *_change_of(normalisation(path), data))
+
+
+def finished(name: str, path: str, data: Any, num_classes: int) -> nn.Module:
+    """The model of that name for the images of the data, with its weights; arguments as of `read_teacher`.
+
+    Raises:
+        ValueError: there is no such model or file, or it is of other classes or for images of another size.
+    """
+    settings, content = _settings(data, num_classes), load_weights(path)
+    model = create(name, None, dict(settings))
+    model.load_state_dict(_for(name, content, model, settings))
+    return model
+
+
+def _settings(data: Any, num_classes: int) -> dict[str, Any]:
+    settings = {"num_classes": num_classes, "image_size": data.image_size}
+    return settings if data.channels == 3 else settings | {"in_channels": data.channels}
 
 
 def _for(name: str, content: dict[str, Tensor], model: nn.Module, settings: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ arXiv:2402.04347:
 Shapes: B = batch, N = tokens, S = keys, M = heads, D = channels per head, F = features, φ has 2F of them.
 There is no D^-1/2: W has it, if anything does. That is the authors' later code (lolcats). `feature="joint"` is another
 function, which flash-linear-attention has under this name: one softmax of [2(W x + b), -2(W x + b)] together, W and b
-shared by all heads. W starts as the identity where it is square; lolcats draws it at random. Distillation, the
-cross-entropy of softmax attention's rows to these, can be written with `attention_matrix`.
+shared by all heads. W starts as the identity where it is square; lolcats draws it at random. How W learns to give the
+rows of softmax attention: `models.tasks.matching`.
 """
 
 from typing import Unpack
