@@ -19,6 +19,8 @@ from models.layers.pooled import Pool, Pooled
 from models.layers.tokens import to_map
 from models.layers.wrapped import Passed, Wrapper
 
+Behind = Callable[[int, Tensor, Grid], Tensor]
+
 
 class Furnished(ABCMeta):
     """Every backbone also takes what `furnish` puts into it once it is built: `gate`, `pool`, `norm` and so on."""
@@ -97,11 +99,16 @@ class Trunk(nn.Module, metaclass=Furnished):
         ]
         return {"stem": stem, "blocks": [*blocks, (r"^stages\.(\d+)\.norm", (99999,)), (r"^norm", (99999,))]}
 
-    def through(self, images: Tensor, carry: Carry | None = None) -> Passed:
-        """The map behind each stage, and the losses of blocks, without the wrapper; the first is given `carry`."""
-        return self._forward_stages(images, carry=carry or {})
+    def through(self, images: Tensor, carry: Carry | None = None, behind: Behind | None = None) -> Passed:
+        """The map behind each stage, and the losses of blocks, without the wrapper; the first is given `carry`.
 
-    def _forward_stages(self, images: Tensor, labels: Tensor | None = None, carry: Carry | None = None) -> Passed:
+        What `behind(stage, x_BNC, grid)` makes of the tokens behind each stage goes on in their place.
+        """
+        return self._forward_stages(images, carry=carry or {}, behind=behind)
+
+    def _forward_stages(
+        self, images: Tensor, labels: Tensor | None = None, carry: Carry | None = None, behind: Behind | None = None
+    ) -> Passed:
         if self.wrapper is not None and carry is None:
             return self.wrapper(self, images, labels)
         x, grid, *given = self.stem(images)
@@ -113,6 +120,7 @@ class Trunk(nn.Module, metaclass=Furnished):
                 x, grid, carry = reduced.x, reducer.onward(reduced, grid), {}
                 losses.append(reduced.losses)
             x, grid, of_stage, carry = stage(x, grid, *given, carry=carry)
+            x = x if behind is None else behind(s, x, grid)
             maps.append((x, grid))
             losses += of_stage
         return maps, losses

@@ -1,7 +1,7 @@
 """Weights of a model for the same backbone with another mechanism or other parts: what fits is kept, the rest named.
 
-What is new or left over must be in a place that can be chosen (an attention, a gate, a pool or a head), be a class
-token, or be the norms of a block that is ConvNeXt's here and a transformer's there.
+What is new or left over must be in a place that can be chosen (an attention, a gate, a pool, a head or a wrapper), be a
+class token, or be the norms of a block that is ConvNeXt's here and a transformer's there.
 """
 
 import re
@@ -15,7 +15,7 @@ from models.attention.moh import MoHAttention, start_undecided
 from models.checkpoints.fitting import COUNTER, classes_of, is_of_classes
 from models.layers.resizable import Resizable
 
-PLACES = ("gate", "pooling", "head", "head_norm")
+PLACES = ("gate", "pooling", "head", "head_norm", "wrapper")
 # in ConvNeXt's block, and in a transformer's: the one before the MLP
 _OF_CONVNEXT = (("norm2.", "norm."), ("norm.", "norm2."), ("scale2.", "scale."), ("scale.", "scale2."))
 _BLOCK = re.compile(r"((?:stages\.\d+\.)?blocks\.\d+)\.(norm1?|scale1?)\.")
