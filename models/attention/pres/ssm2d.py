@@ -134,10 +134,10 @@ def product_of_parts(a: Tensor, b: Tensor) -> Tensor:
 
 
 def convolved(x_BCHW: Tensor, kernel_CHW: Tensor) -> Tensor:
-    """Cell (i, j) gets the sum of kernel[a, b] · x[i − a, j − b], by a Fourier transform."""
-    (height, width), (rows, columns) = x_BCHW.shape[2:], kernel_CHW.shape[1:]
+    """Cell (i, j) gets the sum of kernel[a, b] · x[i − a, j − b], by a Fourier transform; a batch may have its own."""
+    (height, width), (rows, columns) = x_BCHW.shape[2:], kernel_CHW.shape[-2:]
     if not x_BCHW.shape[0]:  # which MKL refuses
-        return x_BCHW * kernel_CHW[:, :1, :1]
+        return x_BCHW * kernel_CHW[..., :1, :1]
     size = height + rows, width + columns
     product = torch.fft.rfft2(x_BCHW, s=size) * torch.fft.rfft2(kernel_CHW, s=size)
     return torch.fft.irfft2(product, s=size)[..., :height, :width]

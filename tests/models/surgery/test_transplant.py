@@ -16,6 +16,7 @@ OTHERS = (
     "light_conv",
     "lambda_conv",
     "nin_gate",
+    "hyper_kernel",
 )  # without one projection of all heads to queries, keys and values
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "class_token": False}
 
