@@ -127,6 +127,7 @@ SMALL = {
     "focalnet/tiny_srf_in1k": (*TINY, HEADS),
     "flatten/pvt_tiny_in1k": (*TINY, HEADS),
     "flatten/pvt_v2_b0_in1k": (*TINY, HEADS),
+    "illama/tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "inline/cswin_tiny_in1k": ("model.dims=[16,32,64,128]", "model.num_heads=[2,4,8,16]", *TINY[1:]),
     "l2vit/tiny_in1k": (*TINY, HEADS),
     "lit/small_in1k": (*TINY, HEADS),

@@ -233,12 +233,15 @@ LARGE = {  # weights of ImageNet-22k tuned: pixels, decay of weights, blocks, to
     "dinat/large_384_11x11_in1k": (384, 1e-10, 30, 87.5),
     "dinat/s_large_384_in1k": (384, 1e-5, 24, 87.4),
 }
-# Trained by ConvNeXt's script, L2ViT at 09ac377: warm-up, drop path, blocks, mixup and cutmix, decay of the average,
-# top-1. The rest is alike.
+# Trained by ConvNeXt's script, L2ViT at 09ac377 and iLLaMA at dfc93b9: warm-up, drop path, blocks, mixup and cutmix,
+# decay of the average, top-1. The rest is alike.
 CONVNEXTS = {
     "l2vit/tiny_in1k": (20, 0.1, 12, (0.8, 1.0), 0.9999, 83.1),
     "l2vit/small_in1k": (20, 0.2, 24, (0.8, 1.0), 0.9999, 84.1),
     "l2vit/base_in1k": (20, 0.3, 24, (0.8, 1.0), 0.9999, 84.4),
+    "illama/tiny_in1k": (5, 0.0, 12, (0.1, 0.1), None, 75.0),
+    "illama/small_in1k": (5, 0.1, 12, (0.5, 0.5), None, 79.9),
+    "illama/base_in1k": (50, 0.4, 12, (0.95, 1.0), None, 81.6),
 }
 AVERAGED = ("nat/isotropic_base_in1k", "dinat/isotropic_base_in1k", "vitrpb/base_in1k")
 
@@ -632,7 +635,13 @@ def test_a_recipe_of_convnexts_script(name):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
     spared = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     tables = {last_two(key) for key, p in model.named_parameters() if p.ndim > 1 and id(p) in spared}
-    assert tables == set()
+    assert tables == ({"stem.class_token", "position.table"} if name.startswith("illama/") else set())
+    mask = OmegaConf.to_container(cfg.callbacks).get("soft_mask")
+    closing = {"tiny": (50, "constant"), "small": (50, "linear"), "base": (25, "linear")}
+    assert bool(mask) == name.startswith("illama/")
+    if mask:
+        size = name.removeprefix("illama/").removesuffix("_in1k")
+        assert (mask["epochs"], mask["shape"], mask["start"], cfg.attention.factor.rho) == (*closing[size], 1.0, 0.0)
     augment = Augment.build(OmegaConf.to_container(cfg.augment))
     assert (augment.mixup, augment.cutmix, augment.erasing, augment.repeated) == (*mixed, 0.25, 1)
     assert (augment.mix_probability, augment.switch_probability, augment.erase_mixed) == (1, 0.5, False)

@@ -4,8 +4,8 @@ Source: Adapting LLaMA Decoder to Vision Transformer, Wang et al., 2024, arXiv:2
 softmax(q kᵀ / √D) ∘ (ρ + (1 − ρ) tril).
 Shapes: M = heads, N = queries, S = keys.
 As in the authors' code the mask multiplies the softmax and nothing is divided again: later tokens stay in its sum, and
-rows sum to less than one. There ρ falls from 1 to 0 in the first epochs; here it is one number. Class tokens see, and
-are seen by, all, or they come after the map, as there.
+rows sum to less than one. There ρ falls from 1 to 0 in the first epochs, as it does here with `callbacks=soft_mask`;
+without that it is one number. Class tokens see, and are seen by, all, or they come after the map, as there.
 """
 
 import torch
@@ -35,13 +35,14 @@ def soft_mask(site: Site, *, rho: float = 0.0, prefix: str = "open") -> "SoftMas
 
 
 class SoftMask(OfOffset):
-    """It has no parameters; the same for all heads."""
+    """It has no parameters; the same for all heads. ρ is in no file: `last_rho` is what it has, or comes to have."""
 
     neutral = 1.0
 
     def __init__(self, num_heads: int, rho: float, last: bool) -> None:
         super().__init__()
-        self.num_heads, self.rho, self.last = num_heads, rho, last
+        self.num_heads, self.last_rho, self.last = num_heads, rho, last
+        self.register_buffer("rho", torch.tensor(float(rho)), persistent=False)
 
     def at(self, offsets: Tensor) -> Tensor:
         """(M, …); see `OfOffset`."""
