@@ -126,9 +126,7 @@ class Neighborhood(Layout):
     def gather(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, kv_grid: Grid, content: nn.Module | None) -> Groups:
         B, M, N, D = q.shape
         rows, columns = axes = self.around.axes(grid, q.device)
-        y_HK, x_WK = (self._offsets(keys, i) for i, keys in enumerate(axes))
-        away = torch.broadcast_tensors(y_HK[:, None, :, None], x_WK[None, :, None, :])
-        offsets = torch.stack(away, dim=-1).flatten(2, 3).flatten(0, 1)[:, None]
+        offsets = self.offsets(axes)
         alone = q.transpose(1, 2).reshape(B * N, M, 1, D)
         around = (gathered(t, grid, rows, columns) for t in (k, v))
 
@@ -136,6 +134,12 @@ class Neighborhood(Layout):
             return o.view(B, N, M, o.shape[-1]).transpose(1, 2)
 
         return Groups(alone, *around, Grid(1, 1), Grid(*self.kernel), {"offsets": offsets}, back, {})
+
+    def offsets(self, axes: Sequence[Tensor]) -> Tensor:
+        """How far each cell lies behind each of its keys, (N, 1, h·w, 2), for the cells that `Around.axes` gives."""
+        y_HK, x_WK = (self._offsets(keys, i) for i, keys in enumerate(axes))
+        away = torch.broadcast_tensors(y_HK[:, None, :, None], x_WK[None, :, None, :])
+        return torch.stack(away, dim=-1).flatten(2, 3).flatten(0, 1)[:, None]
 
     def _offsets(self, keys: Tensor, axis: int) -> Tensor:
         """How far each cell lies behind its keys, counted within its residue class."""
