@@ -27,6 +27,7 @@ class Gating(Mixer):
         super().__init__(site, backend)
         self.mixer = make(core, site._replace(stride=1))  # as many tokens as there are gates
         self.accepts, self.reads_stream = self.mixer.accepts, self.mixer.reads_stream
+        self.reads_context = self.mixer.reads_context
         self.carries, self.carries_across_stages = self.mixer.carries, self.mixer.carries_across_stages
         self.has_matrix, self.without_matrix = self.mixer.has_matrix, self.mixer.without_matrix
         self.row_stochastic, self.adds = self.mixer.row_stochastic, self.mixer.adds

@@ -104,13 +104,15 @@ class Trunk(nn.Module, metaclass=Furnished):
 
         What `behind(stage, x_BNC, grid)` makes of the tokens behind each stage goes on in their place.
         """
-        return self._forward_stages(images, carry=carry or {}, behind=behind)
+        return self._through_stages(images, carry, behind)[:2]
 
-    def _forward_stages(
-        self, images: Tensor, labels: Tensor | None = None, carry: Carry | None = None, behind: Behind | None = None
-    ) -> Passed:
-        if self.wrapper is not None and carry is None:
-            return self.wrapper(self, images, labels)
+    def _forward_stages(self, images: Tensor, labels: Tensor | None = None) -> Passed:
+        return self.through(images) if self.wrapper is None else self.wrapper(self, images, labels)
+
+    def _through_stages(
+        self, images: Tensor, carry: Carry | None = None, behind: Behind | None = None
+    ) -> tuple[list, list, Carry]:
+        """As `through`, and what the last stage carries on."""
         x, grid, *given = self.stem(images)
         maps, losses, carry = [], [], carry or {}
         for s, stage in enumerate(self.stages):
@@ -123,7 +125,7 @@ class Trunk(nn.Module, metaclass=Furnished):
             x = x if behind is None else behind(s, x, grid)
             maps.append((x, grid))
             losses += of_stage
-        return maps, losses
+        return maps, losses, carry
 
 
 class Backbone(Trunk):
@@ -158,6 +160,11 @@ class Backbone(Trunk):
     def pooled_grid(self) -> Grid:
         """The map that is pooled at the training resolution, with the tokens in front of it."""
         return self.grids[-1]
+
+    @property
+    def pooled_dim(self) -> int:
+        """Channels of the tokens that are pooled."""
+        return self.channels[-1]
 
     @overload
     def forward(

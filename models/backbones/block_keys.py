@@ -22,8 +22,10 @@ from models.layers.deformable import DeformableDownsample
 from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsample
 from models.layers.mlp_block import MlpBlock
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
+from models.layers.overlock_block import ContextBlock, ReparamBlock
 
 BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock, CrossBlock)
+BLOCKS += (ReparamBlock, ContextBlock)
 WIRINGS = ("sequential", "parallel")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages

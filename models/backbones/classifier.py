@@ -45,7 +45,7 @@ def put_pool_and_head(
         return
     if chosen:
         _check_classifies(model, chosen[0])
-    dim, num_classes = model.channels[-1], getattr(model.head, "out_features", 0)
+    dim, num_classes = model.pooled_dim, getattr(model.head, "out_features", 0)
     width, own = dim, None
     if (makes := pool or own_pool) is not None:
         model.pooling = makes(dim, model.pooled_grid, num_classes)

@@ -27,6 +27,7 @@ MADE = (MASK, ".sinusoid")  # what a model makes itself from the size of the map
 CLASSES = (
     *((f"head.{name}", 0) for name in ("weight", "bias", "prototypes", "parametrizations.weight.original")),
     ("distill_head.", 0),
+    ("aux_head.", 0),
     ("stem.labels.", 1),
     ("pooling.branches.", 0),
     ("pooling.class_queries", 0),

@@ -23,12 +23,13 @@ from models.tasks.matching import Predict, matching_of
 from models.tasks.schedule import Schedule, check_number, check_schedule
 
 REDUCTIONS = {"mean": Tensor.mean, "sum": Tensor.sum}
-# losses that bring their factor, unless a task weights them: those of attention=routing and sea; and that of
-# sparsifiner, whose authors have 0.01 for the sum over the 168 images of a process
+# losses that bring their factor, unless a task weights them: those of attention=routing and sea; that of sparsifiner,
+# whose authors have 0.01 for the sum over the 168 images of a process; and that of OverLoCK's overview
 FACTORED = {
     "commitment": {"weight": 1.0, "reduction": "sum"},
     "reconstruction": {"weight": 1.68, "reduction": "mean"},
     "estimation": {"weight": 1.0, "reduction": "mean"},
+    "overview": {"weight": 0.4, "reduction": "mean"},
 }
 
 

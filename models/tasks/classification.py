@@ -23,7 +23,8 @@ from models.tasks.fit import check_fits, check_outputs
 from models.tasks.multilabel import check_labels
 from models.tasks.objective import check_loss, check_weights, class_weights, loss_of
 from models.tasks.schedule import check_number
-from models.tasks.token_labelling import TokenHead, prepare, with_tokens
+from models.tasks.supervision import check_alone, is_supervised, with_overview
+from models.tasks.token_labelling import TokenHead, prepare, width_of, with_tokens
 
 
 class Classification(Task):
@@ -95,6 +96,7 @@ class Classification(Task):
                 f"task: a model matches another one by itself, got task.match beside token_weight={token_weight} and "
                 f"distillation={distillation}; set task.token_weight=0 task.distillation=null"
             )
+        check_alone(model, **{"token labelling": token_weight > 0, "matching": match is not None})
         two_heads = taught is not None and has_two_heads(model)
         shared = {"auxiliary": auxiliary, "adaptive_clip": adaptive_clip, "match": match, "compile": compile}
         shared["gradient_checkpointing"] = gradient_checkpointing
@@ -103,11 +105,13 @@ class Classification(Task):
         self.loss, self.given_weights, self.num_classes = loss, class_weights, num_classes
         self.register_buffer("class_weights", None, persistent=False)
         self.with_labels = getattr(model, "learns_from_labels", False)
-        self.token_head = TokenHead(model.channels[-1], num_classes) if token_weight > 0 else None
+        self.token_head = TokenHead(width_of(model), num_classes) if token_weight > 0 else None
         self.distillation, self.two_heads = taught, two_heads
+        self.supervised = is_supervised(model)
         # `model.compile` is about `model(images)` alone
         self.with_tokens = torch.compile(with_tokens) if compile else with_tokens
         self.with_both_heads = torch.compile(with_both_heads) if compile else with_both_heads
+        self.with_overview = torch.compile(with_overview) if compile else with_overview
 
     def prepare(self, data: pl.LightningDataModule) -> None:
         check_fits(self.model, data)
@@ -133,10 +137,14 @@ class Classification(Task):
             logits, losses, apart = self.matched(predict, len(batch.images))
             if logits is None:
                 return apart
+        elif self.supervised:
+            logits, losses, of_overview = self.with_overview(self.model, batch.images, **labels)
+            losses = losses | {"overview": self._of_labels(of_overview, batch.labels).unsqueeze(0)}
+            for_teacher = logits
         else:
             logits, losses = self.model(batch.images, return_losses=True, **labels)
             for_teacher = logits
-        loss = loss_of(logits.float(), batch.labels, self.loss, self.label_smoothing, self.class_weights)
+        loss = self._of_labels(logits, batch.labels)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.images))
         if self.token_head is not None:
             of_tokens = self.token_head.loss(tokens_BHWC, batch.token_labels, self.label_smoothing)
@@ -149,6 +157,10 @@ class Classification(Task):
         if self.matching is not None:
             loss = self.matching.own * loss + apart
         return loss + self.auxiliary_loss(losses, len(batch.images))
+
+    def _of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is minimised of logits."""
+        return loss_of(logits.float(), labels, self.loss, self.label_smoothing, self.class_weights)
 
     def measure(self, weights: str, model: nn.Module, batch: Any) -> Tensor:
         """Gives the logits (B, K) back."""

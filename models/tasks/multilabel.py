@@ -18,6 +18,7 @@ from conf.errors import UserError
 from models.tasks.base import Task
 from models.tasks.fit import check_fits, check_outputs
 from models.tasks.objective import check_weights
+from models.tasks.supervision import check_alone
 
 
 class MultiLabel(Task):
@@ -51,6 +52,7 @@ class MultiLabel(Task):
                 f"task: multilabel needs a model that gives one logit per class and is not given labels, got "
                 f"{type(model).__name__}; choose another model, pool or task"
             )
+        check_alone(model, multilabel=True)
         check_outputs(model, num_classes)
         check_weights(class_weights, num_classes)
         shared = {"auxiliary": auxiliary, "gradient_checkpointing": gradient_checkpointing, "compile": compile}

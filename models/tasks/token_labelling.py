@@ -46,6 +46,11 @@ class TokenHead(nn.Linear):
         optimizer.add_param_group({"params": [self.bias], "weight_decay": 0.0})
 
 
+def width_of(model: nn.Module) -> int:
+    """Channels of the tokens that its logits are pooled from: of its last map, unless it says otherwise."""
+    return getattr(model, "pooled_dim", model.channels[-1])
+
+
 def with_tokens(
     model: nn.Module, images: Tensor, labels: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from models import list_attentions
 from models.attention import Grid, Mixer, Refused, Site, make
 from models.attention.aggregated import AggregatedAttention
+from models.attention.contmix import ContMix
 from models.attention.contract.heads import merge_heads, split_heads
 from models.attention.cores.galerkin import HeadNorm
 from models.attention.cross_shaped import CrossShaped
@@ -158,7 +159,8 @@ def added_by(mixer: Mixer, x: Tensor, grid: Grid) -> Tensor:
 
 
 def projections(mixer: Mixer) -> list[nn.Linear]:
-    found = [module for name, module in mixer.named_modules() if name.rpartition(".")[2] in ("qkv", "linear1")]
+    names = ("v",) if isinstance(mixer, ContMix) else ("qkv", "linear1")
+    found = [module for name, module in mixer.named_modules() if name.rpartition(".")[2] in names]
     assert found
     return found
 

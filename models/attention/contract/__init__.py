@@ -35,6 +35,7 @@ class Site(NamedTuple):
     measured_in: tuple[int, int] | None = None  # the map whose distances position biases measure; None: `grid`
     image_size: tuple[int, int] | None = None  # pixels that the backbone is built for; None: it is given no images
     stride: int = 1  # of the map behind this place against `grid`; what is no `Mixer.strided` is pooled behind it
+    context: int = 0  # channels of a second stream at this place, which one with `Mixer.reads_context` is given
 
 
 class Mixed(NamedTuple):
@@ -129,6 +130,8 @@ class Mixer(nn.Module):
     Attributes:
         accepts: what it can take.
         reads_stream: whether it is also given the input of the block before its norm, as `stream_BNC`.
+        reads_context: whether, at a site with a `context`, its `stream_BNC` is (B, N, C + context): both streams side
+            by side.
         prenorm: whether a backbone whose blocks have no norm for all mixers gives it normalised tokens.
         residual: whether a ConvNeXt has a residual around it, as a transformer has.
         has_queries: whether `queries` gives the queries of every token, as a router may need.
@@ -146,6 +149,7 @@ class Mixer(nn.Module):
 
     accepts = Accepts()
     reads_stream = False
+    reads_context = False
     prenorm = True
     residual = True
     has_queries = False

@@ -42,6 +42,7 @@ QUICK = {
     "l2vit/l2vit_tiny",
     "moh/transnext_micro",
     "nat/dinat_mini",
+    "overlock/overlock_xt",
     "van/van_b0",
 }
 # where regions of nothing but padding tie exactly, the authors' order among them is that of torch.topk, which has none
@@ -87,6 +88,7 @@ def call(model: nn.Module, images: Tensor) -> Tensor:
 
 def test_the_cases_are_found():
     families = {"biformer", "davit", "agent", "flatten", "flowformer", "inline", "l2vit", "moh", "nat", "van"}
+    families |= {"overlock"}
     assert families == {name.partition("/")[0] for name in QUICK}
     assert len(ALL) >= 34 and set(ALL) >= QUICK and len(ROUTED) >= 5 and len(MIXED) >= 1
 
