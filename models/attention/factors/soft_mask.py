@@ -8,6 +8,8 @@ rows sum to less than one. There ρ falls from 1 to 0 in the first epochs, as it
 without that it is one number. Class tokens see, and are seen by, all, or they come after the map, as there.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,13 @@ class SoftMask(OfOffset):
         super().__init__()
         self.num_heads, self.last_rho, self.last = num_heads, rho, last
         self.register_buffer("rho", torch.tensor(float(rho)), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """With weights comes the last ρ, to a model that was made without memory too."""
+        super()._load_from_state_dict(*args)
+        if self.rho.is_meta:
+            self.rho = torch.empty_like(self.rho, device="cpu")
+        self.rho.fill_(self.last_rho)
 
     def at(self, offsets: Tensor) -> Tensor:
         """(M, …); see `OfOffset`."""
