@@ -183,7 +183,10 @@ class Backbone(Trunk):
         does a wrapper.
         """
         maps, losses = self._forward_stages(images, labels)
-        logits, of_pool = self.classify_with_losses(*self.finished(*maps[-1]), labels)
+        if self.wrapper is None:
+            logits, of_pool = self.classify_with_losses(*self.finished(*maps[-1]), labels)
+        else:
+            logits, of_pool = self.wrapper.answer(self, maps, labels)
         return (logits, stacked(losses) | of_pool) if return_losses else logits
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Grid, dict[str, Tensor]]:

@@ -30,7 +30,7 @@ class ClassToken(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """`softmax(q kᵀ / √D) v` for the first token alone: (B, N, C) → (B, 1, C).
+    """`softmax(q kᵀ / √D) v` for the first token alone, (B, N, C) → (B, 1, C), or for others that ask: (B, Q, C).
 
     Args:
         dim, num_heads: channels C and heads M.
@@ -48,9 +48,10 @@ class ClassAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
+    def forward(self, x_BNC: Tensor, asking_BQC: Tensor | None = None) -> Tensor:
         dim, (weight, bias) = x_BNC.shape[-1], (self.qkv.weight, self.qkv.bias)
-        (q_BMND,) = split_heads(F.linear(x_BNC[:, :1], weight[:dim], bias[:dim]), 1, self.num_heads)
+        asking = x_BNC[:, :1] if asking_BQC is None else asking_BQC
+        (q_BMND,) = split_heads(F.linear(asking, weight[:dim], bias[:dim]), 1, self.num_heads)
         k_BMND, v_BMND = split_heads(F.linear(x_BNC, weight[dim:], bias[dim:]), 2, self.num_heads)
         return self.proj(merge_heads(F.scaled_dot_product_attention(q_BMND, k_BMND, v_BMND)))
 

@@ -15,6 +15,8 @@ Passed = tuple[list[tuple[Tensor, Grid]], list[dict[str, Tensor]]]  # the map be
 class Wrapper(nn.Module):
     """Called as `wrapper(model, images, labels) -> Passed` in place of `model.through(images)`, its plain pass.
 
+    It may give further maps in front of those of the stages, which its own `answer` reads.
+
     A factory is `wrapper(model)`, called once the model is built; what it gives is a part of the model. Losses are
     dicts of scalars with gradient by name, as those of blocks.
 
@@ -26,3 +28,7 @@ class Wrapper(nn.Module):
 
     def forward(self, model: Any, images: Tensor, labels: Tensor | None = None) -> Passed:
         raise NotImplementedError
+
+    def answer(self, model: Any, maps: list[tuple[Tensor, Grid]], labels: Tensor | None) -> tuple[Tensor, dict]:
+        """Logits, and losses by name, each (1,): what the model makes of its last map, unless a wrapper says more."""
+        return model.classify_with_losses(*model.finished(*maps[-1]), labels)

@@ -73,8 +73,8 @@ def accepted():
 @pytest.mark.full
 @pytest.mark.case(45)
 def test_awkward_values_are_refused_for_every_key(accepted):
-    """Words for words, numbers for numbers; parts of the model and of augmentation look at their own."""
-    own = ("augment.", "model.", "attention.", "logger.group", *names.PLACES)
+    """Words for words, numbers for numbers; parts of the model, of augmentation and views look at their own."""
+    own = ("augment.", "model.", "attention.", "data.view", "logger.group", *names.PLACES)
     numbers = {key for key, values in accepted.items() if 1.5 in values and not key.startswith(own)}
     texts = {key for key, values in accepted.items() if "abc" in values and not key.startswith(own)}
     flags = {key for key, values in accepted.items() if True in values and not key.startswith(own)}

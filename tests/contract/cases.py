@@ -23,7 +23,7 @@ SITES = {
     "class token": Site(dim=32, num_heads=4, grid=Grid(6, 6, 1), stage=1, block=1, depth=2, kind="vit"),
 }
 PLACES = ("class token", "shifted windows", "neighborhood")  # of parts
-OF_CLASS_TOKENS = {("pool", "class_token"), ("wrapper", "ifam")}
+OF_CLASS_TOKENS = {("pool", "class_token"), ("wrapper", "dcal"), ("wrapper", "ifam")}
 SMALL = {"model": "vit_32px", "attention": "softmax", "depth": 1, "dim": 32, "num_heads": 4}
 Given = tuple[nn.Module, tuple[Tensor, ...]]
 
