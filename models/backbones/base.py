@@ -45,6 +45,7 @@ class Trunk(nn.Module, metaclass=Furnished):
         undecayed: ends of the names of parameters without weight decay; position tables and class tokens, as in the
             authors' codes of most families.
         latent: whether its tokens are latents, which have no places on the image; `strides` are then none.
+        mixes_latents: whether mixers see latents, all of them or some.
         reducers: what `furnish` puts in front of stages, by their number; None for none.
         wrapper: what it puts around them, see `models.layers.wrapped`; None for none.
     """
@@ -54,7 +55,7 @@ class Trunk(nn.Module, metaclass=Furnished):
     channels: list[int]
     strides: list[int]
     undecayed: tuple[str, ...] = ("position.table", "bias.table", "class_token")
-    latent = False
+    latent = mixes_latents = False
     reducers: nn.ModuleDict | None
     wrapper: Wrapper | None
 
@@ -303,7 +304,8 @@ def stacked(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def check_maps(backbone: Trunk, who: str) -> None:
     """Refuses a backbone whose tokens do not make up a map all the way, or not that of the image alone."""
-    check_places(backbone, who)
+    if backbone.latent:
+        check_places(backbone, who)
     if backbone.wrapper is not None:
         name = type(backbone.wrapper).__name__
         raise UserError(f"{who}: maps are those of a model alone, got the wrapper {name}; leave wrapper= out")
@@ -313,11 +315,11 @@ def check_maps(backbone: Trunk, who: str) -> None:
 
 
 def check_places(model: nn.Module, who: str) -> None:
-    """Refuses a model whose tokens are latents."""
-    if getattr(model, "latent", False):
+    """Refuses a model whose mixers see latents."""
+    if getattr(model, "mixes_latents", False):
         raise UserError(
-            f"{who}: tokens in their places on the image are needed, got {type(model).__name__}, whose tokens are "
-            "latents; choose another model"
+            f"{who}: tokens in their places on the image are needed, got {type(model).__name__}, which mixes latents; "
+            "choose another model"
         )
 
 

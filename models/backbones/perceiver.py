@@ -55,7 +55,7 @@ class Perceiver(Backbone):
     """
 
     undecayed = ("stem.latents",)
-    latent = True
+    latent = mixes_latents = True
 
     def __init__(
         self,

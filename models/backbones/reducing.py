@@ -23,10 +23,10 @@ def put_reducers(model: nn.Module, reducer: Callable[..., Reducer | None] | None
     if reducer is None:
         return
     who = type(model).__name__
-    latent = getattr(model, "latent", False)
+    latent = getattr(model, "mixes_latents", False)
     if getattr(model, "generates", False) or latent or len(set(model.strides)) > 1:
         need = "every token comes out of it" if getattr(model, "generates", False) else "its stages change the map"
-        need = "tokens are latents" if latent else need
+        need = "some tokens are latents" if latent else need
         raise UserError(
             f"reducer: it stands between blocks of a plain ViT, got {who}, where {need}; choose a vit model"
         )

@@ -43,7 +43,8 @@ class CrossBlock(nn.Module):
     Args:
         attn: the attention.
         mlp: or None.
-        drop_path, layer_scale, norm_eps: see `Block`.
+        drop_path: see `Block`; None for none.
+        layer_scale, norm_eps: see `Block`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CrossBlock(nn.Module):
         attn: CrossAttention,
         mlp: nn.Module | None = None,
         *,
-        drop_path: float = 0.0,
+        drop_path: float | None = None,
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
     ) -> None:
@@ -62,7 +63,7 @@ class CrossBlock(nn.Module):
         self.mlp = mlp
         if mlp is not None:
             self.norm2, self.scale2 = nn.LayerNorm(dim, eps=norm_eps), scale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
 
     def forward(self, x_BNC: Tensor, source_BSC: Tensor) -> Tensor:
         asked = self.attn(self.norm1(x_BNC), self.norm_source(source_BSC))

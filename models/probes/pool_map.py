@@ -50,7 +50,8 @@ def pool_map(
     """
     if whole("probe", "queries", queries, fix="set probe.queries=8") >= MOST:
         refuse("probe", "queries", f"at most {MOST - 1}", queries, "set probe.queries=8")
-    check_places(model, WHO)
+    if getattr(model, "latent", False):
+        check_places(model, WHO)
     pool = pool_of(WHO, model)
     seen = first_images(data, images, trainer.strategy.root_device)
     found = maps_of(model, seen.batch)

@@ -32,7 +32,8 @@ def slots(
     Raises:
         UserError: an option that has no meaning, or a model without slots.
     """
-    check_places(model, WHO)
+    if getattr(model, "latent", False):
+        check_places(model, WHO)
     if not isinstance(pool := getattr(model, "pooling", None), SlotPool):
         got = type(model).__name__ if pool is None else type(pool).__name__
         raise UserError(f"{WHO}: {got} has no slots; choose a model that was trained with pool=slot")

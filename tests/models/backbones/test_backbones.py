@@ -43,7 +43,7 @@ CONSTANT = ("patchconvnet", "xcit")  # families with the same drop path in all b
 # the branches of a block share a rate, and none has a scale; scales with biases, and the second pass comes first in its
 # stage: their own tests
 SHARED = ("medvit_32px", "overlock_32px")
-LATENT = ("perceiver",)  # families whose tokens have no places on the image
+LATENT = ("perceivers",)  # families whose tokens have no places on the image
 # The small one of each; the rest differs in numbers and takes minutes.
 
 

@@ -205,7 +205,7 @@ def test_what_is_refused(options, text):
 
 
 def test_latents_have_no_places():
-    text = "tokens in their places on the image are needed, got Perceiver, whose tokens are latents; choose another"
+    text = "tokens in their places on the image are needed, got Perceiver, which mixes latents; choose another"
     with pytest.raises(ValueError, match=f"forward_pyramid: {text}"):
         small().forward_pyramid(images(16, 16))
     with pytest.raises(ValueError, match=f"features_only: {text}"):
