@@ -26,7 +26,7 @@ from models.layers.overlock_block import ContextBlock, ReparamBlock
 
 BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock, CrossBlock)
 BLOCKS += (ReparamBlock, ContextBlock)
-WIRINGS = ("sequential", "parallel")
+WIRINGS = ("sequential", "parallel", "rk4")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
 
@@ -95,10 +95,15 @@ def set_wiring(model: nn.Module, wiring: str) -> None:
     """How the two branches of every block combine.
 
     Source: `parallel`: Three things everyone should know about Vision Transformers, Touvron et al., ECCV 2022,
-    arXiv:2203.09795, section 3, with one branch of each kind: x + attention(norm₁(x)) + mlp(norm₂(x)).
+    arXiv:2203.09795, section 3, with one branch of each kind: x + f(x), f(x) = attention(norm₁(x)) + mlp(norm₂(x)),
+    which is an Euler step along dx/dt = f(x). `rk4`: the step of fourth order of the same equation, after A Neural ODE
+    Interpretation of Transformer Layers, Zhong et al., 2022, arXiv:2212.06011, for which no code was published:
+    x + (k₁ + 2 k₂ + 2 k₃ + k₄) / 6, k₁ = f(x), k₂ = f(x + k₁/2), k₃ = f(x + k₂/2), k₄ = f(x + k₃), with the weights of
+    the block in all four. What looks into attention sees the last of them.
 
     Raises:
-        ValueError: an unknown wiring, or blocks that have no two branches of one input.
+        ValueError: an unknown wiring, or blocks that have no two branches of one input, or no order for what they
+            carry.
     """
     who = type(model).__name__
     _check(who, "wiring", wiring, WIRINGS)
@@ -106,10 +111,12 @@ def set_wiring(model: nn.Module, wiring: str) -> None:
         return
     blocks = list(_blocks(model))
     why = next(filter(None, map(_not_parallel, blocks)), "" if blocks else "it has no blocks with two branches")
+    if not why and wiring == "rk4" and any(block.attn.carries for block in blocks):
+        why = "its attention hands on what it carries, which four evaluations have no order for"
     if why:
         raise UserError(f"{who}: {why}, got wiring={wiring}; set model.wiring=sequential")
     for block in blocks:
-        block.parallel = True
+        block.wiring = wiring
 
 
 def set_downsample(model: nn.Module, kind: str) -> None:

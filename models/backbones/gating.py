@@ -47,6 +47,11 @@ def put_gates(model: nn.Module, gate: Callable[[Site], Gate] | None, at: str | N
             placed.append((block, made, place))
     if problems:
         raise UserError(misfits("gate", "gate", problems, len(blocks)))
+    if any(made.carries and place != "block" and getattr(b, "wiring", "") == "rk4" for b, made, place in placed):
+        raise UserError(
+            f"gate: what {type(placed[0][1]).__name__} carries has no order in four evaluations, got wiring=rk4; set "
+            "model.wiring=sequential, or model.gate_at=block"
+        )
     for block, made, place in placed:
         block.gate, block.gate_at = made, place
     if not placed:

@@ -24,9 +24,10 @@ class Block(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)); with drop path and layer scale on both branches.
 
     With `post_norm` it is norm(x + mix(x)), then norm(x + mlp(x)); with `branch_norm` x + scale(norm(mix(x))), then
-    x + scale(norm(mlp(x))), as in Swin V2 (arXiv:2111.09883); where `parallel` is set, x + mix(norm(x)) + mlp(norm(x)),
-    see `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at` names: what comes out of the
-    mixer or of the MLP, or the block's output.
+    x + scale(norm(mlp(x))), as in Swin V2 (arXiv:2111.09883). Where `wiring` is "parallel", it is x + f(x) with
+    f(x) = mix(norm(x)) + mlp(norm(x)), where it is "rk4", a Runge–Kutta step along f: see
+    `models.backbones.block_keys`. A `gate`, where one is put, weights what `gate_at` names: what comes out of the mixer
+    or of the MLP, or the block's output.
 
     Args:
         dim: channels C.
@@ -71,7 +72,7 @@ class Block(nn.Module):
             hidden = int(dim * mlp_ratio)
             self.mlp = ConvMlp(dim, hidden, mlp_kernel) if mlp_kernel else Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
-        self.gate, self.gate_at, self.parallel = None, "mixer", False
+        self.gate, self.gate_at, self.wiring = None, "mixer", "sequential"
 
     @property
     def carries(self) -> bool:
@@ -80,6 +81,8 @@ class Block(nn.Module):
 
     def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
         """Tokens and losses; given `carry`, also what is carried on."""
+        if self.wiring == "rk4":
+            return self._integrated(x_BNC, grid, carry)
         x, y = self._positioned(x_BNC, grid, self.position, self.norm1)
         start = x
         stream = {"stream_BNC": x} if self.reads_stream else {}
@@ -91,7 +94,7 @@ class Block(nn.Module):
         if self.mlp is None:
             x = x if self.mlp_position is None else self.mlp_position(x, grid)
         else:
-            parallel = self.parallel  # then there is neither a position nor a norm between the branches
+            parallel = self.wiring == "parallel"  # then there is neither a position nor a norm between the branches
             norm = self.norm1 if self.norm2 is None else self.norm2
             x, y = (x, norm(start)) if parallel else self._positioned(x, grid, self.mlp_position, norm)
             hidden, *kept = gated(self, "mlp", self.mlp(y, grid) if self.mlp_kernel else self.mlp(y), grid, *kept)
@@ -99,6 +102,27 @@ class Block(nn.Module):
             x = norm(x) if self.post_norm else x
         x, losses, on = gated(self, "block", x, grid, *kept)
         return (x, losses) if carry is None else (x, losses, on)
+
+    def _integrated(self, x_BNC: Tensor, grid: tuple, carry: Carry | None) -> tuple:
+        """The classical Runge–Kutta step; drop path skips all of it, and losses are weighted as slopes are."""
+        x = x_BNC if self.position is None else self.position(x_BNC, grid)
+        step, losses, slope = 0.0, {}, None
+        for reach, weight in ((0.0, 1 / 6), (0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6)):
+            slope, given_losses = self._slope(x if slope is None else x + reach * slope, grid, carry or {})
+            step = step + weight * slope
+            losses = {name: losses.get(name, 0.0) + weight * loss for name, loss in given_losses.items()}
+        x, losses, on = gated(self, "block", x + self.drop_path(step), grid, losses, carry or {})
+        return (x, losses) if carry is None else (x, losses, on)
+
+    def _slope(self, x_BNC: Tensor, grid: tuple, carry: Carry) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of both branches of the same tokens, and their losses."""
+        stream = {"stream_BNC": x_BNC} if self.reads_stream else {}
+        mixed = self.attn(self.norm1(x_BNC), grid, **stream, **given(self.attn, carry))
+        mixed, losses, _ = gated(self, "mixer", mixed.x, grid, mixed.losses, carry)
+        y = (self.norm1 if self.norm2 is None else self.norm2)(x_BNC)
+        hidden = self.mlp(y, grid) if self.mlp_kernel else self.mlp(y)
+        hidden, losses, _ = gated(self, "mlp", hidden, grid, losses, carry)
+        return self.scale1(mixed) + self.scale2(hidden), losses
 
     def _positioned(self, x: Tensor, grid: tuple, position: nn.Module | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The tokens with their position, and what goes into a branch: these, or normalised first."""

@@ -26,10 +26,10 @@ SMALL = {
 KEYS = {
     "activation": ["gelu", "relu", "relu2", "silu", "topk", {"name": "topk", "k": 3}, "swiglu"],
     "norm": ["layernorm", "rmsnorm"],
-    "wiring": ["sequential", "parallel"],
+    "wiring": ["sequential", "parallel", "rk4"],
     "downsample": ["deformable"],
 }
-REFUSED = {("vit_32px", "downsample", "deformable"), ("convnext_32px", "wiring", "parallel")}
+REFUSED = {("vit_32px", "downsample", "deformable")} | {("convnext_32px", "wiring", w) for w in ("parallel", "rk4")}
 CHOICES = [(group, member) for group in ("reparam", "initializer", "adapter") for member in names.options(group)]
 CHOICES += [(key, value) for key, values in KEYS.items() for value in values]
 # make test: everything on a ViT, and each on one of the others
@@ -118,7 +118,7 @@ def test_the_generator_of_torch_decides(key, value):
         (
             "vit_32px",
             {"wiring": "ring"},
-            "ViT: wiring must be one of sequential, parallel, got 'ring'; set model.w",
+            "ViT: wiring must be one of sequential, parallel, rk4, got 'ring'; set mod",
         ),
         (
             "vit_32px",

@@ -71,8 +71,8 @@ def _without_rule(model: ViT) -> Iterator[str]:
 def _part_of_block(block: nn.Module) -> str | None:
     if block.gate is not None:
         return f"gate {type(block.gate).__name__}"
-    if block.parallel:
-        return "wiring=parallel"
+    if block.wiring != "sequential":
+        return f"wiring={block.wiring}"
     return None if type(block.mlp) is Mlp else f"MLP {type(block.mlp).__name__}"
 
 

@@ -1,5 +1,7 @@
 """What the keys of blocks put where, and which families refuse them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,76 @@ def test_parallel_branches_read_the_same_tokens():
     block, (x, grid) = blocks(model)[0], model.stem(torch.randn(2, 3, 32, 32))
     expected = x + block.attn(block.norm1(x), grid).x + block.mlp(block.norm2(x))
     torch.testing.assert_close(block(x, grid)[0], expected)
+
+
+def slope(block, x, grid):
+    """The sum of both branches, scaled and gated."""
+    mixed, hidden = block.attn(block.norm1(x), grid).x, block.mlp(block.norm2(x))
+    mixed = mixed if block.gate is None else block.gate(mixed, grid).x
+    return block.scale1(mixed) + block.scale2(hidden)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"gate": "se"}, {"class_token": True}])
+def test_a_runge_kutta_step_is_the_formula(options):
+    torch.manual_seed(0)
+    model = create_model("vit_32px", depth=4, dim=32, wiring="rk4", **options).eval()
+    block, (x, grid) = model.stages[1].blocks[0], model.stem(torch.randn(2, 3, 32, 32))
+    k1 = slope(block, x, grid)
+    k2 = slope(block, x + k1 / 2, grid)
+    k3 = slope(block, x + k2 / 2, grid)
+    k4 = slope(block, x + k3, grid)
+    torch.testing.assert_close(block(x, grid)[0], x + (k1 + 2 * k2 + 2 * k3 + k4) / 6)
+
+
+@pytest.mark.parametrize(("wiring", "order"), [("parallel", 1), ("rk4", 4)])
+def test_equal_blocks_follow_the_equation_with_their_order(wiring, order):
+    """Of n blocks with the same weights, whose branches are scaled by 1/n; the error falls with n to this power."""
+    torch.manual_seed(0)
+    model = create_model("vit_32px", depth=4, dim=16, num_heads=2, layer_scale=1.0, wiring=wiring).double().eval()
+    block, (x, grid) = model.stages[0].blocks[0], model.stem(torch.randn(1, 3, 32, 32).double())
+    with torch.no_grad():
+        for weight in (p for p in block.parameters() if p.ndim == 2):
+            weight *= 10  # a slope that bends
+
+        def end(steps: int, wired: str) -> torch.Tensor:
+            block.wiring, y = wired, x
+            for scale in (block.scale1, block.scale2):
+                scale.gamma.fill_(1 / steps)
+            for _ in range(steps):
+                y = block(y, grid)[0]
+            return y
+
+        exact = end(256, "rk4")
+        errors = [(end(steps, wiring) - exact).norm() for steps in (8, 16, 32)]
+    measured = [(a / b).log2().item() for a, b in pairwise(errors)]
+    assert measured == pytest.approx([order] * 2, abs=0.35)
+
+
+def test_drop_path_skips_the_whole_step_and_losses_are_weighted_means():
+    torch.manual_seed(0)
+    heads = {"attention": "moh", "shared_heads": 1, "routed_heads": 1}
+    model = create_model("vit_32px", depth=4, dim=32, wiring="rk4", drop_path=0.9, **heads).train()
+    block, (x, grid) = model.stages[3].blocks[0], model.stem(torch.randn(64, 3, 32, 32))
+    y, losses = block(x, grid)
+    moved = (y != x).flatten(1).any(1)
+    assert 0 < moved.sum() < 32 and losses and all(loss.ndim == 0 for loss in losses.values())
+    block.eval()
+    points = [x, x + slope(block, x, grid) / 2]
+    points.append(x + slope(block, points[1], grid) / 2)
+    points.append(x + slope(block, points[2], grid))
+    found, of_points = block(x, grid)[1], [block.attn(block.norm1(point), grid).losses for point in points]
+    for name, loss in found.items():
+        one, two, three, four = (losses[name] for losses in of_points)
+        torch.testing.assert_close(loss, (one + 2 * two + 2 * three + four) / 6)
+
+
+def test_what_is_carried_has_no_order_in_four_evaluations():
+    text = "ViT: its attention hands on what it carries, which four evaluations have no order for, got wiring=rk4"
+    with pytest.raises(ValueError, match=text):
+        create_model("vit_32px", attention="reversed", wiring="rk4")
+    with pytest.raises(ValueError, match=r"gate: what PKCAM carries has no order in four evaluations, got wiring=rk4"):
+        create_model("vit_32px", gate="pkcam", wiring="rk4")
+    create_model("vit_32px", gate="pkcam", gate_at="block", wiring="rk4")(torch.randn(1, 3, 32, 32))
 
 
 def test_norms_of_blocks_and_the_last_one_are_of_the_kind():

@@ -76,6 +76,7 @@ def test_the_sum_keeps_what_it_is_given_and_a_product_is_halved():
         ("vit_32px", {"bias": "kerple"}, "Kerple in stages"),
         ("vit_32px", {"pool": "simpool"}, "pool SimPool"),
         ("vit_32px", {"wiring": "parallel"}, "wiring=parallel in stages"),
+        ("vit_32px", {"wiring": "rk4"}, "wiring=rk4 in stages"),
         ("vit_32px", {"gate": "eca"}, "gate ECA in stages"),
     ],
 )

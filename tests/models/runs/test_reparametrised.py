@@ -17,7 +17,7 @@ STILL = ("optimizer.lr=0", "schedule.warmup_lr=0", "schedule.min_lr=0")  # a ste
 
 
 def vit(**options):
-    return create_model("vit_32px", num_classes=10, **SHAPE, **options)
+    return create_model("vit_32px", num_classes=10, **SHAPE | options)
 
 
 @pytest.fixture
@@ -97,3 +97,10 @@ def test_a_head_for_other_classes_starts_anew_with_its_norm(run, tmp_path):
 @pytest.mark.parametrize("chosen", [{"reparam": "sigma"}, {"reparam": "mhe"}, {"wiring": "parallel"}])
 def test_costs_what_the_plain_model_costs(chosen):
     assert multiply_adds(vit(**chosen), (32, 32)) == multiply_adds(vit(), (32, 32))
+
+
+def test_four_evaluations_cost_four_times_as_much():
+    costs = [
+        multiply_adds(vit(wiring=wiring, depth=depth), (32, 32)) for wiring, depth in (("rk4", 1), ("parallel", 4))
+    ]
+    assert costs[0] == costs[1]
