@@ -119,7 +119,6 @@ SMALL = {
         *TINY[2:],
     ),
     "davit/tiny_in1k": (*TINY, "model.num_heads=[1,1,2,2]"),
-    "hedgehog/tune_deit_small": ("model.dim=16", "model.depth=2", "model.num_heads=2", "fine_tunes=null", *TINY[2:]),
     "agent/deit_tiny_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "agent/swin_tiny_in1k": (*TINY, HEADS),
     "ecanet/50_in1k": ("model.dims=[16,32,64,128]", *TINY[1:]),
@@ -154,7 +153,10 @@ SMALL = {
 
 def test_one_recipe_of_every_paper_and_backbone_is_run():
     backbones = {"deit", "swin", "pvt", "pvt_v2", "cswin", "transnext", "dit"}
-    assert {name.partition("/")[0] for name in SMALL} == {name.partition("/")[0] for name in NAMES}
+    published = [
+        name for name in NAMES if name.endswith("_in1k")
+    ]  # conversions: see tests/models/tasks/test_matching.py
+    assert {name.partition("/")[0] for name in SMALL} == {name.partition("/")[0] for name in published}
     assert {b for b in backbones for name in SMALL if f"/{b}_" in name} == backbones
 
 

@@ -38,12 +38,13 @@ def judge(recipe: str, figures: dict[str, Any], differences: list[str]) -> Verdi
     otherwise = f", with {', '.join(differences[:3])}{more}" if differences else ""
     if target.metric == "fid":
         return Verdict(None, f"not judged: {_elsewhere(target)}{otherwise}")
+    if target.value is None:
+        measured = f": {target.metric} {100 * figures[target.metric]:.3f} %" if target.metric in figures else ""
+        return Verdict(None, f"nothing published to compare with{measured}{otherwise}")
     if target.metric not in figures:
         text = f"{target.metric} was not measured, as the weights have no average, published {_published(target)}"
         return Verdict(False, f"not reproduced: {text}; val/top1 is {100 * figures['val/top1']:.3f} %{otherwise}")
     measured, allowed = 100 * figures[target.metric], target.tolerance
-    if target.value is None:
-        return Verdict(None, f"nothing published to compare with: {target.metric} {measured:.3f} %{otherwise}")
     difference = round(measured - target.value, 3) + 0.0
     text = f"{target.metric} {measured:.3f} %, published {_published(target)}, {difference:+.3f} points"
     if differences:

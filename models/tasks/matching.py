@@ -135,7 +135,7 @@ class Matching:
             with torch.random.fork_rng(devices=[]):
                 if self.name is None:
                     return create_from(self.path)
-                return finished(self.name, self.path, data, num_classes)
+                return finished(self.name, self.path, data, num_classes if self.weights["prediction"] else None)
         except (ValueError, OSError, RuntimeError) as error:
             text = " ".join(str(error).split())
             fix = "give a run or a checkpoint of it, or the name of the model in task.match.model"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from models.checkpoints import load_weights
 from models.checkpoints.conversion import converted
+from models.checkpoints.fitting import classes_of
 from models.checkpoints.normalisation import for_channels, normalisation
 from models.factory import create
 from models.surgery.any_timm import fitted
@@ -65,20 +66,25 @@ def read_teacher(name: str, path: str, data: Any, num_classes: int) -> Teacher:
     return Teacher(model, *_change_of(normalisation(path), data))
 
 
-def finished(name: str, path: str, data: Any, num_classes: int) -> nn.Module:
+def finished(name: str, path: str, data: Any, num_classes: int | None) -> nn.Module:
     """The model of that name for the images of the data, with its weights; arguments as of `read_teacher`.
+
+    Without `num_classes` it is for the classes of the file.
 
     Raises:
         ValueError: there is no such model or file, or it is of other classes or for images of another size.
     """
-    settings, content = _settings(data, num_classes), load_weights(path)
+    content = load_weights(path)
+    if num_classes is None and not name.startswith(OF_TIMM):
+        num_classes = classes_of(converted(content, name).weights)
+    settings = _settings(data, num_classes)
     model = create(name, None, dict(settings))
     model.load_state_dict(_for(name, content, model, settings))
     return model
 
 
-def _settings(data: Any, num_classes: int) -> dict[str, Any]:
-    settings = {"num_classes": num_classes, "image_size": data.image_size}
+def _settings(data: Any, num_classes: int | None) -> dict[str, Any]:
+    settings = {"image_size": data.image_size} | ({} if num_classes is None else {"num_classes": num_classes})
     return settings if data.channels == 3 else settings | {"in_channels": data.channels}
 
 

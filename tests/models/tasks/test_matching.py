@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -291,6 +292,18 @@ def test_the_recipes_convert_a_small_model(command, tmp_path):
     assert status == 0, err
     status, _, err = command("train", "recipe=hedgehog/mimic_digits", *small, "run.name=none")
     assert status == 2 and "init: this recipe fine-tunes, got no weights; give those of recipe=moh/dense_digits" in err
+
+
+@pytest.mark.full
+def test_the_recipe_for_deit_reads_timms_weights(command, tmp_path):
+    """One step of its first phase at full size."""
+    save_file(timm.create_model("deit_small_patch16_224").state_dict(), tmp_path / "deit.safetensors")
+    tiny = ("data=fake", "data.batch_size=2", "global_batch=2", "trainer.max_steps=1", "trainer.precision=32-true")
+    given = ("recipe=hedgehog/mimic_deit_small", f"init={tmp_path / 'deit.safetensors'}", *tiny, *RUN, "run.name=deit")
+    status, out, err = command("train", *given)
+    assert status == 0, err
+    assert "new      589,824 parameters: core.feature_q.weight (12), core.feature_k.weight (12)" in out
+    assert "0.59 of 22.26 M parameters are trained" in out
 
 
 @pytest.mark.full
