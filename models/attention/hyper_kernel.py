@@ -73,21 +73,23 @@ class SlowNetwork(nn.Module):
         layers: products of sines, besides the first.
     """
 
-    undecayed = ("frequency", "phase")
+    undecayed = ("frequency", "phase", "bias")
 
     def __init__(self, dim: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.frequency = nn.Parameter(math.pi * torch.randn(layers + 1, hidden, 2))
         self.phase = nn.Parameter(math.pi * (2 * torch.rand(layers + 1, hidden) - 1))
-        self.linears = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        self.out = nn.Linear(hidden, dim)
+        spread = (2 / hidden) ** 0.5  # kernels then have a mean square of one
+        self.weight = nn.Parameter(spread * torch.randn(layers, hidden, hidden))
+        self.bias = nn.Parameter(torch.zeros(layers, hidden))
+        self.out_weight = nn.Parameter(spread * torch.randn(dim, hidden))
+        self.out_bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, sides: tuple[int, int]) -> Tensor:
-        filters = self.sines(sides)
-        h_NF = filters[0]
-        for linear, sines_NF in zip(self.linears, filters[1:], strict=True):
-            h_NF = F.linear(h_NF, wide(linear.weight), wide(linear.bias)) * sines_NF
-        kernel_NC = F.linear(h_NF, wide(self.out.weight), wide(self.out.bias))
+        h_NF, *filters = self.sines(sides)
+        for weight_FF, bias_F, sines_NF in zip(wide(self.weight), wide(self.bias), filters, strict=True):
+            h_NF = F.linear(h_NF, weight_FF, bias_F) * sines_NF
+        kernel_NC = F.linear(h_NF, wide(self.out_weight), wide(self.out_bias))
         return kernel_NC.mT.unflatten(1, tuple(sides))
 
     def sines(self, sides: tuple[int, int]) -> Tensor:

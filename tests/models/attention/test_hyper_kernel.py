@@ -36,8 +36,13 @@ def test_a_hyper_kernel_is_a_function_of_coordinates_whatever_the_map():
     c, h = coordinates((3, 5), coarse), None
     for number in range(3):
         sines = (c @ slow.frequency[number].mT + slow.phase[number]).sin()
-        h = sines if h is None else slow.linears[number - 1](h) * sines
-    torch.testing.assert_close(slow.out(h).mT.unflatten(1, (3, 5)), coarse)
+        h = sines if h is None else (h @ slow.weight[number - 1].mT + slow.bias[number - 1]) * sines
+    torch.testing.assert_close((h @ slow.out_weight.mT + slow.out_bias).mT.unflatten(1, (3, 5)), coarse)
+
+
+def test_kernels_start_with_a_mean_square_of_one():
+    torch.manual_seed(0)
+    assert 0.7 < SlowNetwork(256, 32, 2)((7, 7)).square().mean().item() < 1.4
 
 
 @pytest.mark.parametrize("sides", [(3, 3), (5, 6), (7, 1), (1, 1)], ids=str)
