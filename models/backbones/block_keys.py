@@ -23,9 +23,10 @@ from models.layers.downsample import ConvDownsample, PatchMerging, PoolDownsampl
 from models.layers.mlp_block import MlpBlock
 from models.layers.norm import NORMS, TokenBatchNorm, as_norm
 from models.layers.overlock_block import ContextBlock, ReparamBlock
+from models.layers.plain_block import PlainBlock
 
 BLOCKS = (Block, ConvNeXtBlock, AdaptiveBlock, ClassBlock, LocalBlock, ConvEncoder, MlpBlock, CrossBlock)
-BLOCKS += (ReparamBlock, ContextBlock)
+BLOCKS += (ReparamBlock, ContextBlock, PlainBlock)
 WIRINGS = ("sequential", "parallel", "rk4")
 DOWNSAMPLES = ("deformable",)
 OF_BLOCKS = ("norm1", "norm2", "norm")  # the names of norms in blocks and stages
