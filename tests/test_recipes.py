@@ -145,6 +145,7 @@ SMALL = {
     "dinat/s_tiny_in1k": (*TINY, HEADS),
     "vitrpb/small_in1k": ("model.dims=[16]", "model.depths=[2]", "model.num_heads=[2]", *TINY[2:]),
     "twins/svt_small_in1k": (*TINY, HEADS),
+    "overlock/xt_in1k": (*TINY, "model.focus_depths=[1,1]", "model.num_heads=[1,2]"),
     "van/b0_in1k": (*TINY, HEADS),
     "xcit/nano_12_p16_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *TINY[2:]),
     "dit/s_2_in1k": ("model.dim=16", "model.depth=2", "model.num_heads=2", *PIXELS),

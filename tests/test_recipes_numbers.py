@@ -145,6 +145,10 @@ vitrpb/small                224 128   0.001   1e-06   5e-06    300 10 20  0.05  
 nat/isotropic_base          224 128   0.001   1e-06   5e-06    300 10 50  0.05  5.0  0.4     12  256      0.9998 81.6
 dinat/isotropic_base        224 128   0.001   1e-06   5e-06    300 10 50  0.05  5.0  0.4     12  256      0.9998 82.1
 vitrpb/base                 224 128   0.001   1e-06   5e-06    300 10 50  0.05  5.0  0.4     12  256      0.9998 82.5
+overlock/xt                 224 256   0.002   1e-06   1e-05    300 10  5  0.05  5.0  0.1     17  242      0.9999 82.7
+overlock/t                  224 256   0.002   1e-06   1e-05    300 10  5  0.05  5.0 0.15     30  235      0.9999 84.2
+overlock/s                  224 256   0.002   1e-06   1e-05    300 10  5  0.05  5.0  0.4     42  235      0.9999 84.8
+overlock/b                  224 256   0.002   1e-06   1e-05    300 10  5  0.05  5.0  0.5     54  229      0.9999 85.1
 twins/svt_small             224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.2     18  256           - 81.7
 twins/svt_base              224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.3     24  256           - 83.2
 twins/svt_large             224 128   0.001   1e-06   1e-05    300  0  5  0.05  5.0  0.5     24  256           - 83.7
@@ -419,7 +423,7 @@ def test_batch_and_epochs(name):
     assert cfg.trainer.gradient_clip_val == row.clip
     assert cfg.task.adaptive_clip == {"shvit": 0.02, "swiftformer": 0.01}.get(paper)
     assert cfg.trainer.precision == ("32-true" if paper in ("agent", "flatten", "van") else "16-mixed")
-    assert cfg.task.label_smoothing == 0.1 and cfg.seed == (42 if paper in ("davit", "van", *NATS) else 0)
+    assert cfg.task.label_smoothing == 0.1 and cfg.seed == (42 if paper in ("davit", "overlock", "van", *NATS) else 0)
     assert cfg.checkpoint.monitor == metric(name)
     if row.ema is None:
         assert cfg.callbacks.ema is None
@@ -454,6 +458,7 @@ DECAYED = {
     "flatten/cswin": FOCUS,
     "inline/pvt": {"position.table"},
     "moh/transnext": {"core.learnable_tokens", "core.learnable_bias"},
+    "overlock/overlock": {"grn.gamma", "grn.beta", "0.table", "1.table"},
     "xcit/xcit": {"core.temperature"},
 } | {f"{paper}/{paper}": {"bias.table"} for paper in NATS}
 SPARED = {
@@ -482,7 +487,7 @@ def test_weight_decay(name):
         return
     spared = {key for key, p in trained.items() if decay[id(p)] == 0}
     families = ("convit", "deit", "cswin", "flowformer", "swin", "twins", "pvt_v2", "pvt", "transnext", "xcit", "lit")
-    families += NATS
+    families += (*NATS, "overlock")
     family = next((f for f in families if f in name), "")
     tables = {key for key, p in trained.items() if p.ndim > 1 and not key.endswith(".weight")}
     assert all(p.ndim > 1 for key, p in trained.items() if key not in spared)
@@ -509,7 +514,7 @@ def test_training_images(name):
     crop, mirror, *policies = TrainTransform(augment, cfg.image_size, cfg.data.mean).steps
     assert isinstance(crop, v2.RandomResizedCrop) and isinstance(mirror, v2.RandomHorizontalFlip)
     assert (tuple(crop.size), crop.scale) == ((px, px), (0.08, 1.0))
-    if paper == "van":  # draws one of two
+    if paper in ("overlock", "van"):  # draws one of two
         assert type(crop) is DrawnCrop and FILTERS == (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
     else:
         assert type(crop) is v2.RandomResizedCrop and crop.interpolation == InterpolationMode.BICUBIC
@@ -521,7 +526,7 @@ def test_training_images(name):
         assert type(policy).__name__ == "RandAugment" and policy.num_layers == 2
         assert {(op.magnitude, op.magnitude_std, op.prob) for op in policy.ops} == {(9, 0.5, 0.5)}
         assert "PosterizeIncreasing" in {op.name for op in policy.ops}
-    assert augment.erase_mixed == (paper in ("davit", "van", *NATS))
+    assert augment.erase_mixed == (paper in ("davit", "overlock", "van", *NATS))
     assert augment.erasing == (0 if paper == "flowformer" else 0.25)
     assert (augment.mix_probability, augment.switch_probability) == (1, 0.5)
     unmixed = name in ("swiftformer/xs_in1k", "swiftformer/s_in1k")

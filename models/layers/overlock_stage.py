@@ -34,8 +34,9 @@ class FocusStage(Stage):
     """
 
     def __init__(self, blocks: list[nn.Module], base: Stage, overview: Stage, context: nn.Linear) -> None:
-        super().__init__(blocks)
-        self.base, self.overview, self.context = base, overview, context
+        super().__init__([])
+        del self.blocks  # to stand behind the others, as they run
+        self.base, self.overview, self.context, self.blocks = base, overview, context, nn.ModuleList(blocks)
 
     def forward(self, x_BNC: Tensor, grid: tuple, carry: Carry | None = None) -> tuple:
         x_BNC, grid, losses = self.base(x_BNC, grid)

@@ -40,8 +40,7 @@ def images(*shape: int) -> torch.Tensor:
 COMMON = {family: table.get("common", {}).get("model", {}) for family, table in families.tables().items()}
 OWN = [name for name, row in ROWS.items() if "_target_" in COMMON[row["family"]] and row["family"] != "dit"]
 CONSTANT = ("patchconvnet", "xcit")  # families with the same drop path in all blocks
-# the branches of a block share a rate, and none has a scale; scales with biases, and the second pass comes first in its
-# stage: their own tests
+# the branches of a block share a rate, and none has a scale; or scales have biases, and norms a gamma: their own tests
 SHARED = ("medvit_32px", "overlock_32px")
 LATENT = ("perceivers",)  # families whose tokens have no places on the image
 # The small one of each; the rest differs in numbers and takes minutes.
