@@ -8,7 +8,7 @@ A group is a part of the image, and every group has the same number of latents, 
 the cost is linear in tokens but for the latents. Both are kept as maps here, in rows of the image and of its groups; in
 the code they are kept group by group. It returns tokens and latents, each normalised; the classifier here, which is
 ours, takes the mean of the tokens. Maps that groups do not divide are completed with zeros.
-Shapes: B = batch, N = H·W tokens, C = channels, R = groups, T = tokens of a group.
+Shapes: B = batch, N = H·W tokens, C = channels, W = B·groups, T = tokens or latents of a group.
 """
 
 import re
