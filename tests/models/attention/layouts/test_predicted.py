@@ -7,14 +7,18 @@ import parity
 import pytest
 import reference
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from conf.names import CONF
+from models import create_model
 from models.attention import Grid, Mixer, Refused, Site
 from models.attention.biases.relative import relative
 from models.attention.layouts.predicted import reconstruction
 from models.attention.mixers.sparsifiner import sparsifiner_attention
 from models.attention.softmax import softmax_attention
 from models.attention.weights.sigmoid import sigmoid
+from models.callbacks.freezing import Freezing
 from models.layers.block import recomputed
 
 MAP = Grid(6, 9, prefix=1)
@@ -132,6 +136,27 @@ def test_in_the_first_phase_a_token_sees_all_while_it_is_trained() -> None:
     x = torch.randn(2, MAP.tokens, 32)
     torch.testing.assert_close(mixer.train()(x, MAP).x, softmax(x, MAP).x)
     assert not mixer.eval()(x, MAP).losses and not torch.allclose(mixer(x, MAP).x, softmax(x, MAP).x, atol=1e-3)
+
+
+def test_a_frozen_predictor_chooses_and_learns_nothing() -> None:
+    """As in the second phase of the authors: only keys that it keeps, and no loss, while the rest is trained."""
+    mixer, x = sparsifiner_attention(SITE), torch.randn(2, MAP.tokens, 32)
+    expected = mixer.eval()(x, MAP).x
+    mixer.train().content.eval()
+    mixed = mixer(x, MAP)
+    assert not mixed.losses
+    torch.testing.assert_close(mixed.x, expected)
+
+
+@pytest.mark.parametrize("data", ["digits", "deit_small"])
+def test_the_phases_of_the_recipes_train_the_predictors_and_then_the_others(data: str) -> None:
+    for phase, predicts in (("reconstruction", True), ("masked", False)):
+        names = OmegaConf.load(CONF.parent / "recipes" / "sparsifiner" / f"{phase}_{data}.yaml").freeze
+        model = create_model("vit_32px", "sparsifiner", depth=2, dim=32)
+        Freezing(model, list(names))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        of_predictors = {name for name, _ in model.named_parameters() if ".content." in name}
+        assert trained == of_predictors if predicts else not trained & of_predictors and len(trained) > 20
 
 
 def test_the_predictor_learns_which_keys_have_weight() -> None:
