@@ -11,11 +11,22 @@ from models.attention import mixers_of
 from models.attention.contract import Grid
 
 
-class Call(NamedTuple):
-    """Tokens (B, N, C) that a mixer was given, and their map."""
+class Tokens(NamedTuple):
+    """Tokens (B, N, C), and their map."""
 
     x_BNC: Tensor
     grid: Grid
+
+
+class Call(Tokens):
+    """What a mixer was given: tokens and map, and beside these `carry`, where the block before it handed one on."""
+
+    carry: Any = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What its matrix depends on besides."""
+        return {} if self.carry is None else {"carry": self.carry}
 
 
 @contextmanager
@@ -42,3 +53,4 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Call]]:
 def _note(calls: dict[str, Call], name: str, mixer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     x_BNC = given[0] if given else named["x_BNC"]
     calls[name] = Call(x_BNC, given[1] if len(given) > 1 else named["grid"])
+    calls[name].carry = named.get("carry")

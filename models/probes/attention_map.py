@@ -93,7 +93,10 @@ def row_of(mixer: Mixer, call: Call, point: Point | None) -> Row:
     Image by image, since those of all other tokens come with them.
     """
     grid, token = call.grid, token_at(point, call.grid)
-    rows = [mixer.token_weights(x[None], grid).on_tokens()[:, :, token] for x in call.x_BNC]
+    rows = []
+    for image, x_NC in enumerate(call.x_BNC):
+        named = {name: value[image : image + 1] for name, value in call.named.items()}
+        rows.append(mixer.token_weights(x_NC[None], grid, **named).on_tokens()[:, :, token])
     row_BMN = torch.cat(rows).float()
     return Row(row_BMN[..., grid.prefix :].unflatten(-1, grid[:2]), row_BMN[..., : grid.prefix].sum(-1))
 

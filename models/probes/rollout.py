@@ -108,7 +108,7 @@ def with_residual(mixer: Mixer, name: str, call: Call, heads: str, discard: floa
     Raises:
         UserError: weights below zero, or rows that sum to more than one.
     """
-    weights_BMNN = mixer.token_weights(*call).on_tokens().float()
+    weights_BMNN = mixer.token_weights(*call, **call.named).on_tokens().float()
     sums_BMN1 = weights_BMNN.sum(-1, keepdim=True)
     if weights_BMNN.min() < -1e-6 or sums_BMN1.max() > 1 + ROUNDING:
         raise UserError(

@@ -197,13 +197,15 @@ class Mixer(nn.Module):
         """
         raise TypeError(no_matrix(type(self).__name__, self.without_matrix))
 
-    def token_weights(self, x_BNC: Tensor, grid: Grid) -> TokenWeights:
+    def token_weights(self, x_BNC: Tensor, grid: Grid, **named: Any) -> TokenWeights:
         """What `attention_matrix` gives, of all tokens on all keys of the map, whatever groups they attend in.
+
+        One with `carries` also takes `carry` here and there.
 
         Raises:
             TypeError: it has no matrix.
         """
-        return self.over_tokens(self.attention_matrix(x_BNC, grid), x_BNC, grid)
+        return self.over_tokens(self.attention_matrix(x_BNC, grid, **named), x_BNC, grid)
 
     def over_tokens(self, matrix: Tensor, x_BNC: Tensor, grid: Grid) -> TokenWeights:
         """A matrix such as `attention_matrix` gives, or a gradient of it, of all tokens on all keys: linear in it."""

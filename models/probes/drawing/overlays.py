@@ -17,6 +17,7 @@ LEAST = 224  # pixels of the shorter side of what is drawn
 MOST = 12  # panels abreast
 STRENGTH = 0.75  # of the hottest colour
 PANEL = 1.7  # inches
+ROOT, ARROW = "#e08a3c", "#3fa7ff"
 
 
 def overlay(picture: Image.Image, weights_HW: Tensor, *, point: tuple[float, float] | None = None) -> Image.Image:
@@ -41,6 +42,28 @@ def overlay(picture: Image.Image, weights_HW: Tensor, *, point: tuple[float, flo
     if point is not None:
         _cross(drawn, point)
     return drawn
+
+
+def arrows(picture: Image.Image, to_N: list[int], grid: tuple[int, int]) -> Image.Image:
+    """From every cell of a map over a grey picture to the cell that it names; a ring where that is itself."""
+    base = enlarged(picture).convert("L").convert("RGB")
+    draw, (rows, columns) = ImageDraw.Draw(base), grid
+    high, wide = base.height / rows, base.width / columns
+    for start, end in enumerate(to_N):
+        (y, x), (down, across) = (
+            ((cell // columns + 0.5) * high, (cell % columns + 0.5) * wide) for cell in (start, end)
+        )
+        if start == end:
+            size = min(high, wide) / 3
+            draw.ellipse([x - size, y - size, x + size, y + size], outline=ROOT, width=2)
+            continue
+        draw.line([(x, y), (across, down)], fill=ARROW, width=1)
+        length = float(np.hypot(across - x, down - y))
+        along, size = np.array([across - x, down - y]) / length, min(high, wide) / 3
+        aside, tip = np.array([-along[1], along[0]]), np.array([across, down])
+        corners = (tip, tip - size * along + size / 2 * aside, tip - size * along - size / 2 * aside)
+        draw.polygon([tuple(corner) for corner in corners], fill=ARROW)
+    return base
 
 
 def enlarged(picture: Image.Image) -> Image.Image:

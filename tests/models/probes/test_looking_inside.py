@@ -12,6 +12,7 @@ CASES = {  # what is chosen besides vit_32px, and what is written
     "routing_map": ({"attention": "biformer"}, ["cat.png", "routes.csv"]),
     "agents": ({"attention": "agent"}, ["agents.csv", "cat.png"]),
     "clusters": ({"attention": "boat"}, ["cat.png", "clusters.csv"]),
+    "dependency_tree": ({"attention": "reversed"}, ["cat.png", "tokens.csv"]),
     "pool_map": ({"pool": "simpool"}, ["pool_map.png", "queries.csv"]),
     "slots": ({"pool": "slot"}, ["slots.csv", "slots.png"]),
     "heads": ({"attention": "moh"}, ["heads.csv", "heads.png", "loads-by-class.png", "loads.csv", "loads.png"]),
