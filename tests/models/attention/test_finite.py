@@ -1,4 +1,4 @@
-"""Linear, agent and relational attention keep numbers finite: large powers, extreme tokens, half precision."""
+"""Linear, agent, relational and sparse attention keep numbers finite: large powers, extreme tokens, half precision."""
 
 from functools import partial
 
@@ -8,11 +8,16 @@ from torch import Tensor, nn
 
 from models.attention import Grid, Site
 from models.attention.agent import agent_attention
+from models.attention.cores.combiner import combiner_attention
 from models.attention.cores.efficient import efficient_attention
 from models.attention.cores.flow import flow_attention
 from models.attention.cores.galerkin import fourier_attention, galerkin_attention
 from models.attention.cores.hedgehog import hedgehog_attention
+from models.attention.cores.hierarchical import hierarchical_attention
+from models.attention.cores.hyper import hyper_attention
 from models.attention.cores.linear import linear_attention
+from models.attention.cores.mra import mra_attention
+from models.attention.cores.nprf import nprf_attention
 from models.attention.cores.xca import xca_attention
 from models.attention.focused_linear import focused_linear_attention
 from models.attention.inline import inline_attention
@@ -37,7 +42,16 @@ MECHANISMS = {
     "relational": RelationalAttention,
     **{f"focused, power {power}": partial(focused_linear_attention, power=power) for power in POWERS},
 }
+SPARSE = {
+    "mra": mra_attention,
+    "mra, sparse": partial(mra_attention, mode="sparse", num_blocks=1),
+    "hyper": partial(hyper_attention, block_size=8, sample_size=8, min_seq_len=8),
+    "nprf": nprf_attention,
+    "combiner": combiner_attention,
+    "hierarchical": partial(hierarchical_attention, leaf=2),
+}
 GROWING = ("inline", "relational")
+RARE = [pytest.param(name, marks=pytest.mark.full) for name in SPARSE]
 TOKENS = {
     "usual": lambda x: x,
     "negative": lambda x: -x.abs() - 1,  # no channel of the features is positive
@@ -68,21 +82,21 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("kind", TOKENS)
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("name", [*MECHANISMS, *RARE])
 def test_a_block_trains_on_any_tokens(name: str, kind: str, precision: str, x: Tensor) -> None:
     """With the norm in front of it, as in every model."""
     torch.manual_seed(0)
-    block = Block(SITE.dim, MECHANISMS[name](SITE))
+    block = Block(SITE.dim, (MECHANISMS | SPARSE)[name](SITE))
     finite_step(block, TOKENS[kind](x).clone(), AUTOCAST[precision])
 
 
 @pytest.mark.parametrize("precision", AUTOCAST)
 @pytest.mark.parametrize("kind", TOKENS)
-@pytest.mark.parametrize("name", [name for name in MECHANISMS if not name.startswith(GROWING)])
+@pytest.mark.parametrize("name", [*(name for name in MECHANISMS if not name.startswith(GROWING)), *RARE])
 def test_a_mechanism_alone_trains_on_any_tokens(name: str, kind: str, precision: str, x: Tensor) -> None:
     """Without a norm. Outputs that grow with the second or third power of the input leave what float16 can hold."""
     torch.manual_seed(0)
-    module = MECHANISMS[name](SITE)
+    module = (MECHANISMS | SPARSE)[name](SITE)
     for projection in module.modules():
         if isinstance(projection, nn.Linear):
             nn.init.trunc_normal_(projection.weight, std=0.02)
