@@ -307,6 +307,27 @@ def test_the_recipe_for_deit_reads_timms_weights(command, tmp_path):
 
 
 @pytest.mark.full
+def test_a_diffusion_model_gets_neighbourhoods(command, tmp_path):
+    """A step of the original, then of its conversion, by what a user types: only the layers of attention change."""
+    small = ("model.dim=24", "model.depth=2", "attention.shared_heads=3", "attention.routed_heads=2")
+    small += ("task.sampling.steps=2", "task.score.samples=null", "trainer.max_epochs=1", *RUN)
+    given = ("model=moh_dit_s_2", "task=generation", "data=digits", *small, "run.name=whole")
+    assert command("train", *given)[0] == 0
+    given = ("recipe=clear/neighborhood_dit_digits", "init=outputs/whole/checkpoints/last", *small, "run.name=near")
+    status, _, err = command("train", *given)
+    assert status == 0, err
+    whole, near = (load_weights(f"outputs/{name}/checkpoints/last") for name in ("whole", "near"))
+    changed = {name for name in whole if not torch.equal(whole[name], near[name])}
+    assert whole.keys() == near.keys() and changed and all(".attn." in name for name in changed)
+    figures = json.loads((tmp_path / "outputs/near/metrics.json").read_text())
+    assert figures["train/match_outputs"] > 0 and figures["train/match_prediction"] >= 0
+    status, out, err = command(
+        "eval", "recipe=clear/neighborhood_dit_digits", "ckpt=outputs/near", "task.sampling.steps=2"
+    )
+    assert status == 0 and "nothing published to compare with" in out, err
+
+
+@pytest.mark.full
 def test_features_learn_to_mimic_softmax(command):
     """A ViT of the digits, 12 epochs: the rows of every layer come nearer, and what a bare swap loses comes back."""
     run = ("logger=none", "data.workers=0", "model.dim=48", "model.depth=3")
