@@ -7,60 +7,35 @@ position table. No norm stands in front of the head. The dropout of the code's M
 Shapes: B = batch, N = H·W tokens, C = channels.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, check_counts, pair
-from models.backbones.classifier import classifier, init_weights
-from models.backbones.stages import quarters
-from models.layers.block import Block, drop_path_rates
-from models.layers.patch_embed import PatchEmbed, cells
+from models.attention import Grid, Site
+from models.backbones.plain import Plain
+from models.layers.block import Block
+from models.layers.patch_embed import PatchEmbed
 from models.layers.stem import PatchStem
 
-EPS = 1e-5
 
-
-class NiNformer(Backbone):
-    """Patches, `depth` equal blocks, the mean over the map, head.
+class NiNformer(Plain):
+    """Patches, `depth` equal blocks with one norm each, the mean over the map, head.
 
     Args:
-        attention: factory of the token mixers.
-        image_size: pixels, one number or (height, width); a forward pass may bring any other size.
-        num_classes: outputs of the head; 0 for none.
-        patch_size: side of a patch in pixels.
-        dim, depth, num_heads: channels C, blocks, heads of mechanisms with heads.
-        mlp_ratio, drop_path, layer_scale: see `Block`; drop path grows linearly over the blocks.
-
-    The pyramid (`forward_pyramid`) taps four places at equal distance in the depth.
+        patch_size, mlp_ratio: see `Plain`.
+        args, options: see `Plain`.
     """
 
-    def __init__(
-        self,
-        attention: AttentionFactory | Sequence[AttentionFactory],
-        image_size: int | Sequence[int],
-        num_classes: int,
-        *,
-        patch_size: int = 4,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 2.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        in_channels: int = 3,
-    ) -> None:
-        super().__init__()
-        check_counts("NiNformer", patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
-        image = pair(image_size)
-        grid = Grid(*cells(image, patch_size))
-        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", image_size=image) for block in range(depth)]
-        shared = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "norm_eps": EPS, "shared_norm": True}
-        pairs = zip(build(attention, sites), drop_path_rates(drop_path, depth), strict=True)
-        blocks = [Block(dim, mixer, drop_path=rate, **shared) for mixer, rate in pairs]
-        self.stem = PatchStem(PatchEmbed(in_channels, dim, patch_size))
-        self.stages = quarters(blocks)
-        self.norm, self.head = nn.Identity(), classifier(dim, num_classes)
-        self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [grid] * 4
-        self.apply(init_weights)
+    norm_eps = 1e-5
+
+    def __init__(self, *args: Any, patch_size: int = 4, mlp_ratio: float = 2.0, **options: Any) -> None:
+        super().__init__(*args, patch_size=patch_size, mlp_ratio=mlp_ratio, **options)
+
+    def stem_of(self, in_channels: int, dim: int, patch_size: int, grid: Grid) -> PatchStem:
+        return PatchStem(PatchEmbed(in_channels, dim, patch_size))
+
+    def block(self, site: Site, mixer: nn.Module, rate: float) -> Block:
+        return super().block(site, mixer, rate, shared_norm=True)
+
+    def norm_of(self, dim: int) -> nn.Identity:
+        return nn.Identity()

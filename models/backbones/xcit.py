@@ -11,97 +11,74 @@ Shapes: B = batch, N = prefix + H·W tokens, C = channels.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from conf import values
-from models.attention import AttentionFactory, Grid, Site, build
-from models.backbones.base import Backbone, check_counts, pair
-from models.backbones.classifier import classifier, init_weights
-from models.backbones.stages import quarters
-from models.layers.block import Block, Stage, drop_path_rates
+from models.attention import Grid, Site
+from models.backbones.base import check_counts
+from models.backbones.plain import Plain
+from models.layers.block import Block, Stage
 from models.layers.class_attention import ClassBlock, ClassToken
 from models.layers.local_patch import LocalPatchInteraction
-from models.layers.patch_embed import cells
 from models.layers.sinusoid import ProjectedPosition
 from models.layers.stem import ConvStem, widths_of
 
-EPS = 1e-6
 
-
-class XCiT(Backbone):
+class XCiT(Plain):
     """Strided convolutions, a position, `depth` equal blocks, class attention, and a Linear of the class token.
 
     Args:
-        attention: factory of the token mixers.
-        image_size: pixels, one number or (height, width); a forward pass may bring any other size.
-        num_classes: outputs of the head; 0 for none.
-        patch_size: pixels of a token's side, a power of two: as many convolutions as halve it to one.
-        dim, depth, num_heads: channels C, blocks, heads.
         class_token: classify from a class token, or from the mean over the map, without class attention.
         class_depth: blocks of class attention.
         tokens_norm: whether their second norm is that of all tokens, or of the class token alone.
-        drop_path: of every block.
-        mlp_ratio, layer_scale: see `Block`.
+        layer_scale: see `Block`.
+        args, options: see `Plain`; `patch_size` is a power of two: as many convolutions as halve it to one.
 
     Raises:
         ValueError: a patch size that is no power of two, channels that it does not divide, and what mixers refuse.
 
-    The pyramid (`forward_pyramid`) taps four places at equal distance in the depth, in front of the class attention.
+    The pyramid (`forward_pyramid`) taps places in front of the class attention.
     """
+
+    positioned = constant_drop_path = True
 
     def __init__(
         self,
-        attention: AttentionFactory | Sequence[AttentionFactory],
-        image_size: int | Sequence[int],
-        num_classes: int,
-        *,
-        patch_size: int = 16,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
+        *args: Any,
         class_token: bool = True,
         class_depth: int = 2,
         tokens_norm: bool = True,
-        drop_path: float = 0.0,
         layer_scale: float | None = 1.0,
-        in_channels: int = 3,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        counts = {"patch_size": patch_size, "dim": dim, "depth": depth, "num_heads": num_heads}
-        check_counts("XCiT", **counts, class_depth=class_depth)
+        check_counts("XCiT", class_depth=class_depth)
         for name, flag in (("class_token", class_token), ("tokens_norm", tokens_norm)):
             values.flag("XCiT", name, flag, fix=f"set model.{name}=true or false")
-        widths = widths_of("XCiT", patch_size, dim)
-        image = pair(image_size)
-        grid, given = Grid(*cells(image, patch_size)), {"positioned": True, "image_size": image}
-        sites = [Site(dim, num_heads, grid, 0, block, depth, "vit", **given) for block in range(depth)]
-        rates = drop_path_rates(drop_path, depth, constant=True)
-        shared = {"layer_scale": layer_scale, "norm_eps": EPS}
-        blocks = [
-            Block(
-                dim,
-                mixer,
-                mlp_ratio=mlp_ratio,
-                drop_path=rate,
-                mlp_position=LocalPatchInteraction(dim, drop_path=rate, **shared),
-                **shared,
-            )
-            for mixer, rate in zip(build(attention, sites), rates, strict=True)
-        ]
-        self.stem = PositionedStem([in_channels, *widths])
-        self.stages = quarters(blocks)
-        self.class_stage = None
-        if class_token:
-            options = {"mlp_ratio": mlp_ratio, "tokens_norm": tokens_norm, **shared}
-            asking = [ClassBlock(dim, num_heads, **options) for _ in range(class_depth)]
-            self.class_stage = Stage(asking, ClassToken(dim))
-        self.norm = nn.LayerNorm(dim, eps=EPS)
-        self.head = classifier(dim, num_classes)
-        self.channels, self.strides, self.grids = [dim] * 4, [patch_size] * 4, [grid] * 4
-        self.apply(init_weights)
+        self.class_depth, self.tokens_norm = class_depth if class_token else 0, tokens_norm
+        super().__init__(*args, layer_scale=layer_scale, **options)
         self.stem.position.proj.reset_parameters()  # a convolution in the authors' code
+
+    def check(self, patch_size: int, dim: int) -> None:
+        self.widths = widths_of("XCiT", patch_size, dim)
+
+    def stem_of(self, in_channels: int, dim: int, patch_size: int, grid: Grid) -> "PositionedStem":
+        return PositionedStem([in_channels, *self.widths])
+
+    def block(self, site: Site, mixer: nn.Module, rate: float) -> Block:
+        options = {"drop_path": rate, "layer_scale": self.layer_scale, "norm_eps": self.norm_eps}
+        return super().block(site, mixer, rate, mlp_position=LocalPatchInteraction(site.dim, **options))
+
+    def behind_stages(self, dim: int, num_heads: int) -> None:
+        """The class attention."""
+        self.class_stage = None
+        if self.class_depth:
+            options = {"mlp_ratio": self.mlp_ratio, "layer_scale": self.layer_scale, "norm_eps": self.norm_eps}
+            asking = [
+                ClassBlock(dim, num_heads, tokens_norm=self.tokens_norm, **options) for _ in range(self.class_depth)
+            ]
+            self.class_stage = Stage(asking, ClassToken(dim))
 
     @property
     def pooled_grid(self) -> Grid:
@@ -113,10 +90,6 @@ class XCiT(Backbone):
         if self.class_stage is not None:
             x_BNC, grid, _ = self.class_stage(x_BNC, grid)
         return self.norm(x_BNC), grid
-
-    def pool(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """The class token, or the mean over the map without one."""
-        return x_BNC[:, 0] if grid.prefix else x_BNC.mean(1)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """As of every backbone, and the blocks of class attention behind the others."""
