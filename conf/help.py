@@ -1,6 +1,7 @@
 """What `--help` prints: how the commands look, and what can be chosen, by family and with counts."""
 
 import textwrap
+from collections import Counter
 from string import Template
 
 from omegaconf import OmegaConf
@@ -19,9 +20,7 @@ def text(config_name: str) -> str:
 
 
 def _of_training() -> list[str]:
-    per_family: dict[str, int] = {}
-    for row in families.models().values():
-        per_family[row["family"]] = per_family.get(row["family"], 0) + 1
+    per_family = _of_one_word(Counter(row["family"] for row in families.models().values()))
     per_paper: dict[str, int] = {}
     for name in recipes.names():
         per_paper[name.partition("/")[0]] = per_paper.get(name.partition("/")[0], 0) + 1
@@ -41,6 +40,16 @@ def _of_training() -> list[str]:
 
 def _of_evaluation() -> list[str]:
     return [*_entry("probe", ", ".join(options("probe")))]
+
+
+def _of_one_word(numbers: dict[str, int]) -> dict[str, int]:
+    """Families of the same first word, such as `agent_*`, as one, where there are three or more."""
+    words = Counter(name.partition("_")[0] for name in numbers)
+    found: Counter[str] = Counter()
+    for name, number in numbers.items():
+        word = name.partition("_")[0]
+        found[f"{word}_*" if words[word] > 2 else name] += number
+    return dict(sorted(found.items()))
 
 
 def _counts(numbers: dict[str, int], end: str = "") -> str:

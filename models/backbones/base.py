@@ -107,8 +107,8 @@ class Trunk(nn.Module, metaclass=Furnished):
         """
         return self._through_stages(images, carry, behind)[:2]
 
-    def _forward_stages(self, images: Tensor, labels: Tensor | None = None) -> Passed:
-        return self.through(images) if self.wrapper is None else self.wrapper(self, images, labels)
+    def _forward_stages(self, images: Tensor) -> Passed:
+        return self.through(images) if self.wrapper is None else self.wrapper(self, images)
 
     def _through_stages(
         self, images: Tensor, carry: Carry | None = None, behind: Behind | None = None
@@ -183,10 +183,11 @@ class Backbone(Trunk):
         Those of the pool are among these; one with classifiers of its own trains them by labels (B,) or (B, K), and so
         does a wrapper.
         """
-        maps, losses = self._forward_stages(images, labels)
         if self.wrapper is None:
+            maps, losses, _ = self._through_stages(images)
             logits, of_pool = self.classify_with_losses(*self.finished(*maps[-1]), labels)
         else:
+            maps, losses = self.wrapper(self, images, labels)
             logits, of_pool = self.wrapper.answer(self, maps, labels)
         return (logits, stacked(losses) | of_pool) if return_losses else logits
 

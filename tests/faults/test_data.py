@@ -108,7 +108,7 @@ def test_little_shared_memory_is_said_before_it_strikes(image_tree, monkeypatch)
     monkeypatch.setattr(limits, "_free_shared", lambda: 3 * 2**20)
     data = images(image_tree(train=20), batch_size=8)
     data.check()
-    data.image_size = 512
+    data.crop_size = 512
     said = r"data.workers: 2 processes hand over batches of 6 MiB in /dev/shm, 24 MiB in all, which has 3 MiB free; set"
     with pytest.raises(ValueError, match=said):
         data.check()

@@ -63,7 +63,8 @@ def test_what_a_recipe_must_give_is_what_its_model_publishes():
     figures: dict[str, set[float]] = {}
     for name in NAMES:
         recipe = tables.read(name)
-        figures.setdefault(recipe["model_name"], set()).add(recipe["target"]["value"])
+        if recipe["target"]["value"] is not None:  # what nobody has published
+            figures.setdefault(recipe["model_name"], set()).add(recipe["target"]["value"])
     for model, values in figures.items():
         published = families.models()[model]["published"]
         assert published.get("top1", published.get("fid")) in values, model
