@@ -15,7 +15,8 @@ SOURCES = [path for path in SOURCES if path.suffix in {".py", ".yaml"} and path.
 
 
 def test_all_are_there_once():
-    assert len({row.paper for row in ROWS}) == len({row.name for row in ROWS}) == len(ROWS)
+    assert len({row.paper for row in ROWS}) == len({row.name for row in ROWS}) == len(ROWS) == 77
+    assert f"{len(ROWS)}\nsystems of the literature" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

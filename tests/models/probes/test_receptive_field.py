@@ -79,7 +79,8 @@ def test_every_backbone(name, digits, trainer):
     model = create_model(name, num_classes=10).eval()
     figures = receptive_field(model, digits, trainer, images=1).figures
     radii = [value for key, value in figures.items() if key.endswith("radius_95")]
-    assert len(radii) >= min(2, len(getattr(model, "stages", "of timm"))) and min(radii) > 0
+    stages = len(model.stages) if hasattr(model, "stages") else 2  # timm's have other names for theirs
+    assert len(radii) >= min(2, stages) and min(radii) > 0
 
 
 def test_what_cannot_be_looked_at_is_said_before_work(digits):
